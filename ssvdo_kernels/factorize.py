@@ -1,0 +1,179 @@
+"""The one factorisation of a pretrained weight, and the complement of its large side without ever storing it.
+
+The tall matrix A (large x d; W0, or W0^T for a wide layer) is A = U diag(S) V^T. Split U = [U_top (d x d); U_bot (c x d)]
+and take the SVD of the top block, U_top = P cos(t) R^T. Then
+
+    top = P sqrt(1 + cos t)   (d x r),    bottom = U_bot R / sqrt(1 + cos t)   (c x r),    r = min(d, c)
+    U2  = [ -top bottom^T ;  I - bottom bottom^T ]   (large x c)
+
+is an orthonormal basis of U's complement: with O = P R^T, [-U O^T | U2] is the symmetric block reflector that carries the
+span of the first d unit vectors to the span of U. Unlike the Householder reconstruction by LU, no matrix is inverted, its condition is at
+most 2, and U2 depends on the *span* of U alone: signs and rotations of singular vectors do not change it.
+U2 X costs two thin products and `top` and `bottom` together are no larger than U.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import LayerShape
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What the adapter keeps of W0's factorisation (width = max(k, l), q = number of rank-deficient directions).
+
+    Half-precision weights keep their bases in the weight's dtype and the singular values in float32.
+    """
+
+    inner_basis: Tensor  # V_k, d x width
+    singular_values: Tensor  # S_k, width, descending
+    outer_basis: Tensor  # U_l, large x l
+    complement_top: Tensor  # d x r (r = 0 when l = 0)
+    complement_bottom: Tensor  # c x r
+    null_basis: Tensor  # U[:, k-q:k], large x q: directions whose S_i has no usable inverse
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, in declaration order."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_weight(weight: Tensor, name: str) -> None:
+    if weight.ndim != 2:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}; a matrix (out_features x in_features) is needed")
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device; load the pretrained weight before it is factorised")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise TypeError(f"{name} has dtype {weight.dtype}; allowed: float16, bfloat16, float32, float64")
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(f"{name} has {bad} non-finite entries (NaN or infinity); it cannot be factorised")
+
+
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A = U diag(S) V^T for A of size large x d, large >= d, with a fixed sign for each pair (u_i, v_i).
+
+    The sign makes <v_i, g> >= 0 with g_j = cos(j): a generic vector, so that structured weights (Hadamard, +-1) do not
+    tie as they do when the largest entry decides. Returns U (large x d), S (d, descending), V (d x d).
+    """
+    # Scaled to entries of at most 1: LAPACK loses those near the ends of the exponent range.
+    peak = matrix.abs().amax()
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    u, s, vt = torch.linalg.svd(matrix / peak, full_matrices=False)
+    g = torch.cos(torch.arange(vt.shape[1], dtype=torch.float64)).to(vt)
+    sign = torch.where(vt @ g < 0, -1.0, 1.0).to(vt)
+    return u * sign, s * peak, (vt * sign[:, None]).mT.contiguous()
+
+
+def _complement(u: Tensor) -> tuple[Tensor, Tensor]:
+    large, d = u.shape
+    r = min(d, large - d)
+    p, cosine, rt = torch.linalg.svd(u[:d])
+    root = (1 + cosine[d - r :].clamp(max=1)).sqrt()  # descending cosines: the first d - r are exactly 1
+    return p[:, d - r :] * root, (u[d:] @ rt[d - r :].mT) / root
+
+
+def factorize(
+    weight: Tensor, shape: LayerShape, *, name: str = "weight", cache_dir: str | os.PathLike[str] | None = None
+) -> Factors:
+    """Factorises a pretrained weight once.
+
+    Args:
+        weight: out_features x in_features, any floating dtype and device, finite.
+        shape: its `LayerShape`.
+        name: how errors call the weight.
+        cache_dir: a folder in which factors are kept, keyed by the weight's content; None: no cache.
+
+    Raises:
+        ValueError: weight is not a matrix, on the meta device, or has NaN or infinite entries.
+        TypeError: weight is not of a floating dtype.
+    """
+    weight = weight.detach()
+    _check_weight(weight, name)
+    if cache_dir is None:
+        return _factorize(weight, shape)
+    path = Path(cache_dir) / f"{content_key(weight, shape)}.safetensors"
+    if path.exists():
+        return _load(path, weight.device)
+    factors = _factorize(weight, shape)
+    _save(path, factors)
+    return factors
+
+
+def _factorize(weight: Tensor, shape: LayerShape) -> Factors:
+    dtype = compute_dtype(weight.dtype)
+    u, s, v = thin_svd((weight.mT if shape.transposed else weight).to(dtype))
+    info = torch.finfo(dtype)
+    floor = max(float(s[0]) * info.eps * shape.large, info.tiny / info.eps)
+    q = int((s[: shape.k] <= floor).sum())
+    if shape.l:
+        top, bottom = _complement(u)
+    else:
+        top, bottom = u.new_zeros(shape.d, 0), u.new_zeros(shape.c, 0)
+
+    def stored(tensor: Tensor) -> Tensor:
+        return tensor.to(weight.dtype, copy=True).contiguous()
+
+    return Factors(stored(v[:, : shape.width]), s[: shape.width].clone(), stored(u[:, : shape.l]), stored(top),
+                   stored(bottom), stored(u[:, shape.k - q : shape.k]))
+
+
+def apply_complement(top: Tensor, bottom: Tensor, x: Tensor) -> Tensor:
+    """U2 x = [-top t; x - bottom t] with t = bottom^T x. x: c x cols; returns (d + c) x cols."""
+    t = bottom.mT @ x
+    return torch.cat([-(top @ t), torch.addmm(x, bottom, t, alpha=-1)])
+
+
+def apply_complement_transposed(top: Tensor, bottom: Tensor, y: Tensor) -> Tensor:
+    """U2^T y = y_bot - bottom (top^T y_top + bottom^T y_bot). y: (d + c) x cols; returns c x cols."""
+    d = top.shape[0]
+    t = torch.addmm(top.mT @ y[:d], bottom.mT, y[d:])
+    return torch.addmm(y[d:], bottom, t, alpha=-1)
+
+
+def content_key(weight: Tensor, shape: LayerShape) -> str:
+    """SHA-256 (hex) of the weight's bytes, shape and dtype and of the sizes kept."""
+    data = weight.detach().contiguous().cpu().flatten().view(torch.uint8)
+    digest = hashlib.sha256(repr(("ssvdo-factors-1", shape, str(weight.dtype))).encode())
+    digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
+
+
+def _load(path: Path, device: torch.device) -> Factors:
+    from safetensors.torch import load_file
+
+    return Factors(**load_file(path, device=str(device)))
+
+
+def _save(path: Path, factors: Factors) -> None:
+    write_atomically(path, factors.tensors(), {})
+
+
+def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file so that `path` holds either the old content or the whole new one."""
+    from safetensors.torch import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata or None)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

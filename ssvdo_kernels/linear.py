@@ -1,0 +1,320 @@
+"""SSVDOLinear: the drop-in for a pretrained nn.Linear."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .config import LayerShape, SSVDOConfig
+from .factorize import Factors, compute_dtype, factorize
+from .ops.linear import adapted_linear
+from .ops.preparation import Gradients, Prepared, attach
+from .planner import plan
+
+FACTOR_NAMES = ("inner_basis", "singular_values", "outer_basis", "complement_top", "complement_bottom", "null_basis")
+PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Some optimisers write through `p.data`, which leaves no trace in the version counter; every step therefore counts.
+register_optimizer_step_post_hook(_count_step)
+
+
+def _stamp(tensor: Tensor) -> tuple[object, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
+class _Cache:
+    """A preparation and what it was made from."""
+
+    def __init__(self, prepared: Prepared, stamp: tuple[object, ...], copies: tuple[Tensor, ...]) -> None:
+        self.prepared, self.stamp, self.copies = prepared, stamp, copies
+        self.leaves: tuple[Tensor, Tensor] | None = None
+
+
+class SSVDOLinear(nn.Module):
+    """y = x W'^T + b, W' = U' diag(S + dS) blockdiag(G, I) V^T (transposed for out_features < in_features).
+
+    Made from a pretrained layer with `from_linear`; the weight must be the trained one, because it is factorised at once.
+    The trained numbers are three parameters: ``inner_rotation`` (k(k-1)/2, the strict upper triangle of the skew K),
+    ``inner_scale`` (k, dS) and ``outer`` (c x l, L / s). They are float32 where the weight is of half precision.
+    ``weight`` (out_features x in_features) is W0: frozen, never written to, merged or not. What W0 is factorised into
+    are buffers, so that a state_dict holds all that the layer is.
+
+    The matrices that depend on parameters alone are prepared once and kept until a parameter changes. On the CPU the
+    parameters are compared by value, so that no edit goes unseen; on a GPU by version, storage and optimiser step:
+    there, call `refresh` after writing through ``p.data`` by hand.
+
+    Shape: x is (..., in_features) in the weight's dtype, or any floating dtype under autocast; y is (..., out_features).
+
+    Raises (forward):
+        TypeError: x is not floating, or not of the weight's dtype outside autocast.
+        ValueError: x has another last dimension or is on another device.
+        RuntimeError: ``weight.requires_grad`` was switched on.
+        ArithmeticError: L^T L + tau I is not positive definite (non-finite or huge parameters; CPU).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    inner_basis: Tensor
+    singular_values: Tensor
+    outer_basis: Tensor
+    complement_top: Tensor
+    complement_bottom: Tensor
+    null_basis: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, factors: Factors, shape: LayerShape, config: SSVDOConfig
+    ) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
+        options = {"dtype": compute_dtype(weight.dtype), "device": weight.device}
+        k, c, l = shape.k, shape.c, shape.l  # noqa: E741
+        self.inner_rotation = nn.Parameter(torch.zeros(k * (k - 1) // 2, **options))
+        self.inner_scale = nn.Parameter(torch.zeros(k, **options))
+        self.outer = nn.Parameter(torch.zeros(c, l, **options))
+        for name, tensor in factors.tensors().items():
+            self.register_buffer(name, tensor)
+        self._merged = False
+        self._cache: _Cache | None = None
+        self._accumulating = False
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: SSVDOConfig | None = None,
+        *,
+        name: str = "weight",
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> SSVDOLinear:
+        """Adapts a pretrained layer; its weight and bias tensors are taken over, not copied.
+
+        Args:
+            linear: nn.Linear with its trained weight loaded. The bias stays as trainable as it is; the weight is frozen.
+            config: sizes and formula; None takes `SSVDOConfig()`.
+            name: how errors call the weight. cache_dir: see `factorize`.
+
+        Raises:
+            TypeError: linear is no plain nn.Linear (quantised, already adapted, a subclass), or its weight not floating.
+            ValueError: the weight is on the meta device, not finite, or config does not fit its shape.
+        """
+        config = SSVDOConfig() if config is None else config
+        if isinstance(linear, SSVDOLinear):
+            raise TypeError(f"linear ({name}) is adapted already; remove_ssvdo restores the original layer")
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear ({name}) is a {type(linear).__module__}.{type(linear).__qualname__}; allowed: "
+                            "torch.nn.Linear itself (quantised layers and subclasses compute something else)")
+        shape = LayerShape.of(linear.out_features, linear.in_features, config)
+        factors = factorize(linear.weight, shape, name=name, cache_dir=cache_dir)
+        return cls(linear.weight, linear.bias, factors, shape, config).train(linear.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.shape.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.shape.out_features
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """K = 0, dS = 0 and L ~ N(0, init_angle^2 tau / c): each outer vector is turned by about init_angle radians."""
+        self.inner_rotation.zero_()
+        self.inner_scale.zero_()
+        self.outer.zero_()
+        if self.shape.l and self.config.init_angle:
+            std = self.config.init_angle * (self.config.tau / self.shape.c) ** 0.5
+            self.outer.normal_(0, std / self.shape.outer_scale(self.config))
+
+    # -- preparation -------------------------------------------------------------------------------------------------
+    @property
+    def adapter_parameters(self) -> Gradients:
+        """(inner_rotation, inner_scale, outer)."""
+        return self.inner_rotation, self.inner_scale, self.outer
+
+    def factors(self) -> Factors:
+        """The buffers as one `Factors`."""
+        return Factors(*(getattr(self, name) for name in FACTOR_NAMES))
+
+    def refresh(self) -> None:
+        """Forgets what was prepared; the next forward prepares anew."""
+        self._cache = None
+
+    def _current(self) -> _Cache:
+        parameters = self.adapter_parameters
+        watched = (*parameters, self.weight, *(getattr(self, name) for name in FACTOR_NAMES))
+        stamp = (_optimizer_steps, *map(_stamp, watched))
+        cache = self._cache
+        on_cpu = self.weight.device.type == "cpu"
+        if cache is not None:
+            same = all(map(torch.equal, cache.copies, parameters)) if on_cpu else cache.stamp[0] == stamp[0]
+            if same and cache.stamp[1 + 3 * on_cpu :] == stamp[1 + 3 * on_cpu :]:
+                return cache
+            if self._accumulating and cache.leaves is not None:
+                raise RuntimeError("the parameters of an SSVDOLinear changed inside gradient_accumulation; "
+                                   "step the optimiser after the context")
+        prepared = Prepared(parameters, self.factors(), self.shape, self.config)
+        copies = tuple(p.detach().clone() for p in parameters) if on_cpu else ()
+        self._cache = _Cache(prepared, stamp, copies)
+        return self._cache
+
+    def _mixer_and_columns(self, cache: _Cache) -> tuple[Tensor, Tensor]:
+        prepared = cache.prepared
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter_parameters)
+        if not trains:
+            return prepared.mixer, prepared.columns
+        if not self._accumulating:
+            return attach(prepared, self.adapter_parameters)
+        if cache.leaves is None:
+            cache.leaves = (prepared.mixer.detach().requires_grad_(), prepared.columns.detach().requires_grad_())
+        return cache.leaves
+
+    def _begin_accumulation(self) -> None:
+        if self._accumulating:
+            raise RuntimeError("gradient_accumulation is already open for this SSVDOLinear")
+        self._accumulating = True
+
+    def _end_accumulation(self, deposit: bool) -> None:
+        self._accumulating = False
+        cache = self._cache
+        if cache is None or cache.leaves is None:
+            return
+        (mixer, columns), cache.leaves = cache.leaves, None
+        if deposit and mixer.grad is not None:
+            d_columns = torch.zeros_like(columns) if columns.grad is None else columns.grad
+            torch.autograd.backward(attach(cache.prepared, self.adapter_parameters), [mixer.grad, d_columns])
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+    def _check_input(self, x: Tensor, autocast: torch.dtype | None) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}; allowed: a floating dtype")
+        if x.ndim < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
+        if x.device != self.weight.device:
+            raise ValueError(f"x is on {x.device}; the layer is on {self.weight.device}")
+        if autocast is None and x.dtype != self.weight.dtype:
+            raise TypeError(f"x has dtype {x.dtype}; the layer's weight has {self.weight.dtype} (autocast would cast x)")
+        if self.weight.requires_grad:
+            raise RuntimeError("weight.requires_grad is True, but SSVD-O keeps W0 frozen; switch it off, or call "
+                               "remove_ssvdo to fine-tune the weight itself")
+
+    def plan(self, tokens: int, grad: bool = True) -> str:
+        """The form ("factored", "folded", "core" or "merged") that a forward of `tokens` rows takes now."""
+        return self._form(self._current().prepared, tokens, grad)
+
+    def _form(self, prepared: Prepared, tokens: int, grad: bool) -> str:
+        if self._merged:
+            return "merged"
+        if self.config.path != "auto":
+            return self.config.path
+        return plan(self.shape, prepared.columns.shape[1], tokens, prepared.tokens, grad, prepared.built)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x W'^T + b. x: (..., in_features); returns (..., out_features)."""
+        kind = self.weight.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self._check_input(x, autocast)
+        weight, bias = self.weight, self.bias
+        if autocast is not None and x.dtype != torch.float64:
+            x, weight = x.to(autocast), weight.to(autocast)
+            bias = None if bias is None else bias.to(autocast)  # type: ignore[assignment]
+        cache = self._current()
+        mixer, columns = self._mixer_and_columns(cache)
+        rows = x.reshape(-1, self.in_features)
+        form = self._form(cache.prepared, rows.shape[0], mixer.requires_grad)
+        cache.prepared.tokens += rows.shape[0]
+        with torch.autocast(kind, enabled=False):
+            y = adapted_linear(rows, mixer, columns, weight, bias, cache.prepared, form)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    # -- the dense weight --------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def adapted_weight(self) -> Tensor:
+        """W' (out_features x in_features) for the current parameters, in the weight's dtype; a new tensor."""
+        return self._current().prepared.merged(self.weight).clone()
+
+    @property
+    def merged(self) -> bool:
+        """Whether forwards go through the dense W'."""
+        return self._merged
+
+    def merge(self) -> None:
+        """Computes with the dense W' from now on: one product a forward, as fast as nn.Linear.
+
+        ``weight`` stays W0, bit for bit, and so does the state_dict: a merged layer can be saved, loaded, trained and
+        unmerged at any time, and its W' follows the parameters. `remove_ssvdo(model, merge=True)` gives an nn.Linear
+        whose weight is W'.
+        """
+        self._merged = True
+
+    def unmerge(self) -> None:
+        """Undoes `merge`."""
+        self._merged = False
+        self.refresh()
+
+    def to_linear(self, merge: bool = False) -> nn.Linear:
+        """nn.Linear with W0 (the very same tensor) or, with merge, W'. The weight is left frozen."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        weight = self.adapted_weight() if merge else self.weight.detach()
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = self.bias  # type: ignore[assignment]
+        return linear.train(self.training)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # The number of rank-deficient directions belongs to the weight, so a checkpoint may bring another one.
+        incoming = state_dict.get(prefix + "null_basis")
+        if isinstance(incoming, Tensor) and incoming.ndim == 2 and incoming.shape[0] == self.shape.large:
+            if incoming.shape[1] <= self.shape.k and incoming.shape != self.null_basis.shape:
+                self.null_basis = self.null_basis.new_empty(incoming.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None, "_accumulating": False}
+
+    def extra_repr(self) -> str:
+        s, c = self.shape, self.config
+        return (f"in_features={s.in_features}, out_features={s.out_features}, bias={self.bias is not None}, "
+                f"inner={s.k}, outer_rank={s.l}, rotation={c.rotation!r}, merged={self._merged}")
+
+
+@contextmanager
+def gradient_accumulation(module: nn.Module) -> Iterator[None]:
+    """Prepares every SSVDOLinear of `module` once, forward and backward, for all micro-batches inside.
+
+    Inside, gradients are summed on the prepared matrices; on leaving, one backward per layer brings them to the
+    parameters' ``.grad``, where they add to what is there. Without this context each backward of a micro-batch repeats
+    the preparation's backward: the same gradients, more work. An exception inside leaves ``.grad`` as it was.
+
+    Raises:
+        RuntimeError: the context is open already, or a parameter changes inside.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, SSVDOLinear)]
+    opened: list[SSVDOLinear] = []
+    completed = False
+    try:
+        for layer in layers:
+            layer._begin_accumulation()
+            opened.append(layer)
+        yield
+        completed = True
+    finally:
+        for layer in opened:
+            layer._end_accumulation(completed)

@@ -1,0 +1,74 @@
+"""G from the packed skew matrix, and the gradient straight back to the packed vector.
+
+K is skew, given by its strict upper triangle in row-major order (k(k-1)/2 numbers).
+
+    cayley       G = (I + K)^-1 (I - K) = 2M - I,  M = (I + K)^-1      dK = -2 M^T dG M^T
+    neumann      G = I + 2T_s,  T_j = -K (I + T_{j-1}),  T_0 = 0        Horner, backwards
+    first_order  G = I - 2K                                             dK = -2 dG
+    packed       dv = upper(dK - dK^T)
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def _upper_index(k: int, device: torch.device) -> Tensor:
+    rows, columns = torch.triu_indices(k, k, 1, device=device)
+    return rows * k + columns
+
+
+def unpack_skew(packed: Tensor, k: int) -> Tensor:
+    """K (k x k) from k(k-1)/2 numbers."""
+    upper = packed.new_zeros(k * k)
+    upper[_upper_index(k, packed.device)] = packed
+    upper = upper.view(k, k)
+    return upper - upper.mT
+
+
+def pack_skew_gradient(dK: Tensor) -> Tensor:
+    """The gradient of the packed vector, k(k-1)/2, from a dense dK (k x k)."""
+    return (dK - dK.mT).flatten()[_upper_index(dK.shape[0], dK.device)]
+
+
+def rotation_forward(packed: Tensor, k: int, kind: str, terms: int) -> tuple[Tensor, Tensor]:
+    """(G, saved): G is k x k; saved is what `rotation_backward` needs (M for cayley, else K)."""
+    K = unpack_skew(packed, k)
+    if kind == "cayley":
+        K.diagonal().add_(1)
+        inverse = torch.linalg.inv(K)
+        G = inverse * 2
+        G.diagonal().sub_(1)
+        return G, inverse
+    if kind == "first_order":
+        G = K * -2
+        G.diagonal().add_(1)
+        return G, K
+    G = _horner(K, terms) * 2
+    G.diagonal().add_(1)
+    return G, K
+
+
+def _horner(K: Tensor, terms: int) -> Tensor:
+    T = torch.zeros_like(K)
+    for _ in range(terms):
+        T = torch.addmm(K, K, T).neg_()
+    return T
+
+
+def rotation_backward(dG: Tensor, saved: Tensor, kind: str, terms: int) -> Tensor:
+    """d packed (k(k-1)/2) from dG (k x k)."""
+    if kind == "cayley":
+        return pack_skew_gradient((saved.mT @ dG) @ saved.mT * -2)
+    if kind == "first_order":
+        return pack_skew_gradient(dG * -2)
+    K, dT, dK = saved, dG * 2, torch.zeros_like(saved)
+    for j in range(terms, 0, -1):  # T_j = -K (I + T_{j-1})
+        previous = _horner(K, j - 1)
+        dK -= dT + dT @ previous.mT
+        dT = K @ dT  # -K^T = K
+    return pack_skew_gradient(dK)

@@ -1,0 +1,69 @@
+"""Which form computes a forward: the one that costs least, counted in floating-point operations.
+
+Per token (multiply-adds, e = l + q, w = max(k, l), m*n the frozen product, b = max(m, n), d = min(m, n)):
+
+    form       forward                     backward (with parameter gradients)
+    factored   2dw + w^2 + we + be         3dw + 2w^2 + 3we + 2be    (wide: 2dw, h is kept)
+    folded     2dw + we + be               3dw + w^2 + 2we + de + 2be
+    core       d(d + e) + be               2d(d + e) + de + 2be
+    merged     0                           mn                        (dW' = dy^T x)
+
+A form's matrices are built once per preparation. Whether that pays depends on the tokens still to come, which nobody
+knows; so the planner rents until renting has cost what buying would have (the ski-rental rule): it counts the tokens that
+this preparation has already served as if they came again. It is never worse than twice the best in hindsight.
+"""
+
+from __future__ import annotations
+
+from .config import LayerShape
+
+FORMS = ("factored", "folded", "core", "merged")
+
+
+def token_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
+    """Multiply-adds per token beyond the frozen layer's m*n (forward) and m*n (backward)."""
+    d, b, w, e = shape.d, shape.large, shape.width, extra
+    if form == "factored":
+        forward, backward = 2 * d * w + w * w + w * e + b * e, 3 * d * w + 2 * w * w + 3 * w * e + 2 * b * e
+    elif form == "folded":
+        forward, backward = 2 * d * w + w * e + b * e, 3 * d * w + w * w + 2 * w * e + d * e + 2 * b * e
+    elif form == "core":
+        forward, backward = d * (d + e) + b * e, 2 * d * (d + e) + d * e + 2 * b * e
+    elif form == "merged":
+        forward, backward = 0, b * d
+    else:
+        raise ValueError(f"form={form!r} is unknown; allowed: {', '.join(map(repr, FORMS))}")
+    if shape.transposed and form in ("factored", "folded"):
+        backward -= d * w
+    return forward + (backward if grad else 0)
+
+
+def build_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
+    """Multiply-adds to build a form's matrices (and, with grad, to bring their gradients back)."""
+    d, b, w, e = shape.d, shape.large, shape.width, extra
+    folded = (w + e) * w * d
+    if form == "factored":
+        return 0
+    if form == "folded":
+        return folded + w * w * d
+    if form == "core":
+        return folded + w * w * d + d * d * w + (d * (d + e) * w + d * w * w if grad else 0)
+    left = b * d * w
+    return folded + left + b * (w + e) * d + (left + b * (w + e) * d + b * d * e if grad else 0)
+
+
+def plan(shape: LayerShape, extra: int, tokens: int, seen: int, grad: bool, built: frozenset[str]) -> str:
+    """The cheapest form for `tokens` rows.
+
+    Args:
+        extra: e, the columns of F.
+        seen: tokens that this preparation has served before.
+        grad: whether a backward with parameter gradients follows.
+        built: the forms whose matrices exist already.
+    """
+
+    def cost(form: str) -> float:
+        build = 0 if form in built else build_cost(form, shape, extra, grad)
+        return token_cost(form, shape, extra, grad) * (tokens + seen) + build
+
+    return min(FORMS, key=cost)

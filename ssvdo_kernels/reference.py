@@ -1,0 +1,103 @@
+"""SSVD-O as plain equations: dense, differentiable any number of times, any float dtype and device. The truth.
+
+Nothing here is fast. Everything fast in this package is tested against these functions in float64.
+For A = W0 (tall or square) or W0^T (wide), A = U diag(S) V^T with U (large x d), V (d x d):
+
+    K = skew(inner_rotation),  G = rotation(K) (k x k),  L = outer_scale * outer (c x l)
+    R = chol(L^T L + tau I),   Q = L R^-T,   C = sqrt(tau) R^-T
+    U_l' = U_l C + U2 Q   ("rotation")   or   U_l + U2 Q   ("additive")
+    A' = U' diag(S + dS) blockdiag(G, I) V^T
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import LayerShape, SSVDOConfig
+from .factorize import thin_svd
+
+
+def skew(packed: Tensor, k: int) -> Tensor:
+    """K (k x k), K = -K^T, from its strict upper triangle in row-major order (k(k-1)/2 numbers)."""
+    rows, columns = torch.triu_indices(k, k, 1, device=packed.device)
+    upper = packed.new_zeros(k, k).index_put((rows, columns), packed)
+    return upper - upper.mT
+
+
+def rotation(K: Tensor, kind: str = "cayley", terms: int = 4) -> Tensor:
+    """G: (I + K)^-1 (I - K) | I + 2 sum_{i=1..terms} (-K)^i | I - 2K for "cayley" | "neumann" | "first_order"."""
+    identity = torch.eye(K.shape[0], dtype=K.dtype, device=K.device)
+    if kind == "cayley":
+        return torch.linalg.solve(identity + K, identity - K)
+    if kind == "neumann":
+        power, total = identity, torch.zeros_like(K)
+        for _ in range(terms):
+            power = power @ -K
+            total = total + power
+        return identity + 2 * total
+    if kind == "first_order":
+        return identity - 2 * K
+    raise ValueError(f"kind={kind!r} is unknown; allowed: 'cayley', 'neumann', 'first_order'")
+
+
+def outer_blocks(L: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """(C, Q) = (sqrt(tau) R^-T, L R^-T) with R = chol(L^T L + tau I): C^T C + Q^T Q = I. L: c x l."""
+    identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
+    R = torch.linalg.cholesky(L.mT @ L + tau * identity)
+    inverse = torch.linalg.solve_triangular(R, identity, upper=False)
+    return tau**0.5 * inverse.mT, L @ inverse.mT
+
+
+def complement(U: Tensor) -> Tensor:
+    """U2 (large x (large - d)): the last columns of the symmetric block reflector that carries span(I_d) to span(U).
+
+    With the polar decomposition U_top = O M:  U2 = [-O U_bot^T; I - U_bot (I + M)^-1 U_bot^T].
+    """
+    d = U.shape[1]
+    p, cosine, rt = torch.linalg.svd(U[:d])
+    bottom = U[d:]
+    inverse = rt.mT @ torch.diag(1 / (1 + cosine)) @ rt
+    identity = torch.eye(bottom.shape[0], dtype=U.dtype, device=U.device)
+    return torch.cat([-(p @ rt) @ bottom.mT, identity - bottom @ inverse @ bottom.mT])
+
+
+def adapted_weight(
+    weight: Tensor,
+    inner_rotation: Tensor,
+    inner_scale: Tensor,
+    outer: Tensor,
+    config: SSVDOConfig,
+    factors: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """W' (out_features x in_features), with gradients to the three parameters.
+
+    Args:
+        weight: W0, out_features x in_features.
+        inner_rotation: k(k-1)/2, strict upper triangle of K. inner_scale: dS, k. outer: L / s, c x l.
+        config: the adapter's configuration.
+        factors: (U, S, V, U2) if the caller has them; otherwise they are computed from weight.
+    """
+    shape = LayerShape.of(weight.shape[0], weight.shape[1], config)
+    U, S, V, U2 = factors if factors is not None else dense_factors(weight, shape)
+    k, l = shape.k, shape.l  # noqa: E741
+    G = rotation(skew(inner_rotation, k), config.rotation, config.neumann_terms)
+    scale = torch.cat([S[:k] + inner_scale, S[k:]])
+    if l:
+        C, Q = outer_blocks(shape.outer_scale(config) * outer, config.tau)
+        U_l = U[:, :l] @ C + U2 @ Q if config.outer == "rotation" else U[:, :l] + U2 @ Q
+        U = torch.cat([U_l, U[:, l:]], 1)
+    rotated = torch.cat([G @ V[:, :k].mT, V[:, k:].mT])  # blockdiag(G, I) V^T
+    adapted = U @ (scale[:, None] * rotated)
+    return adapted.mT if shape.transposed else adapted
+
+
+def dense_factors(weight: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(U, S, V, U2) of weight, all dense: large x d, d, d x d, large x c."""
+    U, S, V = thin_svd(weight.detach().mT if shape.transposed else weight.detach())
+    return U, S, V, complement(U)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor, config: SSVDOConfig) -> Tensor:
+    """y = x W'^T + b, W' rebuilt densely. x: ... x in_features; parameters as in `adapted_weight`."""
+    return torch.nn.functional.linear(x, adapted_weight(weight, *parameters, config=config), bias)

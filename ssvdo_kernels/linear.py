@@ -48,7 +48,7 @@ class _Cache:
 class SSVDOLinear(nn.Module):
     """y = x W'^T + b, W' = U' diag(S + dS) blockdiag(G, I) V^T (transposed for out_features < in_features).
 
-    Made from a pretrained layer with `from_linear`; the weight must be the trained one, because it is factorised at once.
+    Made from a pretrained layer with `from_linear`; the weight must be the trained one, as it is factorised at once.
     The trained numbers are three parameters: ``inner_rotation`` (k(k-1)/2, the strict upper triangle of the skew K),
     ``inner_scale`` (k, dS) and ``outer`` (c x l, L / s). They are float32 where the weight is of half precision.
     ``weight`` (out_features x in_features) is W0: frozen, never written to, merged or not. What W0 is factorised into
@@ -58,7 +58,7 @@ class SSVDOLinear(nn.Module):
     parameters are compared by value, so that no edit goes unseen; on a GPU by version, storage and optimiser step:
     there, call `refresh` after writing through ``p.data`` by hand.
 
-    Shape: x is (..., in_features) in the weight's dtype, or any floating dtype under autocast; y is (..., out_features).
+    Shape: x (..., in_features), in the weight's dtype or, under autocast, any floating one; y (..., out_features).
 
     Raises (forward):
         TypeError: x is not floating, or not of the weight's dtype outside autocast.
@@ -83,11 +83,10 @@ class SSVDOLinear(nn.Module):
         self.config, self.shape = config, shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
-        options = {"dtype": compute_dtype(weight.dtype), "device": weight.device}
-        k, c, l = shape.k, shape.c, shape.l  # noqa: E741
-        self.inner_rotation = nn.Parameter(torch.zeros(k * (k - 1) // 2, **options))
-        self.inner_scale = nn.Parameter(torch.zeros(k, **options))
-        self.outer = nn.Parameter(torch.zeros(c, l, **options))
+        k, zeros = shape.k, torch.zeros((), dtype=compute_dtype(weight.dtype), device=weight.device)
+        self.inner_rotation = nn.Parameter(zeros.new_zeros(k * (k - 1) // 2))
+        self.inner_scale = nn.Parameter(zeros.new_zeros(k))
+        self.outer = nn.Parameter(zeros.new_zeros(shape.c, shape.l))
         for name, tensor in factors.tensors().items():
             self.register_buffer(name, tensor)
         self._merged = False
@@ -107,12 +106,12 @@ class SSVDOLinear(nn.Module):
         """Adapts a pretrained layer; its weight and bias tensors are taken over, not copied.
 
         Args:
-            linear: nn.Linear with its trained weight loaded. The bias stays as trainable as it is; the weight is frozen.
+            linear: nn.Linear with its trained weight loaded. The weight is frozen; the bias stays as trainable as it is.
             config: sizes and formula; None takes `SSVDOConfig()`.
             name: how errors call the weight. cache_dir: see `factorize`.
 
         Raises:
-            TypeError: linear is no plain nn.Linear (quantised, already adapted, a subclass), or its weight not floating.
+            TypeError: linear is no plain nn.Linear (quantised, adapted, a subclass), or its weight is not floating.
             ValueError: the weight is on the meta device, not finite, or config does not fit its shape.
         """
         config = SSVDOConfig() if config is None else config
@@ -152,6 +151,10 @@ class SSVDOLinear(nn.Module):
     def factors(self) -> Factors:
         """The buffers as one `Factors`."""
         return Factors(*(getattr(self, name) for name in FACTOR_NAMES))
+
+    def prepared(self) -> Prepared:
+        """The prepared matrices for the current parameters (kept until a parameter changes)."""
+        return self._current().prepared
 
     def refresh(self) -> None:
         """Forgets what was prepared; the next forward prepares anew."""
@@ -210,14 +213,14 @@ class SSVDOLinear(nn.Module):
         if x.device != self.weight.device:
             raise ValueError(f"x is on {x.device}; the layer is on {self.weight.device}")
         if autocast is None and x.dtype != self.weight.dtype:
-            raise TypeError(f"x has dtype {x.dtype}; the layer's weight has {self.weight.dtype} (autocast would cast x)")
+            raise TypeError(f"x has dtype {x.dtype}; allowed: the weight's {self.weight.dtype} (autocast would cast x)")
         if self.weight.requires_grad:
             raise RuntimeError("weight.requires_grad is True, but SSVD-O keeps W0 frozen; switch it off, or call "
                                "remove_ssvdo to fine-tune the weight itself")
 
     def plan(self, tokens: int, grad: bool = True) -> str:
         """The form ("factored", "folded", "core" or "merged") that a forward of `tokens` rows takes now."""
-        return self._form(self._current().prepared, tokens, grad)
+        return self._form(self.prepared(), tokens, grad)
 
     def _form(self, prepared: Prepared, tokens: int, grad: bool) -> str:
         if self._merged:
@@ -231,10 +234,11 @@ class SSVDOLinear(nn.Module):
         kind = self.weight.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self._check_input(x, autocast)
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if autocast is not None and x.dtype != torch.float64:
             x, weight = x.to(autocast), weight.to(autocast)
-            bias = None if bias is None else bias.to(autocast)  # type: ignore[assignment]
+            bias = None if bias is None else bias.to(autocast)
         cache = self._current()
         mixer, columns = self._mixer_and_columns(cache)
         rows = x.reshape(-1, self.in_features)
@@ -248,7 +252,7 @@ class SSVDOLinear(nn.Module):
     @torch.no_grad()
     def adapted_weight(self) -> Tensor:
         """W' (out_features x in_features) for the current parameters, in the weight's dtype; a new tensor."""
-        return self._current().prepared.merged(self.weight).clone()
+        return self.prepared().merged(self.weight).clone()
 
     @property
     def merged(self) -> bool:
@@ -281,9 +285,9 @@ class SSVDOLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # The number of rank-deficient directions belongs to the weight, so a checkpoint may bring another one.
         incoming = state_dict.get(prefix + "null_basis")
-        if isinstance(incoming, Tensor) and incoming.ndim == 2 and incoming.shape[0] == self.shape.large:
-            if incoming.shape[1] <= self.shape.k and incoming.shape != self.null_basis.shape:
-                self.null_basis = self.null_basis.new_empty(incoming.shape)
+        fits = isinstance(incoming, Tensor) and incoming.ndim == 2 and incoming.shape[0] == self.shape.large
+        if fits and incoming.shape[1] <= self.shape.k and incoming.shape != self.null_basis.shape:
+            self.null_basis = self.null_basis.new_empty(incoming.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

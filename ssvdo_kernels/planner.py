@@ -9,8 +9,8 @@ Per token (multiply-adds, e = l + q, w = max(k, l), m*n the frozen product, b = 
     merged     0                           mn                        (dW' = dy^T x)
 
 A form's matrices are built once per preparation. Whether that pays depends on the tokens still to come, which nobody
-knows; so the planner rents until renting has cost what buying would have (the ski-rental rule): it counts the tokens that
-this preparation has already served as if they came again. It is never worse than twice the best in hindsight.
+knows; so the planner rents until renting has cost what buying would have (the ski-rental rule): it counts the tokens
+that this preparation has already served as if they came again. It is never worse than twice the best in hindsight.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .factorize import thin_svd
 def skew(packed: Tensor, k: int) -> Tensor:
     """K (k x k), K = -K^T, from its strict upper triangle in row-major order (k(k-1)/2 numbers)."""
     rows, columns = torch.triu_indices(k, k, 1, device=packed.device)
-    upper = packed.new_zeros(k, k).index_put((rows, columns), packed)
+    upper: Tensor = packed.new_zeros(k, k).index_put((rows, columns), packed)
     return upper - upper.mT
 
 
@@ -98,6 +98,14 @@ def dense_factors(weight: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor, Te
     return U, S, V, complement(U)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor, config: SSVDOConfig) -> Tensor:
-    """y = x W'^T + b, W' rebuilt densely. x: ... x in_features; parameters as in `adapted_weight`."""
-    return torch.nn.functional.linear(x, adapted_weight(weight, *parameters, config=config), bias)
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inner_rotation: Tensor,
+    inner_scale: Tensor,
+    outer: Tensor,
+    config: SSVDOConfig,
+) -> Tensor:
+    """y = x W'^T + b, W' rebuilt densely. x: ... x in_features; the rest as in `adapted_weight`."""
+    return torch.nn.functional.linear(x, adapted_weight(weight, inner_rotation, inner_scale, outer, config), bias)

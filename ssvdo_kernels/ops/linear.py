@@ -8,8 +8,8 @@ Two maps on the small side, adjoint to one another (V: d x width, M = [N; B_z]):
     tall   y = expand(x) [A | F]^T + b         dx = contract(dy [A | F])
     wide   y = contract(x [A | F]) + b         dx = expand(dy) [A | F]^T
 
-with A = W0 or W0^T (large x d), F large x e. With h = x V and g = [(u V) | z] on the two ends of the pair, the parameter
-gradients are dM = g^T h and dF = (large side)^T z. Each map has three forms: factored (through V and M), folded (M V^T
+with A = W0 or W0^T (large x d), F large x e. With h = x V and g = [(u V) | z] on the two ends of the pair, the
+parameter gradients are dM = g^T h and dF = (large side)^T z. Each map has three forms: factored (through V and M), folded (M V^T
 multiplied out once) and core (one dense d x (d + e) matrix E). The tall layer keeps only x; the wide one keeps x and
 its T x (width + e) inner activations, because recomputing them would be another pass over W0.
 """
@@ -174,7 +174,7 @@ class MergedLinear(torch.autograd.Function):
 def adapted_linear(
     x: Tensor, mixer: Tensor, columns: Tensor, weight: Tensor, bias: Tensor | None, prepared: Prepared, form: str
 ) -> Tensor:
-    """y = x W'^T + b. x: T x in_features; mixer, columns: `attach(prepared, ...)`; form: factored|folded|core|merged."""
+    """y = x W'^T + b. x: T x in_features; mixer, columns: from `attach`; form: factored, folded, core or merged."""
     if form == "merged":
         return MergedLinear.apply(x, mixer, columns, weight, bias, prepared)  # type: ignore[no-untyped-call,no-any-return]
     return AdaptedLinear.apply(x, mixer, columns, weight, bias, prepared, form)  # type: ignore[no-untyped-call,no-any-return]

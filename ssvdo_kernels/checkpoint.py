@@ -1,0 +1,265 @@
+"""Adapters as files: a folder with `ssvdo_model.safetensors` and, for people to read, `ssvdo_config.json`.
+
+The safetensors file alone is what is loaded; its metadata holds the configuration, so that tensors and configuration
+can never belong to different saves. Nothing is unpickled. A fingerprint ties the adapter to its base weights:
+
+- `sha256` of W0's bytes: another base is refused; with another dtype W0 is compared by a 4 x 4 sketch instead;
+- a sketch of each singular vector kept and of the complement: the trained numbers are coordinates in that basis, so a
+  basis that came out otherwise (near-equal singular values on another LAPACK) is refused, unless the file carries its
+  own (`include_factors=True`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .config import LayerShape, SSVDOConfig
+from .factorize import Factors, apply_complement, as_bytes, check_weight, factorize, write_atomically
+from .linear import FACTOR_NAMES, PARAMETER_NAMES, SSVDOLinear
+from .model import exchange, freeze_rest, require_adapted
+
+FORMAT, VERSION = "ssvdo", 1
+MODEL_FILE, CONFIG_FILE = "ssvdo_model.safetensors", "ssvdo_config.json"
+SKETCH = 4  # probe vectors
+BASIS_TOLERANCE = 1e-2  # relative change of one sketched vector; a flip gives about 2, rounding in float64 below 1e-6
+
+
+class CheckpointError(ValueError):
+    """An adapter file is damaged, foreign, or does not fit the model."""
+
+
+class BaseMismatchError(CheckpointError):
+    """The adapter was trained on other base weights, or in another singular basis."""
+
+
+def _probes(rows: int, like: Tensor) -> Tensor:
+    grid = torch.arange(rows * SKETCH, dtype=torch.float64).view(SKETCH, rows).mT
+    return torch.cos(grid * grid % 6.2831853).to(dtype=torch.float64, device=like.device)
+
+
+def _sha256(weight: Tensor) -> str:
+    return hashlib.sha256(as_bytes(weight)).hexdigest()
+
+
+def _weight_sketch(weight: Tensor) -> Tensor:
+    w = weight.detach().to(torch.float64)
+    return (_probes(w.shape[0], w).mT @ (w @ _probes(w.shape[1], w))).cpu()
+
+
+def _basis_sketch(factors: Factors) -> Tensor:
+    """(width + l + SKETCH) x SKETCH: rows for V_k, U_l and the images of SKETCH unit vectors under U2."""
+    f = {name: t.to(torch.float64) for name, t in factors.tensors().items()}
+    V, U = f["inner_basis"], f["outer_basis"]
+    rows = [V.mT @ _probes(V.shape[0], V)]
+    if U.shape[1]:
+        top, bottom = f["complement_top"], f["complement_bottom"]
+        probe = torch.linalg.qr(_probes(bottom.shape[0], V)).Q  # fewer than SKETCH columns where c < SKETCH
+        rows += [U.mT @ _probes(U.shape[0], U), apply_complement(top, bottom, probe).mT @ _probes(U.shape[0], U)]
+    return torch.cat(rows).cpu()
+
+
+def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_factors: bool = False) -> Path:
+    """Writes the adapters of `model` into the folder `path` and returns it. The files are replaced atomically.
+
+    Args:
+        include_factors: also writes the singular bases, so that the adapter loads where a factorisation comes out
+            otherwise; about as large as the adapted weights themselves.
+
+    Raises:
+        ValueError: the model has no SSVDOLinear. OSError: the folder cannot be written; an old file stays whole.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    for name, layer in require_adapted(model).items():
+        for part in PARAMETER_NAMES:
+            tensors[f"{name}.{part}"] = getattr(layer, part)
+        tensors[f"{name}.weight_sketch"] = _weight_sketch(layer.weight)
+        tensors[f"{name}.basis_sketch"] = _basis_sketch(layer.factors()).to(torch.float32)
+        if include_factors:
+            tensors |= {f"{name}.{part}": getattr(layer, part) for part in FACTOR_NAMES}
+        layers[name] = {
+            "out_features": layer.out_features, "in_features": layer.in_features, "config": layer.config.to_dict(),
+            "dtype": str(layer.weight.dtype), "sha256": _sha256(layer.weight),
+        }
+    header = {"format": FORMAT, "version": VERSION, "include_factors": include_factors, "layers": layers}
+    folder = Path(path)
+    write_atomically(folder / MODEL_FILE, tensors, {"ssvdo": json.dumps(header, sort_keys=True)})
+    (folder / CONFIG_FILE).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    shape: LayerShape
+    config: SSVDOConfig
+    dtype: str
+    sha256: str
+    tensors: dict[str, Tensor]
+    factors: Factors | None
+
+
+def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Loads adapters saved by `save_ssvdo` into `model` (plain, or adapted with the same configuration); returns it.
+
+    A plain model is adapted on the way, and all but the adapters frozen. Everything is checked before anything changes.
+
+    Raises:
+        FileNotFoundError: `path` has no adapter.
+        CheckpointError: the file is damaged, foreign or of a newer format, or names layers or sizes that the model
+            does not have, or the model is adapted otherwise.
+        BaseMismatchError: it was trained on other base weights or in another singular basis.
+    """
+    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter at {file}; expected a folder with {MODEL_FILE}, as save_ssvdo writes it")
+    entries = _read(file)
+    modules = dict(model.named_modules())
+    extra = sorted(n for n, m in modules.items() if isinstance(m, SSVDOLinear) and n not in {e.name for e in entries})
+    if extra:
+        raise CheckpointError(f"{file}: holds no adapter for {extra[:4]}, which the model has adapted")
+    loaded = {entry.name: _layer_for(modules.get(entry.name), entry, file) for entry in entries}
+    replacements: dict[int, nn.Module] = {}
+    with torch.no_grad():
+        for entry in entries:
+            old, (layer, factors) = modules[entry.name], loaded[entry.name]
+            for part in PARAMETER_NAMES:
+                getattr(layer, part).copy_(entry.tensors[part])
+            if layer is old and factors is not None:
+                for part, tensor in factors.tensors().items():
+                    setattr(layer, part, tensor)
+            layer.refresh()
+            if layer is not old:
+                replacements[id(old)] = layer
+    exchange(model, replacements)
+    if replacements:
+        freeze_rest(model)
+    return model
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _layer_for(module: nn.Module | None, entry: _Entry, file: Path) -> tuple[SSVDOLinear, Factors | None]:
+    """The layer that will hold the entry (a new one for a plain nn.Linear), checked against it."""
+    where = f"{file}: layer {entry.name}"
+    if not isinstance(module, SSVDOLinear) and type(module) is not nn.Linear:
+        found = "nothing of that name" if module is None else f"a {type(module).__qualname__}"
+        raise CheckpointError(f"{where}: the model has {found} there; an nn.Linear or SSVDOLinear is needed")
+    have = (module.out_features, module.in_features)
+    want = (entry.shape.out_features, entry.shape.in_features)
+    if have != want:
+        raise CheckpointError(f"{where}: saved for a weight of {_by(want)}, the model's is {_by(have)}")
+    if isinstance(module, SSVDOLinear) and _formula(module.config) != _formula(entry.config):
+        ours, theirs = _formula(module.config), _formula(entry.config)
+        differ = {k: (theirs[k], ours[k]) for k in ours if ours[k] != theirs[k]}
+        raise CheckpointError(f"{where}: the model is adapted otherwise (saved, model): {differ}")
+    check_weight(module.weight, f"{entry.name}.weight")
+    _check_base(module.weight, entry, where)
+    factors = None
+    if entry.factors is not None:
+        factors = Factors(**{n: t.to(module.weight.device) for n, t in entry.factors.tensors().items()})
+    if isinstance(module, SSVDOLinear):
+        if factors is None:
+            _check_basis(module.factors(), entry, where)
+        return module, factors
+    used = factorize(module.weight, entry.shape, name=f"{entry.name}.weight") if factors is None else factors
+    if factors is None:
+        _check_basis(used, entry, where)
+    return SSVDOLinear(module.weight, module.bias, used, entry.shape, entry.config).train(module.training), None
+
+
+def _formula(config: SSVDOConfig) -> dict[str, Any]:
+    """What decides the meaning of the trained numbers; the rest is how they are chosen, started or computed."""
+    names = ("inner_ratio", "outer_rank", "tau", "rotation", "outer", "outer_scale", "orientation", "neumann_terms")
+    return {name: getattr(config, name) for name in names}
+
+
+def _check_base(weight: Tensor, entry: _Entry, where: str) -> None:
+    if str(weight.dtype) == entry.dtype:
+        same = _sha256(weight) == entry.sha256
+    else:
+        saved, now = entry.tensors["weight_sketch"], _weight_sketch(weight)
+        eps = max(torch.finfo(t).eps for t in (weight.dtype, getattr(torch, entry.dtype.removeprefix("torch."))))
+        scale = float(weight.detach().double().norm()) * SKETCH  # rounding: |g^T E h| <~ eps |W0|_F per probe pair
+        same = float((saved - now).abs().max()) <= eps * scale
+    if not same:
+        raise BaseMismatchError(
+            f"{where}: trained on other base weights than this model's; load the base that it was made for")
+
+
+def _check_basis(factors: Factors, entry: _Entry, where: str) -> None:
+    now, saved = _basis_sketch(factors), entry.tensors["basis_sketch"].double()
+    worst = float("inf")
+    if now.shape == saved.shape:
+        size = saved.norm(dim=1).square().mean().sqrt()
+        worst = float((now - saved).norm(dim=1).max() / size)
+    if not worst <= BASIS_TOLERANCE:
+        raise BaseMismatchError(
+            f"{where}: the singular vectors of W0 came out otherwise here (sketch differs by {worst:.2g}, allowed "
+            f"{BASIS_TOLERANCE}), as near-equal singular values do on another LAPACK or dtype; save the adapter with "
+            "save_ssvdo(..., include_factors=True) where it was trained, and load that file")
+
+
+def _read(file: Path) -> list[_Entry]:
+    try:
+        with safe_open(file, "pt") as source:
+            metadata = source.metadata() or {}
+            tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: no whole safetensors file ({error})") from None
+    try:
+        header = json.loads(metadata["ssvdo"])
+        if header["format"] != FORMAT or not isinstance(header["version"], int):
+            raise KeyError("format")
+        if header["version"] > VERSION:
+            raise CheckpointError(f"{file}: format {header['version']} is newer than {VERSION}; upgrade ssvdo_kernels")
+        own = bool(header["include_factors"])
+        entries = [_entry(name, values, own, tensors, file) for name, values in dict(header["layers"]).items()]
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not an SSVD-O adapter (metadata: {error})") from None
+    if tensors:
+        raise CheckpointError(f"{file}: unknown tensors {sorted(tensors)[:4]}")
+    return entries
+
+
+def _entry(name: str, values: dict[str, Any], with_factors: bool, tensors: dict[str, Tensor], file: Path) -> _Entry:
+    config = SSVDOConfig.from_dict(values["config"])
+    shape = LayerShape.of(values["out_features"], values["in_features"], config)
+    k, c, l, w = shape.k, shape.c, shape.l, shape.width  # noqa: E741
+    r = min(shape.d, c) if l else 0
+    sizes: dict[str, tuple[int, ...] | None] = {
+        "inner_rotation": (k * (k - 1) // 2,), "inner_scale": (k,), "outer": (c, l),
+        "weight_sketch": (SKETCH, SKETCH), "basis_sketch": (w + l + (min(c, SKETCH) if l else 0), SKETCH)}
+    if with_factors:
+        sizes |= {"inner_basis": (shape.d, w), "singular_values": (w,), "outer_basis": (shape.large, l),
+                  "complement_top": (shape.d, r), "complement_bottom": (c, r), "null_basis": None}
+    found = {}
+    for part, size in sizes.items():
+        tensor = tensors.pop(f"{name}.{part}", None)
+        if tensor is None:
+            raise CheckpointError(f"{file}: tensor {name}.{part} is missing")
+        if size is None:
+            size = (shape.large, min(k, tensor.shape[-1] if tensor.ndim else 0))
+        if tuple(tensor.shape) != size or not tensor.is_floating_point():
+            found_one = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise CheckpointError(f"{file}: tensor {name}.{part} is {found_one}, expected {size} of a floating dtype")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{file}: tensor {name}.{part} has non-finite entries")
+        found[part] = tensor
+    factors = Factors(**{part: found.pop(part) for part in FACTOR_NAMES}) if with_factors else None
+    if not isinstance(values["sha256"], str) or not hasattr(torch, str(values["dtype"]).removeprefix("torch.")):
+        raise CheckpointError(f"{file}: layer {name} has no valid fingerprint")
+    return _Entry(name, shape, config, values["dtype"], values["sha256"], found, factors)

@@ -1,0 +1,221 @@
+"""Whole models: choose layers by name, adapt them, merge them, give them back."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .config import LayerShape, SSVDOConfig
+from .factorize import check_weight
+from .linear import SSVDOLinear
+
+# Feed-forward layers: ESPnet (macaron too), Whisper / BART, wav2vec2 / BERT, LLaMA.
+FEED_FORWARD = (
+    "feed_forward.w_1", "feed_forward.w_2", "feed_forward_macaron.w_1", "feed_forward_macaron.w_2",
+    "fc1", "fc2",
+    "intermediate_dense", "output_dense", "intermediate.dense", "output.dense",
+    "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
+
+
+def matches(name: str, patterns: str | tuple[str, ...] | None) -> bool:
+    """Whether a module's dotted name is meant: one of the suffixes (whole components) or the regular expression."""
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith("." + p) for p in patterns)
+
+
+def _attention_output_dense(name: str) -> bool:
+    # BERT calls both "output.dense"; the one inside attention is no feed-forward layer.
+    return name.endswith("attention.output.dense")
+
+
+def _wanted(name: str, config: SSVDOConfig) -> bool:
+    if matches(name, config.exclude_modules):
+        return False
+    if config.target_modules is None:
+        return matches(name, FEED_FORWARD) and not _attention_output_dense(name)
+    if config.target_modules == "all-linear":
+        return True
+    return matches(name, config.target_modules)
+
+
+def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, nn.Linear]:
+    """Name -> layer for every linear layer that `config` names, in the model's order.
+
+    ``"all-linear"`` takes every nn.Linear but the output embedding (a layer whose weight is shared with an embedding or
+    that `model.get_output_embeddings()` returns) and layers of quantised or otherwise derived types.
+
+    Raises:
+        ValueError: nothing matches (the message lists close names), or target_modules is no regular expression.
+        TypeError: a named layer is adapted already, or no plain nn.Linear.
+    """
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field)
+        if isinstance(pattern, str) and pattern != "all-linear":
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{field}={pattern!r} is no regular expression: {error}") from None
+    everything = config.target_modules == "all-linear"
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found: dict[str, nn.Linear] = {}
+    linear_names = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, SSVDOLinear)):
+            linear_names.append(name)
+        if not name or not _wanted(name, config):
+            continue
+        if isinstance(module, SSVDOLinear):
+            raise TypeError(f"{name} is adapted already; call remove_ssvdo(model) first")
+        if type(module) is nn.Linear:
+            if everything and (module is head or id(module.weight) in embeddings):
+                continue
+            found[name] = module
+        elif not everything and (isinstance(module, nn.Linear) or _is_leaf_with_weight(module)):
+            raise TypeError(f"{name} is a {type(module).__module__}.{type(module).__qualname__}; "
+                            "allowed: torch.nn.Linear itself (no quantised layer, no subclass)")
+    if not found:
+        raise ValueError(_nothing_found(config, linear_names))
+    return found
+
+
+def _is_leaf_with_weight(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and hasattr(module, "weight")
+
+
+def _nothing_found(config: SSVDOConfig, names: list[str]) -> str:
+    wanted = config.target_modules if config.target_modules is not None else FEED_FORWARD
+    asked = [wanted] if isinstance(wanted, str) else list(wanted)
+    tails = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
+    near = {t for a in asked for t in difflib.get_close_matches(a, tails, 5, 0.4)}
+    shown = sorted(near) or tails[:12]
+    hint = f"linear layers with close names: {shown}" if shown else "the model has no nn.Linear"
+    return f"target_modules={config.target_modules!r} matches no linear layer of the model; {hint}"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    name: str
+    linear: nn.Linear
+    config: SSVDOConfig
+
+
+def _plan_layers(model: nn.Module, config: SSVDOConfig) -> list[_Plan]:
+    """Checks every layer before any is changed."""
+    plans, square = [], []
+    for name, linear in find_targets(model, config).items():
+        own = config
+        if linear.in_features == linear.out_features and config.outer_rank:
+            own = replace(config, outer_rank=0)
+            square.append(name)
+        try:
+            LayerShape.of(linear.out_features, linear.in_features, own)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        check_weight(linear.weight, f"{name}.weight")
+        plans.append(_Plan(name, linear, own))
+    if square:
+        warnings.warn(
+            f"{len(square)} square layers have no complement and get outer_rank=0 (inner part only): "
+            f"{', '.join(square[:4])}{', ...' if len(square) > 4 else ''}", stacklevel=3)
+    return plans
+
+
+def apply_ssvdo(
+    model: nn.Module, config: SSVDOConfig | None = None, *, cache_dir: str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """Adapts the layers that `config` names, in place, and freezes all the rest of the model. Returns the model.
+
+    The pretrained weights must be loaded. A layer that stands in several places stays one layer. All layers are
+    checked, then factorised, then exchanged: on an error the model is as it was. A progress bar shows after 2 seconds.
+
+    Args:
+        config: None takes `SSVDOConfig()`. cache_dir: a folder in which factorisations are kept by weight content.
+
+    Raises:
+        ValueError: nothing matches, a size does not fit, or a weight is on the meta device or not finite.
+        TypeError: a named layer is adapted already, or no plain nn.Linear.
+    """
+    config = SSVDOConfig() if config is None else config
+    plans = _plan_layers(model, config)
+    adapted: dict[int, SSVDOLinear] = {}
+    for plan in tqdm(plans, desc="factorising", unit="layer", delay=2, leave=False):
+        adapted[id(plan.linear)] = SSVDOLinear.from_linear(
+            plan.linear, plan.config, name=f"{plan.name}.weight", cache_dir=cache_dir)
+    exchange(model, adapted)
+    freeze_rest(model)
+    return model
+
+
+def freeze_rest(model: nn.Module) -> None:
+    """Trains the adapters' parameters and nothing else."""
+    ours = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter_parameters}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in ours)
+
+
+def exchange(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Puts replacements[id(child)] in every place where that child stands."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if id(child) not in replacements:
+                continue
+            new = replacements[id(child)]
+            setattr(parent, name, new)
+            if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new, SSVDOLinear):
+                # torch's inference fast path reads linear1.weight and would pass the adapter by; a hook turns it off.
+                new.register_forward_pre_hook(_no_fast_path)
+
+
+def _no_fast_path(module: nn.Module, args: tuple[object, ...]) -> None:
+    return None
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, SSVDOLinear]]:
+    """(name, layer) of every SSVDOLinear of the model, each layer once."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, SSVDOLinear))
+
+
+def require_adapted(model: nn.Module) -> dict[str, SSVDOLinear]:
+    """The adapted layers by name; a ValueError where there are none."""
+    layers = dict(adapted_layers(model))
+    if not layers:
+        raise ValueError("model has no SSVDOLinear; call apply_ssvdo(model, config) first")
+    return layers
+
+
+def merge_ssvdo(model: nn.Module) -> nn.Module:
+    """`SSVDOLinear.merge` on every adapted layer: dense W' for inference, W0 kept bit for bit."""
+    for layer in require_adapted(model).values():
+        layer.merge()
+    return model
+
+
+def unmerge_ssvdo(model: nn.Module) -> nn.Module:
+    """Undoes `merge_ssvdo`."""
+    for layer in require_adapted(model).values():
+        layer.unmerge()
+    return model
+
+
+@torch.no_grad()
+def remove_ssvdo(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Puts plain nn.Linear layers back, with W0 (the original tensors) or, with merge=True, with W'.
+
+    The layers stay frozen, as the rest of the model: what is to be trained next is the caller's to say.
+    """
+    layers = require_adapted(model)
+    exchange(model, {id(layer): layer.to_linear(merge) for layer in layers.values()})
+    return model

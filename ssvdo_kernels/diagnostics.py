@@ -116,7 +116,8 @@ def orthogonality(model: nn.Module, *, limit: float | None = None) -> list[Layer
         if report.cholesky_condition > bound:
             warnings.warn(
                 f"{name}: the condition number {report.cholesky_condition:.1e} of L^T L + tau I "
-                f"(tau={layer.config.tau}) exceeds {bound:.1e}; Cholesky may fail: use a larger tau or a smaller learning rate", stacklevel=2)
+                f"(tau={layer.config.tau}) exceeds {bound:.1e}; Cholesky may fail: use a larger tau or a smaller "
+                "learning rate", stacklevel=2)
         reports.append(report)
     return reports
 

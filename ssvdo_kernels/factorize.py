@@ -114,7 +114,7 @@ def factorize(
 
 
 def _factorize(weight: Tensor, shape: LayerShape) -> Factors:
-    # float64 for every dtype: near-equal singular values then give the same vectors on every machine, for 1.6 x the time.
+    # float64 for every dtype: for 1.6 x the time, near-equal singular values give the same vectors on every machine.
     u, s, v = thin_svd((weight.mT if shape.transposed else weight).to(torch.float64))
     dtype = compute_dtype(weight.dtype)
     info = torch.finfo(dtype)
@@ -128,8 +128,14 @@ def _factorize(weight: Tensor, shape: LayerShape) -> Factors:
     def stored(tensor: Tensor) -> Tensor:
         return tensor.to(weight.dtype, copy=True).contiguous()
 
-    return Factors(stored(v[:, : shape.width]), s[: shape.width].to(dtype, copy=True), stored(u[:, : shape.l]), stored(top),
-                   stored(bottom), stored(u[:, shape.k - q : shape.k]))
+    return Factors(
+        inner_basis=stored(v[:, : shape.width]),
+        singular_values=s[: shape.width].to(dtype, copy=True),
+        outer_basis=stored(u[:, : shape.l]),
+        complement_top=stored(top),
+        complement_bottom=stored(bottom),
+        null_basis=stored(u[:, shape.k - q : shape.k]),
+    )
 
 
 def apply_complement(top: Tensor, bottom: Tensor, x: Tensor) -> Tensor:

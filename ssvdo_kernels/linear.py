@@ -106,7 +106,7 @@ class SSVDOLinear(nn.Module):
         """Adapts a pretrained layer; its weight and bias tensors are taken over, not copied.
 
         Args:
-            linear: nn.Linear with its trained weight loaded. The weight is frozen; the bias stays as trainable as it is.
+            linear: nn.Linear with its trained weight loaded. The weight is frozen; the bias stays as it is.
             config: sizes and formula; None takes `SSVDOConfig()`.
             name: how errors call the weight. cache_dir: see `factorize`.
 
@@ -285,9 +285,9 @@ class SSVDOLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # The number of rank-deficient directions belongs to the weight, so a checkpoint may bring another one.
         incoming = state_dict.get(prefix + "null_basis")
-        fits = isinstance(incoming, Tensor) and incoming.ndim == 2 and incoming.shape[0] == self.shape.large
-        if fits and incoming.shape[1] <= self.shape.k and incoming.shape != self.null_basis.shape:
-            self.null_basis = self.null_basis.new_empty(incoming.shape)
+        size = tuple(getattr(incoming, "shape", ()))
+        if len(size) == 2 and size[0] == self.shape.large and size[1] <= self.shape.k:
+            self.null_basis = self.null_basis.new_empty(size)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _is_leaf_with_weight(module: nn.Module) -> bool:
 def _nothing_found(config: SSVDOConfig, names: list[str]) -> str:
     wanted = config.target_modules if config.target_modules is not None else FEED_FORWARD
     asked = [wanted] if isinstance(wanted, str) else list(wanted)
-    tails = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
+    tails = sorted({re.sub(r"^(.*\.)?\d+\.", "", name) for name in names})
     near = {t for a in asked for t in difflib.get_close_matches(a, tails, 5, 0.4)}
     shown = sorted(near) or tails[:12]
     hint = f"linear layers with close names: {shown}" if shown else "the model has no nn.Linear"

@@ -22,14 +22,16 @@ def skew(packed: Tensor, k: int) -> Tensor:
     """K (k x k), K = -K^T, from its strict upper triangle in row-major order (k(k-1)/2 numbers)."""
     rows, columns = torch.triu_indices(k, k, 1, device=packed.device)
     upper: Tensor = packed.new_zeros(k, k).index_put((rows, columns), packed)
-    return upper - upper.mT
+    K: Tensor = upper - upper.mT
+    return K
 
 
 def rotation(K: Tensor, kind: str = "cayley", terms: int = 4) -> Tensor:
     """G: (I + K)^-1 (I - K) | I + 2 sum_{i=1..terms} (-K)^i | I - 2K for "cayley" | "neumann" | "first_order"."""
     identity = torch.eye(K.shape[0], dtype=K.dtype, device=K.device)
     if kind == "cayley":
-        return torch.linalg.solve(identity + K, identity - K)
+        G: Tensor = torch.linalg.solve(identity + K, identity - K)
+        return G
     if kind == "neumann":
         power, total = identity, torch.zeros_like(K)
         for _ in range(terms):

@@ -9,9 +9,9 @@ Two maps on the small side, adjoint to one another (V: d x width, M = [N; B_z]):
     wide   y = contract(x [A | F]) + b         dx = expand(dy) [A | F]^T
 
 with A = W0 or W0^T (large x d), F large x e. With h = x V and g = [(u V) | z] on the two ends of the pair, the
-parameter gradients are dM = g^T h and dF = (large side)^T z. Each map has three forms: factored (through V and M), folded (M V^T
-multiplied out once) and core (one dense d x (d + e) matrix E). The tall layer keeps only x; the wide one keeps x and
-its T x (width + e) inner activations, because recomputing them would be another pass over W0.
+parameter gradients are dM = g^T h and dF = (large side)^T z. Each map has three forms: factored (through V and M),
+folded (M V^T multiplied out once) and core (one dense d x (d + e) matrix E). The tall layer keeps only x; the wide one
+keeps x and its T x (width + e) inner activations, because recomputing them would be another pass over W0.
 """
 
 from __future__ import annotations

@@ -19,15 +19,16 @@ from torch import Tensor
 @lru_cache(maxsize=64)
 def _upper_index(k: int, device: torch.device) -> Tensor:
     rows, columns = torch.triu_indices(k, k, 1, device=device)
-    return rows * k + columns
+    index: Tensor = rows * k + columns
+    return index
 
 
 def unpack_skew(packed: Tensor, k: int) -> Tensor:
     """K (k x k) from k(k-1)/2 numbers."""
-    upper = packed.new_zeros(k * k)
+    upper: Tensor = packed.new_zeros(k * k)
     upper[_upper_index(k, packed.device)] = packed
-    upper = upper.view(k, k)
-    return upper - upper.mT
+    K = upper.view(k, k)
+    return K - K.mT
 
 
 def pack_skew_gradient(dK: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+# Everything runs in .venv, which the first target that needs it makes. TORCH may name another build or version.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: demo test bench lint gpu clean
+
+$(STAMP): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "setuptools>=77"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[peft,asr,bench,dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.asr.demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Runs with the machine's own Python and torch: a GPU box has its build installed.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m ssvdo_kernels.info
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/gpu
+	PYTHONPATH=. $(PYTHON) -m benchmarks --quick --device cuda --dtype bfloat16 --out $${OUT:-benchmarks/results}
+
+clean:
+	rm -rf $(VENV) build *.egg-info

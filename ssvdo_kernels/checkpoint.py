@@ -61,9 +61,8 @@ def _basis_sketch(factors: Factors) -> Tensor:
     V, U = f["inner_basis"], f["outer_basis"]
     rows = [V.mT @ _probes(V.shape[0], V)]
     if U.shape[1]:
-        top, bottom = f["complement_top"], f["complement_bottom"]
-        probe = torch.linalg.qr(_probes(bottom.shape[0], V)).Q  # fewer than SKETCH columns where c < SKETCH
-        rows += [U.mT @ _probes(U.shape[0], U), apply_complement(top, bottom, probe).mT @ _probes(U.shape[0], U)]
+        probe = torch.linalg.qr(_probes(U.shape[0] - V.shape[0], V)).Q  # fewer than SKETCH columns where c < SKETCH
+        rows += [U.mT @ _probes(U.shape[0], U), apply_complement(f["reflector"], probe).mT @ _probes(U.shape[0], U)]
     return torch.cat(rows).cpu()
 
 
@@ -245,7 +244,7 @@ def _entry(name: str, values: dict[str, Any], with_factors: bool, tensors: dict[
         "weight_sketch": (SKETCH, SKETCH), "basis_sketch": (w + l + (min(c, SKETCH) if l else 0), SKETCH)}
     if with_factors:
         sizes |= {"inner_basis": (shape.d, w), "singular_values": (w,), "outer_basis": (shape.large, l),
-                  "complement_top": (shape.d, r), "complement_bottom": (c, r), "null_basis": None}
+                  "reflector": (shape.large, r), "null_basis": None}
     found = {}
     for part, size in sizes.items():
         tensor = tensors.pop(f"{name}.{part}", None)

@@ -1,15 +1,14 @@
 """The one factorisation of a pretrained weight, and the complement of its large side without ever storing it.
 
-The tall matrix A (large x d; W0, or W0^T for a wide layer) is A = U diag(S) V^T. Split U = [U_top (d x d);
-U_bot (c x d)] and take the SVD of the top block, U_top = P cos(t) R^T. Then
+The tall matrix A (large x d; W0, or W0^T for a wide layer) is A = U diag(S) V^T. With U = [U_top (d x d);
+U_bot (c x d)] and the SVD of the top block, U_top = P cos(t) R^T, let
 
-    top = P sqrt(1 + cos t)   (d x r),    bottom = U_bot R / sqrt(1 + cos t)   (c x r),    r = min(d, c)
-    U2  = [ -top bottom^T ;  I - bottom bottom^T ]   (large x c)
+    Y = [ P sqrt(1 + cos t) ;  U_bot R / sqrt(1 + cos t) ]     (large x r;  r = min(d, c), t = 0 elsewhere)
 
-is an orthonormal basis of U's complement: with O = P R^T, [-U O^T | U2] is the symmetric block reflector that carries
-the span of the first d unit vectors to the span of U. Unlike a Householder reconstruction by LU, no matrix is inverted
-(1 + cos t lies between 1 and 2), and U2 depends on the *span* of U alone: signs and rotations of the singular vectors
-do not change it. U2 X costs two thin products, and `top` and `bottom` together are no larger than U.
+Then Y^T Y = 2I, H = I - Y Y^T is a symmetric orthogonal block reflector, its first d columns span U's columns, and the
+other c are the complement, U2 = H[:, d:]. Unlike a Householder reconstruction by LU no matrix is inverted (1 + cos t
+lies between 1 and 2), and U2 depends on the *span* of U alone: neither signs nor rotations of the singular vectors
+change it. U2 X costs two thin products, and Y is no larger than U.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class Factors:
     inner_basis: Tensor  # V_k, d x width
     singular_values: Tensor  # S_k, width, descending
     outer_basis: Tensor  # U_l, large x l
-    complement_top: Tensor  # d x r (r = 0 when l = 0)
-    complement_bottom: Tensor  # c x r
+    reflector: Tensor  # Y, large x r (r = 0 when l = 0)
     null_basis: Tensor  # U[:, k-q:k], large x q: directions whose S_i has no usable inverse
 
     def tensors(self) -> dict[str, Tensor]:
@@ -78,12 +76,12 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u * sign, s * peak, (vt * sign[:, None]).mT.contiguous()
 
 
-def _complement(u: Tensor) -> tuple[Tensor, Tensor]:
+def _reflector(u: Tensor) -> Tensor:
     large, d = u.shape
     r = min(d, large - d)
     p, cosine, rt = torch.linalg.svd(u[:d])
     root = (1 + cosine[d - r :].clamp(max=1)).sqrt()  # descending cosines: the first d - r are exactly 1
-    return p[:, d - r :] * root, (u[d:] @ rt[d - r :].mT) / root
+    return torch.cat([p[:, d - r :] * root, (u[d:] @ rt[d - r :].mT) / root])
 
 
 def factorize(
@@ -120,11 +118,6 @@ def _factorize(weight: Tensor, shape: LayerShape) -> Factors:
     info = torch.finfo(dtype)
     floor = max(float(s[0]) * info.eps * shape.large, info.tiny / info.eps)
     q = int((s[: shape.k] <= floor).sum())
-    if shape.l:
-        top, bottom = _complement(u)
-    else:
-        top, bottom = u.new_zeros(shape.d, 0), u.new_zeros(shape.c, 0)
-
     def stored(tensor: Tensor) -> Tensor:
         return tensor.to(weight.dtype, copy=True).contiguous()
 
@@ -132,23 +125,22 @@ def _factorize(weight: Tensor, shape: LayerShape) -> Factors:
         inner_basis=stored(v[:, : shape.width]),
         singular_values=s[: shape.width].to(dtype, copy=True),
         outer_basis=stored(u[:, : shape.l]),
-        complement_top=stored(top),
-        complement_bottom=stored(bottom),
+        reflector=stored(_reflector(u) if shape.l else u[:, :0]),
         null_basis=stored(u[:, shape.k - q : shape.k]),
     )
 
 
-def apply_complement(top: Tensor, bottom: Tensor, x: Tensor) -> Tensor:
-    """U2 x = [-top t; x - bottom t] with t = bottom^T x. x: c x cols; returns (d + c) x cols."""
-    t = bottom.mT @ x
-    return torch.cat([-(top @ t), torch.addmm(x, bottom, t, alpha=-1)])
+def apply_complement(reflector: Tensor, x: Tensor) -> Tensor:
+    """U2 x = [0; x] - Y (Y_bot^T x). reflector: Y, large x r; x: c x cols; returns large x cols."""
+    d = reflector.shape[0] - x.shape[0]
+    y = reflector @ (reflector[d:].mT @ x)
+    y.neg_()[d:] += x
+    return y
 
 
-def apply_complement_transposed(top: Tensor, bottom: Tensor, y: Tensor) -> Tensor:
-    """U2^T y = y_bot - bottom (top^T y_top + bottom^T y_bot). y: (d + c) x cols; returns c x cols."""
-    d = top.shape[0]
-    t = torch.addmm(top.mT @ y[:d], bottom.mT, y[d:])
-    return torch.addmm(y[d:], bottom, t, alpha=-1)
+def apply_complement_transposed(reflector: Tensor, y: Tensor, d: int) -> Tensor:
+    """U2^T y = y_bot - Y_bot (Y^T y). y: large x cols; returns c x cols, c = large - d."""
+    return torch.addmm(y[d:], reflector[d:], reflector.mT @ y, alpha=-1)
 
 
 def content_key(weight: Tensor, shape: LayerShape) -> str:

@@ -17,7 +17,7 @@ from .ops.linear import adapted_linear
 from .ops.preparation import Gradients, Prepared, attach
 from .planner import plan
 
-FACTOR_NAMES = ("inner_basis", "singular_values", "outer_basis", "complement_top", "complement_bottom", "null_basis")
+FACTOR_NAMES = ("inner_basis", "singular_values", "outer_basis", "reflector", "null_basis")
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
 
 _optimizer_steps = 0
@@ -72,8 +72,7 @@ class SSVDOLinear(nn.Module):
     inner_basis: Tensor
     singular_values: Tensor
     outer_basis: Tensor
-    complement_top: Tensor
-    complement_bottom: Tensor
+    reflector: Tensor
     null_basis: Tensor
 
     def __init__(

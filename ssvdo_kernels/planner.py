@@ -3,8 +3,8 @@
 Per token (multiply-adds, e = l + q, w = max(k, l), m*n the frozen product, b = max(m, n), d = min(m, n)):
 
     form       forward                     backward (with parameter gradients)
-    factored   2dw + w^2 + we + be         3dw + 2w^2 + 3we + 2be    (wide: 2dw, h is kept)
-    folded     2dw + we + be               3dw + w^2 + 2we + de + 2be
+    factored   2dw + w^2 + we + be         2dw + 2w^2 + 3we + 2be
+    folded     2dw + we + be               2dw + w^2 + 2we + de + 2be
     core       d(d + e) + be               2d(d + e) + de + 2be
     merged     0                           mn                        (dW' = dy^T x)
 
@@ -24,17 +24,15 @@ def token_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
     """Multiply-adds per token beyond the frozen layer's m*n (forward) and m*n (backward)."""
     d, b, w, e = shape.d, shape.large, shape.width, extra
     if form == "factored":
-        forward, backward = 2 * d * w + w * w + w * e + b * e, 3 * d * w + 2 * w * w + 3 * w * e + 2 * b * e
+        forward, backward = 2 * d * w + w * w + w * e + b * e, 2 * d * w + 2 * w * w + 3 * w * e + 2 * b * e
     elif form == "folded":
-        forward, backward = 2 * d * w + w * e + b * e, 3 * d * w + w * w + 2 * w * e + d * e + 2 * b * e
+        forward, backward = 2 * d * w + w * e + b * e, 2 * d * w + w * w + 2 * w * e + d * e + 2 * b * e
     elif form == "core":
         forward, backward = d * (d + e) + b * e, 2 * d * (d + e) + d * e + 2 * b * e
     elif form == "merged":
         forward, backward = 0, b * d
     else:
         raise ValueError(f"form={form!r} is unknown; allowed: {', '.join(map(repr, FORMS))}")
-    if shape.transposed and form in ("factored", "folded"):
-        backward -= d * w
     return forward + (backward if grad else 0)
 
 

@@ -117,7 +117,7 @@ def rotate(layer):
 
 
 def other_complement(layer):
-    layer.complement_bottom[:, 0].neg_()
+    layer.reflector[-1].neg_()
 
 
 @pytest.mark.parametrize("change", [flip, rotate, other_complement])

@@ -10,8 +10,9 @@ Two maps on the small side, adjoint to one another (V: d x width, M = [N; B_z]):
 
 with A = W0 or W0^T (large x d), F large x e. With h = x V and g = [(u V) | z] on the two ends of the pair, the
 parameter gradients are dM = g^T h and dF = (large side)^T z. Each map has three forms: factored (through V and M),
-folded (M V^T multiplied out once) and core (one dense d x (d + e) matrix E). The tall layer keeps only x; the wide one
-keeps x and its T x (width + e) inner activations, because recomputing them would be another pass over W0.
+folded (M V^T multiplied out once) and core (one dense d x (d + e) matrix E). Kept for backward are x and the inner
+activations, T x width (tall, h) or T x (width + e) (wide, g): recomputing h costs the tall layer 2dk operations a token,
+and the wide one another pass over W0. The core form keeps x alone if tall.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ class _SmallSide:
         return torch.addmm(u, g @ self.M, self.V.mT), g
 
     def mixer_gradient(self, g: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
-        """dM ((width + e) x width) from g (see contract), the expand side's x (T x d) and h = x V if known."""
-        if self.form != "core":
-            return g.mT @ (x @ self.V if h is None else h)
+        """dM ((width + e) x width) from contract's g and expand's x and h (h is None in the core form, and only there)."""
+        if h is not None:
+            return g.mT @ h
         dE = (g.mT @ x) @ self.V  # (d + e) x width
         return torch.cat([self.V.mT @ dE[: self.d], dE[self.d :]])
 
@@ -88,7 +89,7 @@ class AdaptedLinear(torch.autograd.Function):
             if bias is not None:
                 y += bias
         else:
-            xz, _ = side.expand(x)
+            xz, saved = side.expand(x)
             u = xz[:, : side.d]
             y = u @ weight.mT if bias is None else torch.addmm(bias, u, weight.mT)
             if side.extra:
@@ -120,13 +121,10 @@ class AdaptedLinear(torch.autograd.Function):
             torch.mm(dy, weight, out=uz[:, : side.d])
             torch.mm(dy, F, out=uz[:, side.d :])
             dx, g = side.contract(uz)
-            h = None
             if need_mixer:
-                h = None if side.form == "core" else x @ side.V
-                d_mixer = side.mixer_gradient(g, x, h)
+                d_mixer = side.mixer_gradient(g, x, saved)
             if need_columns:
-                z = x @ side.E[:, side.d :] if side.form == "core" else (
-                    (x @ side.V if h is None else h) @ side.M[side.width :].mT)
+                z = x @ side.E[:, side.d :] if side.form == "core" else saved @ side.M[side.width :].mT
                 d_columns = dy.mT @ z
         d_bias = dy.sum(0) if need_bias else None
 

@@ -88,7 +88,7 @@ class Prepared:
                 "`outer` is not finite or too large for tau: use a larger tau or a smaller learning rate")
         identity = torch.eye(l, dtype=self.dtype, device=outer.device)
         X = torch.linalg.solve_triangular(R, identity, upper=False).mT
-        F = apply_complement(f.complement_top.to(self.dtype), f.complement_bottom.to(self.dtype), L @ X)
+        F = apply_complement(f.reflector.to(self.dtype), L @ X)
         C = None
         if self.config.outer == "rotation":
             C = X * self.config.tau**0.5
@@ -116,7 +116,7 @@ class Prepared:
         if saved is None:
             return dF.new_zeros(self.shape.c, 0)
         dF = dF.contiguous()
-        dQ = apply_complement_transposed(f.complement_top.to(self.dtype), f.complement_bottom.to(self.dtype), dF)
+        dQ = apply_complement_transposed(f.reflector.to(self.dtype), dF, self.shape.d)
         dX = saved.L.mT @ dQ
         if saved.C is not None:
             dX.addmm_(f.outer_basis.to(self.dtype).mT, dF, alpha=self.config.tau**0.5)

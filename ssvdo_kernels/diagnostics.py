@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .linear import SSVDOLinear
 from .model import require_adapted
+from .ops import own_dtypes
 from .ops.rotation import rotation_forward
 
 
@@ -68,6 +69,7 @@ def _largest_singular_value(matrix: Tensor, steps: int = 24) -> Tensor:
 
 
 @torch.no_grad()
+@own_dtypes()
 def layer_report(layer: SSVDOLinear, name: str = "") -> LayerReport:
     """The numbers of one layer; costs about one preparation."""
     prepared = layer.prepared()

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, compute_dtype, factorize
+from .ops import own_dtypes
 from .ops.linear import adapted_linear
 from .ops.preparation import Gradients, Prepared, attach
 from .planner import plan
@@ -159,6 +160,7 @@ class SSVDOLinear(nn.Module):
         """Forgets what was prepared; the next forward prepares anew."""
         self._cache = None
 
+    @own_dtypes()
     def _current(self) -> _Cache:
         parameters = self.adapter_parameters
         watched = (*parameters, self.weight, *(getattr(self, name) for name in FACTOR_NAMES))
@@ -243,12 +245,13 @@ class SSVDOLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         form = self._form(cache.prepared, rows.shape[0], mixer.requires_grad)
         cache.prepared.tokens += rows.shape[0]
-        with torch.autocast(kind, enabled=False):
+        with own_dtypes():
             y = adapted_linear(rows, mixer, columns, weight, bias, cache.prepared, form)
         return y.view(*x.shape[:-1], self.out_features)
 
     # -- the dense weight --------------------------------------------------------------------------------------------
     @torch.no_grad()
+    @own_dtypes()
     def adapted_weight(self) -> Tensor:
         """W' (out_features x in_features) for the current parameters, in the weight's dtype; a new tensor."""
         return self.prepared().merged(self.weight).clone()

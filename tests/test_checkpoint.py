@@ -213,7 +213,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_missing_files_and_plain_models(tmp_path):
-    with pytest.raises(FileNotFoundError, match="ssvdo_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"ssvdo_model\.safetensors"):
         load_ssvdo(base(), tmp_path)
     with pytest.raises(ValueError, match="has no SSVDOLinear"):
         save_ssvdo(base(), tmp_path)

@@ -131,7 +131,7 @@ def test_a_layer_adapted_twice_is_refused():
 
 def test_linear_subclasses_inside_multihead_attention_are_refused_by_name_and_skipped_by_all_linear():
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "fc1": nn.Linear(4, 8)})
-    with pytest.raises(TypeError, match="attn.out_proj"):
+    with pytest.raises(TypeError, match=r"attn\.out_proj"):
         apply_ssvdo(model, SSVDOConfig(outer_rank=0, target_modules=["out_proj"]))
     apply_ssvdo(model, SSVDOConfig(outer_rank=0, target_modules="all-linear"))
     assert [n for n, _ in adapted_layers(model)] == ["fc1"]

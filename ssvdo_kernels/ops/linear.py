@@ -11,8 +11,8 @@ Two maps on the small side, adjoint to one another (V: d x width, M = [N; B_z]):
 with A = W0 or W0^T (large x d), F large x e. With h = x V and g = [(u V) | z] on the two ends of the pair, the
 parameter gradients are dM = g^T h and dF = (large side)^T z. Each map has three forms: factored (through V and M),
 folded (M V^T multiplied out once) and core (one dense d x (d + e) matrix E). Kept for backward are x and the inner
-activations, T x width (tall, h) or T x (width + e) (wide, g): recomputing h costs the tall layer 2dk operations a token,
-and the wide one another pass over W0. The core form keeps x alone if tall.
+activations, T x width (tall, h) or T x (width + e) (wide, g): recomputing h costs the tall layer 2dk operations a
+token, and the wide one another pass over W0. The core form keeps x alone if tall.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import own_dtypes
 from .preparation import Prepared
 
 
@@ -65,7 +66,7 @@ class _SmallSide:
         return torch.addmm(u, g @ self.M, self.V.mT), g
 
     def mixer_gradient(self, g: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
-        """dM ((width + e) x width) from contract's g and expand's x and h (h is None in the core form, and only there)."""
+        """dM ((width + e) x width) from contract's g and expand's x and h (None in the core form, and only there)."""
         if h is not None:
             return g.mT @ h
         dE = (g.mT @ x) @ self.V  # (d + e) x width
@@ -100,6 +101,7 @@ class AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @own_dtypes()
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         need_x, need_mixer, need_columns, _, need_bias = ctx.needs_input_grad[:5]
         x, F, weight, saved = ctx.saved_tensors
@@ -151,6 +153,7 @@ class MergedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @own_dtypes()
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         need_x, need_mixer, need_columns, _, need_bias = ctx.needs_input_grad[:5]
         x, weight, merged = ctx.saved_tensors

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, apply_complement, apply_complement_transposed, compute_dtype
+from . import own_dtypes
 from .rotation import rotation_backward, rotation_forward
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -184,6 +185,7 @@ class Attach(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @own_dtypes()
     def backward(ctx, d_mixer: Tensor, d_columns: Tensor):  # type: ignore[no-untyped-def]
         gradients = ctx.prepared.backward(d_mixer, d_columns)
         return (None, *(g.to(t) if need else None

@@ -55,8 +55,8 @@ def rotation_forward(packed: Tensor, k: int, kind: str, terms: int) -> tuple[Ten
 
 def _inverse_of_identity_plus(K: Tensor) -> Tensor:
     """M = (I + K)^-1 for a skew K."""
-    # LAPACK's inverse runs at a fifth of the speed of a matrix product; splitting into blocks halves its time. Every Schur
-    # complement of I + K has a symmetric part >= I, so no pivots are needed while |K|_2 <= |K|_F / sqrt(2) is small.
+    # LAPACK's inverse runs at a fifth of the speed of a matrix product; splitting into blocks halves its time. Every
+    # Schur complement of I + K has a symmetric part >= I, so no pivots are needed while |K|_2 (<= |K|_F) is small.
     blocked = K.device.type == "cpu" and K.shape[0] > _LEAF and float(torch.linalg.vector_norm(K)) <= 16
     A = K.clone()
     A.diagonal().add_(1)

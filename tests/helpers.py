@@ -1,0 +1,38 @@
+"""Shared by the tests: layers with random parameters, and a comparison that names the tensor."""
+
+import torch
+from torch import Tensor, nn
+
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear
+
+
+def make_layer(m, n, *, dtype=torch.float64, bias=True, rank=None, spread=0.3, seed=0, device="cpu", **options):
+    """An SSVDOLinear over a random (rank-deficient with `rank`) weight, its parameters drawn from N(0, spread^2)."""
+    torch.manual_seed(seed)
+    linear = nn.Linear(n, m, bias=bias, dtype=torch.float64)
+    if rank is not None:
+        with torch.no_grad():
+            linear.weight.copy_(torch.randn(m, rank).double() @ torch.randn(rank, n).double())
+    layer = SSVDOLinear.from_linear(linear.to(dtype).to(device), SSVDOConfig(**options))
+    randomise(layer, spread)
+    return layer
+
+
+@torch.no_grad()
+def randomise(layer, spread=0.3):
+    for p in layer.adapter_parameters:
+        p.copy_(spread * torch.randn(p.shape))
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """|got - want|_F / |want|_F (absolute where want is 0)."""
+    want = want.detach().double()
+    norm = float(want.norm()) if want.numel() else 0.0
+    return float((got.detach().double() - want).norm()) / (norm or 1.0) if want.numel() else 0.0
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    assert torch.isfinite(got).all(), f"{name}: not finite"
+    e = error(got, want)
+    assert e <= tolerance, f"{name}: relative error {e:.2e} > {tolerance:.2e}"

@@ -1,0 +1,168 @@
+"""Manifests and their errors, audio, features and training batches; the committed sentences and speech."""
+
+import math
+from collections import Counter, defaultdict
+
+import pytest
+import torch
+
+for needed in ("transformers", "tokenizers", "soundfile"):
+    pytest.importorskip(needed, reason="the speech example needs the extra: pip install 'ssvdo_kernels[asr]'")
+
+import soundfile  # noqa: E402
+
+from examples.asr.corpus import RATE, SPEECH, batches, features, load_audio, read_manifest, resample  # noqa: E402
+from examples.asr.make_speech import TEST_SENTENCES, VOICES, sentences  # noqa: E402
+from examples.asr.whisper import END, NO_TIMESTAMPS, SECONDS, START  # noqa: E402
+
+
+def tone(seconds, rate=RATE, hertz=440.0):
+    return 0.5 * torch.sin(2 * math.pi * hertz * torch.arange(int(seconds * rate)) / rate)
+
+
+def manifest(folder, *lines, audio=("a.flac",)):
+    for name in audio:
+        soundfile.write(folder / name, tone(0.1).numpy(), RATE)
+    (folder / "manifest.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "manifest.tsv"
+
+
+def test_manifest_is_read(tmp_path):
+    path = manifest(
+        tmp_path,
+        "text\tpath\tvoice\tsplit",
+        'Say "hello" twice.\ta.flac\ten-us\ttest',
+        "Good night.\tb.flac\tx\ttrain",
+        audio=("a.flac", "b.flac"),
+    )
+    first, second = read_manifest(path)
+    assert (first.path, first.text) == (tmp_path / "a.flac", 'Say "hello" twice.')
+    assert (first.voice, first.split, second.voice, second.split) == ("en-us", "test", "x", "train")
+
+
+def test_voice_and_split_are_optional(tmp_path):
+    (only,) = read_manifest(manifest(tmp_path, "path\ttext", "a.flac\tGood morning."))
+    assert (only.voice, only.split) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["path\tsentence", "a.flac\thello"], r"columns \['text'\] are missing"),
+        (["file", "a.flac"], r"\['path', 'text'\] are missing"),
+        (["path\ttext", "a.flac\thello", "b.flac\tbye"], r"line 3: no recording at .*b\.flac"),
+        (["path\ttext", "a.flac\thello", "a.flac\t  "], "line 3: the text is empty"),
+        (["path\ttext", "a.flac"], "line 2: the text is empty"),
+        (["path\ttext"], "holds no utterance"),
+    ],
+)
+def test_manifest_errors_name_the_file_and_the_line(tmp_path, lines, said):
+    path = manifest(tmp_path, *lines)
+    with pytest.raises(ValueError, match=said) as error:
+        read_manifest(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_resampling_keeps_a_tone(rate):
+    got = resample(tone(1, rate), rate, RATE)
+    assert got.numel() == RATE
+    assert torch.allclose(got[200:-200], tone(1)[200:-200], atol=2e-4)
+
+
+def test_resampling_removes_what_the_new_rate_cannot_hold():
+    assert resample(tone(1, 48_000, 12_000.0), 48_000, RATE)[200:-200].abs().max() < 2e-3
+
+
+def test_audio_is_mono_float_at_16_khz(tmp_path):
+    left, right = tone(0.5, 22_050), torch.zeros(11_025)
+    soundfile.write(tmp_path / "stereo.flac", torch.stack([left, right], 1).numpy(), 22_050)
+    audio = load_audio(tmp_path / "stereo.flac")
+    assert (audio.dtype, audio.shape) == (torch.float32, (8_000,))
+    assert torch.allclose(audio[200:-200], tone(0.5)[200:-200] / 2, atol=5e-4)
+
+
+def test_audio_longer_than_the_context_is_refused(tmp_path):
+    soundfile.write(tmp_path / "long.flac", tone(SECONDS + 0.5).numpy(), RATE)
+    with pytest.raises(ValueError, match=r"long\.flac: 6\.5 s long"):
+        load_audio(tmp_path / "long.flac")
+
+
+def test_features_are_padded_to_six_seconds(tmp_path):
+    mel = features(read_manifest(manifest(tmp_path, "path\ttext", "a.flac\thello", "a.flac\tagain")))
+    assert (mel.dtype, mel.shape) == (torch.float32, (2, 80, 100 * SECONDS))
+    assert torch.equal(mel[0], mel[1])
+
+
+class Words:
+    """Stands for a tokenizer: the token of the n-th letter is n; a leading space is required and dropped."""
+
+    def encode(self, text, add_special_tokens):
+        assert text[0] == " " and add_special_tokens is False
+        self.ids = [ord(c) - ord("a") for c in text[1:]]
+        return self
+
+
+def batch_source(tmp_path, size, seed=0, texts=("b", "bcd", "ee", "fgf", "h")):
+    path = manifest(tmp_path, "path\ttext", *(f"a.flac\t{t}" for t in texts))
+    mel = torch.arange(len(texts)).float()[:, None, None].expand(-1, 80, 600)
+    return batches(mel, read_manifest(path), Words(), size, seed), texts
+
+
+def test_batches_shift_pad_and_end_the_labels(tmp_path):
+    source, texts = batch_source(tmp_path, 5)
+    mel, inputs, labels = next(source)
+    assert mel.shape == (5, 80, 600) and inputs.shape == labels.shape == (5, 5)
+    for row in range(5):
+        ids = [ord(c) - ord("a") for c in texts[int(mel[row, 0, 0])]]
+        rest = 5 - 2 - len(ids)
+        assert inputs[row].tolist() == [START, NO_TIMESTAMPS, *ids, *[END] * rest]
+        assert labels[row].tolist() == [-100, *ids, END, *[-100] * rest]
+
+
+def test_batches_are_shuffled_by_the_seed_and_visit_everything(tmp_path):
+    def order(seed, count=8):
+        source, _ = batch_source(tmp_path, 2, seed, texts=tuple("bcdefgji"))
+        return [int(v) for _ in range(count) for v in next(source)[0][:, 0, 0]]
+
+    first = order(1)
+    assert first == order(1) != order(2)
+    assert sorted(first[:8]) == sorted(first[8:]) == list(range(8))
+    assert first[:8] != first[8:]
+
+
+def test_a_set_smaller_than_a_batch_is_one_batch(tmp_path):
+    source, texts = batch_source(tmp_path, 8)
+    assert len(next(source)[0]) == len(next(source)[0]) == len(texts)
+
+
+def test_sentences_are_many_distinct_and_plain():
+    lines = sentences()
+    assert len({line.lower() for line in lines}) == len(lines) >= 660
+    for line in lines:
+        assert 5 <= len(line.split()) <= 12, line
+        assert line == line.strip() and line[-1] in ".?" and line.isascii(), line
+        assert not any(c.isdigit() for c in line), line
+
+
+def test_committed_speech_is_what_make_speech_says():
+    spoken, lines = read_manifest(SPEECH), sentences()
+    counts = Counter((u.voice, u.split) for u in spoken)
+    wanted = {(v, s): n for v, (_, train, test) in VOICES.items() for s, n in (("train", train), ("test", test)) if n}
+    assert counts == wanted
+    assert counts["scottish", "train"] >= 200 and counts["scottish", "test"] == counts["en-us", "test"] == 48
+    texts = defaultdict(set)
+    for u in spoken:
+        texts[u.split].add(u.text)
+        assert u.text == lines[int(u.path.stem)] and u.path.parent.name == u.voice
+    assert not texts["train"] & texts["test"]
+    assert texts["test"] <= set(lines[-TEST_SENTENCES:])
+    assert {u.path.resolve() for u in spoken} == {p.resolve() for p in SPEECH.parent.rglob("*.flac")}
+    assert sum(u.path.stat().st_size for u in spoken) <= 12e6
+
+
+def test_committed_recordings_fit_the_context():
+    for u in read_manifest(SPEECH):
+        info = soundfile.info(u.path)
+        assert (info.samplerate, info.channels, info.format) == (RATE, 1, "FLAC"), u.path
+        assert 0.5 < info.duration < SECONDS, u.path

@@ -1,0 +1,1 @@
+"""Benchmarks: SSVD-O beside a frozen nn.Linear (the floor) and its peers, interleaved in one run."""

@@ -1,0 +1,1 @@
+"""Examples that run from the repository root with `python -m examples...`."""

@@ -1,0 +1,1 @@
+"""Speech recognition: Whisper tiny.en adapted to accents with SSVD-O."""

@@ -1,0 +1,117 @@
+"""Manifests, audio and batches."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import WhisperFeatureExtractor
+
+from .whisper import END, NO_TIMESTAMPS, SECONDS, START
+
+RATE = 16_000
+SPEECH = Path(__file__).parent / "speech" / "manifest.tsv"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording: its file, what is said, and, where the manifest says so, whose voice and which split."""
+
+    path: Path
+    text: str
+    voice: str = ""
+    split: str = ""
+
+
+def read_manifest(path: Path) -> list[Utterance]:
+    """Reads a TSV with a header naming at least `path` (relative to the manifest) and `text`; also `voice`, `split`.
+
+    Raises:
+        ValueError: a column is missing, a text is empty, or a recording does not exist; names the file and line.
+    """
+    path = Path(path)
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        missing = {"path", "text"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path}: columns {sorted(missing)} are missing; the header has {reader.fieldnames}")
+        utterances = []
+        for number, row in enumerate(reader, 2):
+            audio, text = path.parent / (row["path"] or ""), (row["text"] or "").strip()
+            if not text:
+                raise ValueError(f"{path}, line {number}: the text is empty")
+            if not audio.is_file():
+                raise ValueError(f"{path}, line {number}: no recording at {audio}")
+            utterances.append(Utterance(audio, text, row.get("voice") or "", row.get("split") or ""))
+    if not utterances:
+        raise ValueError(f"{path}: holds no utterance")
+    return utterances
+
+
+def load_audio(path: Path) -> Tensor:
+    """Mono float32 samples at 16 kHz; channels are averaged, other rates resampled by a windowed sinc.
+
+    Raises:
+        ValueError: the recording is longer than 6 s, the demo's context.
+    """
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    audio = torch.from_numpy(samples).mean(1)
+    if rate != RATE:
+        audio = resample(audio, rate, RATE)
+    if audio.numel() > SECONDS * RATE:
+        raise ValueError(f"{path}: {audio.numel() / RATE:.1f} s long; the context holds {SECONDS} s")
+    return audio
+
+
+def resample(audio: Tensor, rate: int, target: int, zeros: int = 24) -> Tensor:
+    """Band-limited resampling: a sinc with `zeros` zero crossings a side, under a Hann window. audio: samples."""
+    count = int(audio.numel() * target / rate)
+    cutoff = min(1.0, target / rate)
+    centre = torch.arange(count, dtype=torch.float64) * (rate / target)
+    reach = int(zeros / cutoff) + 1
+    offsets = torch.arange(-reach, reach + 1)
+    index = centre.floor().long()[:, None] + offsets
+    distance = index - centre[:, None]
+    window = torch.cos(torch.pi * distance / (2 * (reach + 1))).square()
+    kernel = cutoff * torch.sinc(cutoff * distance) * window
+    padded = torch.nn.functional.pad(audio.double(), (reach, reach + 1))
+    return (padded[(index + reach).clamp(0, padded.numel() - 1)] * kernel).sum(1).float()
+
+
+_extractor = WhisperFeatureExtractor(feature_size=80, sampling_rate=RATE, hop_length=160, n_fft=400,
+                                     chunk_length=SECONDS)
+
+
+def features(utterances: list[Utterance]) -> Tensor:
+    """Log-mel features, utterances x 80 x 600 (10 ms frames, padded to 6 s)."""
+    audio = [load_audio(u.path).numpy() for u in utterances]
+    return _extractor(audio, sampling_rate=RATE, return_tensors="pt").input_features
+
+
+def batches(
+    mel: Tensor, utterances: list[Utterance], tokenizer: Tokenizer, size: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Endless shuffled batches (mel, decoder_input_ids, labels) for teacher forcing.
+
+    Decoder input: START NO_TIMESTAMPS tokens...; labels: the same shifted by one, END last, -100 where nothing counts.
+    """
+    rows = [tokenizer.encode(" " + u.text, add_special_tokens=False).ids for u in utterances]
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for first in range(0, len(order) - size + 1, size) if len(order) >= size else [0]:
+            chosen = order[first : first + size]
+            width = max(len(rows[i]) for i in chosen) + 2
+            inputs = torch.full((len(chosen), width), END)
+            labels = torch.full((len(chosen), width), -100)
+            for row, i in enumerate(chosen):
+                ids = rows[i]
+                inputs[row, : len(ids) + 2] = torch.tensor([START, NO_TIMESTAMPS, *ids])
+                labels[row, 1 : len(ids) + 2] = torch.tensor([*ids, END])
+            yield mel[chosen], inputs, labels

@@ -1,0 +1,208 @@
+"""Adapts Whisper tiny.en to an accent with SSVD-O and shows what it cost and what it brought.
+
+    python -m examples.asr.demo [--manifest your.tsv] [--model FOLDER] [--steps N]
+
+A manifest is a TSV with the columns path, text (and voice, split); without splits, every fifth utterance is tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import WhisperForConditionalGeneration
+
+from benchmarks.peers import DenseSSVDO, EspnetStyleSSVD
+from benchmarks.runner import interleave
+from ssvdo_kernels import (
+    SSVDOConfig,
+    apply_ssvdo,
+    diagnose,
+    load_ssvdo,
+    merge_ssvdo,
+    save_ssvdo,
+    trainable_summary,
+)
+from ssvdo_kernels.model import exchange, find_targets
+
+from .corpus import SPEECH, Utterance, batches, features, read_manifest
+from .recognise import transcribe, wer
+from .whisper import WeightsError, load_whisper
+
+Batch = tuple[Tensor, Tensor, Tensor]
+LORA_RANK = 24  # (384 + 1536) * 24 = 46,080 numbers a layer; SSVD-O with p = 0.5, l = 24 has 46,176
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of a batch (mel, decoder inputs, labels), teacher forced."""
+    mel, inputs, labels = batch
+    scores = model(input_features=mel, decoder_input_ids=inputs, use_cache=False).logits
+    return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def fine_tune(model: nn.Module, data: Iterator[Batch], steps: int, rate: float) -> None:
+    """Adam (no weight decay) over what requires gradients; the rate falls linearly to zero."""
+    model.train()
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
+    with tqdm(total=steps, desc="fine-tuning", unit="step") as bar:
+        for _, batch in zip(range(steps), data, strict=False):
+            loss = loss_of(model, batch)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
+    model.eval()
+
+
+def compare_steps(
+    base: WhisperForConditionalGeneration, config: SSVDOConfig, batch: Batch, rounds: int
+) -> Table:
+    """One training step (forward, backward, Adam) of each method, interleaved in this run."""
+    models = {"frozen (forward + backward only)": freeze(copy.deepcopy(base))}
+    models["LoRA (PEFT), equal budget"] = peft_lora(copy.deepcopy(base))
+    models["SSVD, dense W' as published"] = dense(copy.deepcopy(base), replace(config, outer_rank=0))
+    models["SSVD, this package"] = apply_ssvdo(copy.deepcopy(base), replace(config, outer_rank=0))
+    models["SSVD-O, dense W'"] = dense(copy.deepcopy(base), config)
+    models["SSVD-O, this package"] = apply_ssvdo(copy.deepcopy(base), config)
+    timings = interleave({name: training_step(m, batch) for name, m in models.items()}, rounds, next(iter(models)))
+    table = Table(title=f"One training step, batch of {len(batch[0])}, {torch.get_num_threads()} threads")
+    for column in ("method", "trainable", "ms/step", "ratio to frozen"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, timing in timings.items():
+        count = sum(p.numel() for p in models[name].parameters() if p.requires_grad)
+        table.add_row(name, f"{count:,}", f"{timing.median_ms:.0f}", f"{timing.ratio:.2f}")
+    return table
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Nothing trains; the encoder's input projections still pass a gradient on, as below an adapter."""
+    model.requires_grad_(False)
+    first = model.get_submodule("model.encoder.conv1")
+    first.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    return model
+
+
+def peft_lora(model: WhisperForConditionalGeneration) -> nn.Module:
+    """PEFT's LoRA on fc1 and fc2."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules=["fc1", "fc2"])).base_model.model
+
+
+def dense(model: nn.Module, config: SSVDOConfig) -> nn.Module:
+    """The same layers with a dense W' in every forward: published SSVD (first order) for outer_rank=0, else SSVD-O."""
+    layers = find_targets(model, config)
+    model.requires_grad_(False)
+    made = {id(x): DenseSSVDO(x, config) if config.outer_rank else EspnetStyleSSVD(x, config.inner_ratio)
+            for x in layers.values()}
+    exchange(model, made)
+    return model
+
+
+def training_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    """A closure that runs one optimiser step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(trained, lr=1e-5) if trained else None
+    model.train()
+
+    def step() -> None:
+        loss_of(model, batch).backward()
+        if optimiser is not None:
+            optimiser.step()
+            optimiser.zero_grad()
+
+    return step
+
+
+def splits(utterances: list[Utterance], voice: str) -> tuple[list[Utterance], list[Utterance]]:
+    """(train, test) of one voice; a manifest without splits tests every fifth utterance."""
+    own = [u for u in utterances if u.voice == voice or not voice]
+    if not any(u.split for u in own):
+        return [u for i, u in enumerate(own) if i % 5], own[::5]
+    return [u for u in own if u.split == "train"], [u for u in own if u.split == "test"]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a local transformers folder of an English Whisper (default: tiny.en)")
+    parser.add_argument("--manifest", type=Path, help="your own recordings, at most 6 s each (default: Scottish)")
+    parser.add_argument("--steps", type=int, default=120, help="optimiser steps of 8 utterances (default: 120)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (default: 1e-3)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapter", type=Path, help="folder to keep the adapter in (default: a temporary one)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the demo; 0 when the target's error rate fell and the reloaded, merged adapter transcribes the same."""
+    options, console, started = parse(arguments), Console(), time.perf_counter()
+    torch.manual_seed(options.seed)
+    committed = read_manifest(SPEECH)
+    utterances = read_manifest(options.manifest) if options.manifest else committed
+    train, test = splits(utterances, "" if options.manifest else "scottish")
+    source = splits(committed, "en-us")[1]
+    if not train or not test:
+        console.print(f"[red]{options.manifest}: needs utterances to train and to test on")
+        return 2
+    model, tokenizer = load_whisper(options.model)
+    target_name = "your recordings" if options.manifest else "Scottish"
+    console.print(f"Whisper with {sum(p.numel() for p in model.parameters()):,} parameters; target: {target_name}, "
+                  f"{len(train)} utterances to train, {len(test)} to test; source: en-us, {len(source)}")
+    mel, test_mel, source_mel = features(train), features(test), features(source)
+    said, said_source = [u.text for u in test], [u.text for u in source]
+    before = transcribe(model, tokenizer, test_mel)
+    target_before, source_before = wer(said, before), wer(said_source, transcribe(model, tokenizer, source_mel))
+
+    config = SSVDOConfig(inner_ratio=0.5, outer_rank=24)
+    data = batches(mel, train, tokenizer, 8, options.seed)
+    base = copy.deepcopy(model)
+    table = compare_steps(base, config, next(data), rounds=5)
+    apply_ssvdo(model, config)
+    trainable_summary(model, console=console)
+    fine_tune(model, data, options.steps, options.rate)
+    after = transcribe(model, tokenizer, test_mel)
+    target_after, source_after = wer(said, after), wer(said_source, transcribe(model, tokenizer, source_mel))
+    diagnose(model, console=console)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_ssvdo(model, options.adapter or Path(temporary))
+        size = sum(f.stat().st_size for f in folder.glob("ssvdo_model.safetensors"))
+        reloaded = load_ssvdo(base, folder)
+    same = transcribe(reloaded, tokenizer, test_mel) == after
+    same_merged = transcribe(merge_ssvdo(reloaded), tokenizer, test_mel) == after
+
+    console.print(table)
+    results = Table(title="Word error rate, % (fewer is better)")
+    for column in ("speech", "before", "after"):
+        results.add_column(column, justify="left" if column == "speech" else "right")
+    results.add_row(f"target ({target_name})", f"{target_before:.1f}", f"{target_after:.1f}")
+    results.add_row("source (en-us): forgetting", f"{source_before:.1f}", f"{source_after:.1f}")
+    console.print(results)
+    for u, b, a in list(zip(test, before, after, strict=True))[:3]:
+        console.print(f"  said    {u.text}\n  before  {b}\n  after   {a}\n", highlight=False, markup=False)
+    console.print(f"adapter file: {size / 1e6:.1f} MB; reloaded into a fresh model: transcripts "
+                  f"{'identical' if same else 'DIFFER'}; merged: {'identical' if same_merged else 'DIFFER'}")
+    console.print(f"total time {time.perf_counter() - started:.0f} s")
+    return 0 if same and same_merged and target_after < target_before else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (WeightsError, ValueError) as error:
+        sys.exit(f"error: {error}")

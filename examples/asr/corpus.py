@@ -36,7 +36,7 @@ def read_manifest(path: Path) -> list[Utterance]:
         ValueError: a column is missing, a text is empty, or a recording does not exist; names the file and line.
     """
     path = Path(path)
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         missing = {"path", "text"} - set(reader.fieldnames or ())
         if missing:

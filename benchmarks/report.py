@@ -1,0 +1,104 @@
+"""Tables and a plot from a results file: `python -m benchmarks.report results.json [--markdown F] [--plot F]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = list[str]
+
+
+def label(case: dict[str, Any]) -> str:
+    """A case in words: "1024->4096 T=128 p=0.5 l=64"."""
+    d = case["d"]
+    sides = {"tall": (d, 4 * d), "wide": (4 * d, d), "square": (d, d)}[case["kind"]]
+    return f"{sides[0]}->{sides[1]} T={case['tokens']} p={case['p']} l={case['l']}"
+
+
+def table(results: dict[str, Any]) -> tuple[Row, list[Row]]:
+    """(header, rows): ratios to frozen, extra memory of our step and the dense one, and the planner's choice."""
+    names = list(dict.fromkeys(n for r in results["rows"] for n in r["methods"] if not n.startswith("form")))
+    header = ["layer", "frozen, ms", *names[1:], "MB: SSVD-O / ESPnet-style", "planner (slower than best)"]
+    rows = []
+    for r in results["rows"]:
+        m, plan = r["methods"], r["planner"]
+        compared = ("SSVD-O, prepared every step", "ESPnet-style SSVD")
+        memory = [f"{m[n]['peak_extra_mb']:.0f}" for n in compared if n in m]
+        loss = "" if plan["loss"] is None else f" ({100 * plan['loss']:.0f}%)"
+        rows.append([label(r["case"]), f"{m['frozen']['median_ms']:.1f}",
+                     *(f"{m[n]['ratio']:.2f}" if n in m else "-" for n in names[1:]),
+                     " / ".join(memory), plan["chosen"] + loss])
+    return header, rows
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table as Markdown under a line that says where and when."""
+    header, rows = table(results)
+    lines = [describe(results), "", *("| " + " | ".join(r) + " |" for r in [header, ["---"] * len(header), *rows])]
+    return "\n".join(lines) + "\n"
+
+
+def describe(results: dict[str, Any]) -> str:
+    """One line: device, threads, dtype, versions, commit and date."""
+    return (f"{results['device']}, {results['threads']} threads, {results['dtype']}, torch {results['torch']}, commit "
+            f"{results['commit']}, {results['date']}. Forward + backward, ratio to a frozen nn.Linear in the same run.")
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Ratio to frozen against tokens, a line a method, a panel a layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault(label({**row["case"], "tokens": "any"}), []).append(row)
+    columns = min(4, len(groups))
+    lines = -(-len(groups) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.5 * columns, 3.6 * lines), squeeze=False, sharey=True)
+    for axis, (name, rows) in zip(axes.flat, groups.items(), strict=False):
+        for method in [m for m in rows[0]["methods"] if not m.startswith("form")]:
+            known = [r for r in rows if method in r["methods"]]
+            points = sorted((r["case"]["tokens"], r["methods"][method]["ratio"]) for r in known)
+            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+        axis.set(xscale="log", yscale="log", title=name.replace(" T=any", ""), xlabel="tokens")
+    axes[0][0].set_ylabel("time / frozen nn.Linear")
+    axes[0][0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints the table to the terminal."""
+    header, rows = table(results)
+    shown = Table(title=describe(results))
+    for column in header:
+        shown.add_column(column, justify="left" if column == "layer" else "right")
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=max(Console().width, 200)).print(shown)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    results = json.loads(options.results.read_text())
+    show(results)
+    if options.markdown:
+        options.markdown.write_text(markdown(results))
+    if options.plot:
+        plot(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()

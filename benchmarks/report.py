@@ -28,7 +28,7 @@ def table(results: dict[str, Any]) -> tuple[Row, list[Row]]:
     for r in results["rows"]:
         m, plan = r["methods"], r["planner"]
         compared = ("SSVD-O, prepared every step", "ESPnet-style SSVD")
-        memory = [f"{m[n]['peak_extra_mb']:.0f}" for n in compared if n in m]
+        memory = [f"{m[n]['peak_extra_mb']:.0f}" for n in compared if n in m and m[n]['peak_extra_mb'] is not None]
         loss = "" if plan["loss"] is None else f" ({100 * plan['loss']:.0f}%)"
         rows.append([label(r["case"]), f"{m['frozen']['median_ms']:.1f}",
                      *(f"{m[n]['ratio']:.2f}" if n in m else "-" for n in names[1:]),

@@ -20,7 +20,7 @@ from .peers import peers
 from .runner import interleave, peak_extra_bytes
 
 EVERY, CACHED, PLAIN = "SSVD-O, prepared every step", "SSVD-O, cached", "SSVD-O, accumulating without the context"
-ROUNDS = {128: 11, 1024: 7, 4096: 5}
+ROUNDS = {128: 9, 1024: 5, 4096: 3}
 ESSENTIAL = ("frozen", "LoRA", "ESPnet-style SSVD")  # what --quick keeps at 4096 tokens and at p = 0.25
 
 

@@ -59,15 +59,20 @@ def plot(results: dict[str, Any], path: Path) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:
         groups.setdefault(label({**row["case"], "tokens": "any"}), []).append(row)
+    methods = dict.fromkeys(m for r in results["rows"] for m in r["methods"] if not m.startswith("form"))
+    colours = {method: f"C{i}" if i < 10 else "black" for i, method in enumerate(methods)}
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4.5 * columns, 3.6 * lines), squeeze=False, sharey=True)
     for axis, (name, rows) in zip(axes.flat, groups.items(), strict=False):
-        for method in [m for m in rows[0]["methods"] if not m.startswith("form")]:
+        for method in [m for m in colours if m in rows[0]["methods"]]:
             known = [r for r in rows if method in r["methods"]]
             points = sorted((r["case"]["tokens"], r["methods"][method]["ratio"]) for r in known)
-            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+            axis.plot(*zip(*points, strict=True), marker="o", label=method, color=colours[method])
         axis.set(xscale="log", yscale="log", title=name.replace(" T=any", ""), xlabel="tokens")
+        ticks = sorted({r["case"]["tokens"] for r in rows})
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.minorticks_off()
     axes[0][0].set_ylabel("time / frozen nn.Linear")
     axes[0][0].legend(fontsize=6)
     figure.tight_layout()

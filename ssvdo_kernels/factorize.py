@@ -96,7 +96,7 @@ def factorize(
         cache_dir: a folder in which factors are kept, keyed by the weight's content; None: no cache.
 
     Raises:
-        ValueError: weight is not a matrix, on the meta device, or has NaN or infinite entries.
+        ValueError: weight is not a matrix, on the meta device, or has NaN or infinite entries; a cache file is damaged.
         TypeError: weight is not of a floating dtype.
     """
     weight = weight.detach()
@@ -157,9 +157,13 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _load(path: Path, device: torch.device) -> Factors:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return Factors(**load_file(path, device=str(device)))
+    try:
+        return Factors(**load_file(path, device=str(device)))
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"{path} in the factor cache is damaged ({error}); delete it") from None
 
 
 def _save(path: Path, factors: Factors) -> None:

@@ -8,6 +8,8 @@ Per token (multiply-adds, e = l + q, w = max(k, l), m*n the frozen product, b = 
     core       d(d + e) + be               2d(d + e) + de + 2be
     merged     0                           mn                        (dW' = dy^T x)
 
+A wide layer keeps z and saves its recomputation: we, or de in the core form.
+
 A form's matrices are built once per preparation. Whether that pays depends on the tokens still to come, which nobody
 knows; so the planner rents until renting has cost what buying would have (the ski-rental rule): it counts the tokens
 that this preparation has already served as if they came again. It is never worse than twice the best in hindsight.
@@ -33,6 +35,8 @@ def token_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
         forward, backward = 0, b * d
     else:
         raise ValueError(f"form={form!r} is unknown; allowed: {', '.join(map(repr, FORMS))}")
+    if shape.transposed and form != "merged":
+        backward -= e * (d if form == "core" else w)  # z is kept, not recomputed
     return forward + (backward if grad else 0)
 
 

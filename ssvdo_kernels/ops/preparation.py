@@ -3,7 +3,7 @@
     B  = diag(S_k + dS) G                        (k x k)
     N  = diag(1 / S_k) B - I                     (k x k; zero rows where S_i has no usable inverse)
     F  = U_l' - U_l = U_l (C - I) + U2 Q         (large x l; additive: U2 Q), then the q null-space columns
-    M  = [N; B[:l]; B[k-q:k]]                    ((width + l + q) x width), padded with G = I, dS = 0 where l > k
+    M  = [N; B[:l]; (B - diag(S_k))[k-q:k]]      ((width + l + q) x width), padded with G = I, dS = 0 where l > k
 
 M is called `mixer` in code and F `columns`. With x on the small side, x' = x + (x V) N^T V^T and z = (x V) B_z^T
 give y = x' A^T + z F^T; every form of the layer is built from M and F. Gradients come back by hand, through the
@@ -70,6 +70,7 @@ class Prepared:
             mixer[width + k : width + l, k:].diagonal().copy_(S[k:])
         if q:
             torch.mul(G[k - q :], self._scale[k - q :, None], out=mixer[width + l :, :k])
+            mixer[width + l :, k - q : k].diagonal().sub_(S[k - q : k])  # A holds S_i u_i v_i^T already
         self.mixer = mixer
 
     def _prepare_outer(self, outer: Tensor, name: str) -> None:

@@ -1,0 +1,169 @@
+"""The factorisation, its fixed signs, the implicit complement, hostile weights and the cache."""
+
+import pytest
+import torch
+from helpers import assert_close, error
+
+import ssvdo_kernels.factorize as module
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
+from ssvdo_kernels.config import LayerShape
+from ssvdo_kernels.factorize import apply_complement, apply_complement_transposed, factorize, thin_svd
+
+
+def shape_of(weight, p=0.5, rank=2):
+    return LayerShape.of(*weight.shape, SSVDOConfig(inner_ratio=p, outer_rank=rank))
+
+
+def draw(m, n, seed=0, dtype=torch.float64):
+    return torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("m, n", [(24, 8), (9, 8), (12, 8), (17, 1)])
+def test_complement_is_orthonormal_and_implicit_form_equals_the_dense_one(m, n):
+    weight = draw(m, n)
+    u, s, v = thin_svd(weight)
+    assert_close("A", u * s @ v.mT, weight, 1e-13)
+    y, x = module._reflector(u), torch.eye(m - n, dtype=torch.float64)
+    assert y.shape == (m, min(n, m - n))
+    dense = reference.complement(u)
+    assert_close("U2", apply_complement(y, x), dense, 1e-13)
+    assert_close("U2^T", apply_complement_transposed(y, torch.eye(m, dtype=torch.float64), n), dense.mT, 1e-13)
+    assert_close("Y^T Y = 2I", y.mT @ y, 2 * torch.eye(y.shape[1], dtype=torch.float64), 1e-13)
+    basis = torch.cat([u, dense], 1)
+    assert_close("[U U2] orthogonal", basis.mT @ basis, torch.eye(m, dtype=torch.float64), 1e-13)
+
+
+def test_complement_depends_on_the_span_alone():
+    u = thin_svd(draw(24, 8))[0]
+    turned = u @ torch.linalg.qr(draw(8, 8, seed=1)).Q
+    x = torch.eye(16, dtype=torch.float64)
+    assert_close("U2", apply_complement(module._reflector(turned), x), apply_complement(module._reflector(u), x), 1e-12)
+
+
+@pytest.mark.parametrize("weight", [draw(24, 8), torch.tensor([[1.0, 1], [1, -1], [1, 1], [1, -1]]).double() + 0.1])
+def test_signs_do_not_depend_on_lapack(weight, monkeypatch):
+    u, s, v = thin_svd(weight)
+    original = torch.linalg.svd
+
+    def flipped(*args, **kwargs):
+        a, b, c = original(*args, **kwargs)
+        signs = (-1.0) ** torch.arange(len(b)).to(b)
+        return -a * signs, b, -c * signs[:, None]
+
+    monkeypatch.setattr(torch.linalg, "svd", flipped)
+    for name, got, want in zip("usv", thin_svd(weight), (u, s, v), strict=True):
+        assert_close(name, got, want, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
+def test_dtypes(m, n, dtype):
+    weight = draw(m, n, dtype=dtype)
+    factors = factorize(weight, shape_of(weight))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, t in factors.tensors().items():
+        assert t.dtype == (wide if name == "singular_values" else dtype) and t.is_contiguous(), name
+    exact = factorize(weight.double(), shape_of(weight))
+    assert_close("V", factors.inner_basis, exact.inner_basis, torch.finfo(dtype).eps)
+    assert_close("S", factors.singular_values, exact.singular_values, torch.finfo(wide).eps)
+
+
+HOSTILE = {
+    "rank 3": lambda: draw(24, 3) @ draw(3, 8, seed=1), "zero": lambda: torch.zeros(24, 8, dtype=torch.float64),
+    "zero rows": lambda: torch.cat([torch.zeros(9, 8, dtype=torch.float64), draw(15, 8)]),
+    "zero columns": lambda: draw(24, 8) * torch.tensor([1.0, 0, 1, 0, 1, 1, 1, 1]).double(),
+    "1e-30": lambda: draw(24, 8) * 1e-30, "1e30": lambda: draw(24, 8) * 1e30, "1e-40": lambda: draw(24, 8) * 1e-40,
+    "repeated": lambda: torch.linalg.qr(draw(24, 8)).Q.contiguous(), "one huge": lambda: _one_huge(),
+}  # fmt: skip
+
+
+def _one_huge():
+    weight = draw(24, 8)
+    weight[3, 3] = 1e6
+    return weight
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_weights_give_the_reference_output(kind, dtype, transposed):
+    weight = HOSTILE[kind]().to(dtype)
+    linear = torch.nn.Linear(24 if transposed else 8, 8 if transposed else 24, bias=False, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight.mT if transposed else weight)
+    layer = SSVDOLinear.from_linear(linear, SSVDOConfig(inner_ratio=1.0, outer_rank=3))
+    # dS of the order of S: far above it, x' loses digits (docs/method.md); of the order of max |W| in the null space
+    change = layer.singular_values.detach().clone()
+    if q := layer.null_basis.shape[1]:
+        change[-q:] = float(weight.abs().max()) or 1.0
+    with torch.no_grad():
+        layer.inner_rotation.normal_(0, 0.1)
+        layer.inner_scale.copy_(0.1 * change * torch.randn(8))
+        layer.outer.normal_(0, 0.1)
+    x = torch.randn(5, layer.in_features, dtype=dtype)
+    factors = [t.double() for t in (layer.inner_basis, layer.singular_values)]
+    u, s, v = thin_svd((layer.weight.mT if transposed else layer.weight).double())
+    assert_close("V", factors[0], v, 1e-6)
+    parameters = [p.detach().double() for p in layer.adapter_parameters]
+    want = reference.adapted_weight(
+        layer.weight.detach().double(), *parameters, config=layer.config, factors=(u, s, v, reference.complement(u)))
+    got, info = layer(x).detach().double(), torch.finfo(dtype)
+    # relative to |W'| |x|: a component far below the largest carries rounding of the size eps * largest; below the
+    # smallest normal number the spacing is absolute
+    bound = 64 * info.eps * (float(want.norm()) * float(x.norm()) + info.tiny * got.numel())
+    assert float((got - x.double() @ want.mT).norm()) <= bound
+
+
+def test_rank_deficiency_is_carried_by_null_columns():
+    weight = HOSTILE["rank 3"]()
+    assert factorize(weight, shape_of(weight, p=1.0)).null_basis.shape == (24, 5)
+    assert factorize(weight, shape_of(weight, p=0.25)).null_basis.shape == (24, 0)
+
+
+@pytest.mark.parametrize("make, kind, words", [
+    (lambda: draw(24, 8).fill_(float("nan")), ValueError, "fc1.weight has 192 non-finite"),
+    (lambda: draw(24, 8).index_fill(0, torch.tensor([2]), float("inf")), ValueError, "8 non-finite"),
+    (lambda: torch.empty(24, 8, device="meta"), ValueError, "fc1.weight is on the meta device"),
+    (lambda: torch.ones(24, 8, dtype=torch.int8), TypeError, "fc1.weight has dtype torch.int8"),
+    (lambda: draw(24, 8).to(torch.float8_e4m3fn), TypeError, "float8"),
+])
+def test_unfit_weights_are_named(make, kind, words):
+    weight = make()
+    with pytest.raises(kind, match=words):
+        factorize(weight, shape_of(weight), name="fc1.weight")
+
+
+def test_cache_is_keyed_by_content_and_sizes(tmp_path, monkeypatch):
+    weight = draw(24, 8, dtype=torch.bfloat16)
+    first = factorize(weight, shape_of(weight), cache_dir=tmp_path)
+
+    def refuse(*_):
+        raise AssertionError("factorised again")
+
+    monkeypatch.setattr(module, "thin_svd", refuse)
+    again = factorize(weight.clone(), shape_of(weight), cache_dir=tmp_path)
+    for name, tensor in first.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor), name
+    other = weight.clone()
+    other[0, 0] += 1
+    same = shape_of(weight)
+    for changed, shape in ((other, same), (weight.float(), same), (weight, shape_of(weight, rank=3)),
+                           (weight, shape_of(weight, p=1))):
+        with pytest.raises(AssertionError, match="factorised again"):
+            factorize(changed, shape, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_cache_file_is_an_error_that_names_it(tmp_path):
+    weight = draw(24, 8)
+    factorize(weight, shape_of(weight), cache_dir=tmp_path)
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=rf"{file.name}.*delete it"):
+        factorize(weight, shape_of(weight), cache_dir=tmp_path)
+
+
+def test_two_runs_agree():
+    weight = draw(24, 8)
+    a, b = factorize(weight, shape_of(weight)), factorize(weight, shape_of(weight))
+    assert all(error(x, y) == 0 for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))

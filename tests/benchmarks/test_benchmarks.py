@@ -1,0 +1,97 @@
+"""The benchmarks measure what they say: peers compute their methods, timings and memory are right."""
+
+import json
+import time
+
+import pytest
+import torch
+from helpers import assert_close, make_layer
+from torch import nn
+
+pytest.importorskip("peft", reason="the peers need PEFT")
+from benchmarks.peers import DenseSSVDO, EspnetStyleSSVD, peers
+from benchmarks.report import markdown, plot
+from benchmarks.runner import interleave, peak_extra_bytes
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
+
+
+@pytest.mark.parametrize("m, n", [(64, 32), (32, 64)])
+def test_every_peer_starts_at_the_pretrained_layer_and_trains(m, n):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(n, m), torch.randn(5, n)
+    for name, make in peers(0.5, 4).items():
+        module = make(linear)
+        y = module(x.requires_grad_())
+        assert_close(name, y, linear(x), 2e-3 if name in ("dense SSVD-O", "PiSSA") else 1e-5)
+        y.sum().backward()
+        trained = [p for p in module.parameters() if p.requires_grad]
+        assert (not trained) == (name == "frozen")
+        assert all(p.grad is not None for p in trained), name
+
+
+@pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
+def test_espnet_style_ssvd_is_first_order_ssvd(m, n):
+    linear = nn.Linear(n, m).double()
+    peer = EspnetStyleSSVD(linear, 0.5)
+    with torch.no_grad():
+        peer.rotation.normal_(0, 0.1)
+        peer.scale.normal_(0, 0.1)
+    config = SSVDOConfig(inner_ratio=0.5, outer_rank=0, rotation="first_order")
+    x = torch.randn(3, n, dtype=torch.float64)
+    outer = torch.zeros(abs(m - n), 0, dtype=torch.float64)
+    want = reference.linear(x, linear.weight.detach(), linear.bias, peer.rotation, peer.scale, outer, config)
+    assert_close("y", peer(x), want, 1e-12)
+
+
+def test_dense_ssvdo_is_our_layer():
+    config, linear = SSVDOConfig(outer_rank=3), nn.Linear(8, 24).double()
+    peer, layer = DenseSSVDO(linear, config), SSVDOLinear.from_linear(linear, config)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name in ("inner_rotation", "inner_scale", "outer"):
+                p.normal_(0, 0.2)
+                peer.get_parameter(name).copy_(p)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    assert_close("y", peer(x), layer(x), 1e-12)
+
+
+def test_ratios_come_from_interleaved_rounds():
+    order = []
+
+    def step(name, seconds):
+        def run():
+            order.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    timings = interleave({"floor": step("floor", 0.01), "twice": step("twice", 0.02)}, 5, "floor")
+    assert order[:4] == ["floor", "twice", "twice", "floor"] and len(order) == 12
+    assert timings["floor"].ratio == 1.0 and 1.2 < timings["twice"].ratio < 3
+    assert 9 < timings["floor"].median_ms < 100
+
+
+def test_memory_counts_what_a_step_holds_at_once():
+    def step():
+        a = torch.empty(1 << 20, dtype=torch.float32)
+        del a
+        torch.empty(1 << 19, dtype=torch.float32)
+
+    assert peak_extra_bytes(step) == pytest.approx(4 << 20, rel=0.01)
+    layer, x = make_layer(256, 64, dtype=torch.float32, outer_rank=4), torch.randn(512, 64, requires_grad=True)
+    assert peak_extra_bytes(lambda: layer(x).sum().backward()) > 4 * 512 * 256  # y alone
+
+
+def test_report(tmp_path):
+    row = {
+        "case": {"kind": "tall", "d": 8, "tokens": 4, "p": 0.5, "l": 2},
+        "methods": {"frozen": {"median_ms": 2.0, "ratio": 1.0, "peak_extra_mb": None},
+                    "LoRA": {"median_ms": 3.0, "ratio": 1.5, "peak_extra_mb": 7.0}},
+        "planner": {"chosen": "folded", "fastest": "folded", "loss": 0.031},
+    }  # fmt: skip
+    results = {"device": "x", "threads": 2, "dtype": "float32", "torch": "2", "commit": "c", "date": "d", "rows": [row]}
+    text = markdown(json.loads(json.dumps(results)))
+    assert "| 8->32 T=4 p=0.5 l=2 | 2.0 | 1.50 |  | folded (3%) |" in text
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    plot(results, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -15,7 +15,7 @@ from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, compute_dtype, factorize
 from .ops import own_dtypes
 from .ops.linear import adapted_linear
-from .ops.preparation import Gradients, Prepared, attach
+from .ops.preparation import Gradients, Prepared, Rows, attach
 from .planner import plan
 
 FACTOR_NAMES = ("inner_basis", "singular_values", "outer_basis", "reflector", "null_basis")
@@ -179,16 +179,17 @@ class SSVDOLinear(nn.Module):
         self._cache = _Cache(prepared, stamp, copies)
         return self._cache
 
-    def _mixer_and_columns(self, cache: _Cache) -> tuple[Tensor, Tensor]:
+    def _mixer_and_columns(self, cache: _Cache) -> tuple[Tensor, Tensor, list[Rows] | None]:
         prepared = cache.prepared
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter_parameters)
         if not trains:
-            return prepared.mixer, prepared.columns
+            return prepared.mixer, prepared.columns, None
         if not self._accumulating:
-            return attach(prepared, self.adapter_parameters)
+            sink: list[Rows] = []
+            return *attach(prepared, sink, self.adapter_parameters), sink
         if cache.leaves is None:
             cache.leaves = (prepared.mixer.detach().requires_grad_(), prepared.columns.detach().requires_grad_())
-        return cache.leaves
+        return *cache.leaves, None
 
     def _begin_accumulation(self) -> None:
         if self._accumulating:
@@ -203,7 +204,7 @@ class SSVDOLinear(nn.Module):
         (mixer, columns), cache.leaves = cache.leaves, None
         if deposit and mixer.grad is not None:
             d_columns = torch.zeros_like(columns) if columns.grad is None else columns.grad
-            torch.autograd.backward(attach(cache.prepared, self.adapter_parameters), [mixer.grad, d_columns])
+            torch.autograd.backward(attach(cache.prepared, [], self.adapter_parameters), [mixer.grad, d_columns])
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def _check_input(self, x: Tensor, autocast: torch.dtype | None) -> None:
@@ -241,12 +242,12 @@ class SSVDOLinear(nn.Module):
             x, weight = x.to(autocast), weight.to(autocast)
             bias = None if bias is None else bias.to(autocast)
         cache = self._current()
-        mixer, columns = self._mixer_and_columns(cache)
+        mixer, columns, sink = self._mixer_and_columns(cache)
         rows = x.reshape(-1, self.in_features)
         form = self._form(cache.prepared, rows.shape[0], mixer.requires_grad)
         cache.prepared.tokens += rows.shape[0]
         with own_dtypes():
-            y = adapted_linear(rows, mixer, columns, weight, bias, cache.prepared, form)
+            y = adapted_linear(rows, mixer, columns, weight, bias, cache.prepared, form, sink)
         return y.view(*x.shape[:-1], self.out_features)
 
     # -- the dense weight --------------------------------------------------------------------------------------------

@@ -220,3 +220,17 @@ def test_non_finite_parameters_are_an_error_that_names_tau():
     assert torch.equal(layer.outer.nan_to_num(7), before.nan_to_num(7))
     randomise(layer)
     assert torch.isfinite(layer(torch.randn(2, 8, dtype=torch.float64))).all()
+
+
+@pytest.mark.parametrize("m, n", [(64, 32), (32, 64)])
+def test_gradients_through_few_rows_survive_a_kept_graph(m, n):
+    """Fewer tokens than k: the mixer's gradient travels as two factors; partial backwards must not mix with it."""
+    layer, x = make_layer(m, n, outer_rank=3), torch.randn(5, n, dtype=torch.float64, requires_grad=True)
+    assert layer.prepared().wants_rows(5)
+    y, dy = layer(x), torch.randn(5, m, dtype=torch.float64)
+    want = torch.autograd.grad(y, layer.adapter_parameters, dy, retain_graph=True)
+    torch.autograd.grad(y, x, dy * 7, retain_graph=True)  # the preparation's backward does not run
+    torch.autograd.grad(y, layer.outer, dy * 3, retain_graph=True)
+    twice = torch.autograd.grad((layer(x), y), layer.adapter_parameters, (dy, dy))
+    for name, g, w in zip(("inner_rotation", "inner_scale", "outer"), twice, want, strict=True):
+        assert_close(name, g, 2 * w, 1e-12)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import own_dtypes
-from .preparation import Prepared
+from .preparation import Prepared, Rows
 
 
 class _SmallSide:
@@ -77,10 +77,11 @@ class AdaptedLinear(torch.autograd.Function):
     """Forward and backward of the factored, folded and core forms; x is T x in_features, contiguous or not."""
 
     @staticmethod
-    def forward(ctx, x, mixer, columns, weight, bias, prepared, form):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, mixer, columns, weight, bias, prepared, form, sink):  # type: ignore[no-untyped-def]
         side = _SmallSide(prepared, form, x.dtype)
         F, ctx.wide = columns.to(x.dtype), prepared.shape.transposed
         ctx.side, ctx.grad_dtype = side, mixer.dtype
+        ctx.sink = sink if form != "core" and prepared.wants_rows(x.shape[0]) else None
         saved = None
         if ctx.wide:
             uz = x.new_empty(x.shape[0], side.d + side.extra)
@@ -114,8 +115,10 @@ class AdaptedLinear(torch.autograd.Function):
                 dx = uz[:, : side.d] @ weight
                 if side.extra:
                     dx.addmm_(z, F.mT)
-            if need_mixer:
+            if need_mixer and ctx.sink is None:
                 d_mixer = side.mixer_gradient(saved, dy, g)
+            elif need_mixer:
+                ctx.sink[:] = [Rows(saved, g)]
             if need_columns:
                 d_columns = x.mT @ z
         else:
@@ -123,8 +126,10 @@ class AdaptedLinear(torch.autograd.Function):
             torch.mm(dy, weight, out=uz[:, : side.d])
             torch.mm(dy, F, out=uz[:, side.d :])
             dx, g = side.contract(uz)
-            if need_mixer:
+            if need_mixer and ctx.sink is None:
                 d_mixer = side.mixer_gradient(g, x, saved)
+            elif need_mixer:
+                ctx.sink[:] = [Rows(g, saved)]
             if need_columns:
                 z = x @ side.E[:, side.d :] if side.form == "core" else saved @ side.M[side.width :].mT
                 d_columns = dy.mT @ z
@@ -133,7 +138,7 @@ class AdaptedLinear(torch.autograd.Function):
         def cast(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(ctx.grad_dtype)
 
-        return dx, cast(d_mixer), cast(d_columns), None, d_bias, None, None
+        return dx, cast(d_mixer), cast(d_columns), None, d_bias, None, None, None
 
 
 class MergedLinear(torch.autograd.Function):
@@ -173,9 +178,22 @@ class MergedLinear(torch.autograd.Function):
 
 
 def adapted_linear(
-    x: Tensor, mixer: Tensor, columns: Tensor, weight: Tensor, bias: Tensor | None, prepared: Prepared, form: str
+    x: Tensor,
+    mixer: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prepared: Prepared,
+    form: str,
+    sink: list[Rows] | None = None,
 ) -> Tensor:
-    """y = x W'^T + b. x: T x in_features; mixer, columns: from `attach`; form: factored, folded, core or merged."""
+    """y = x W'^T + b.
+
+    Args:
+        x: T x in_features. mixer, columns: from `attach`, or leaves.
+        form: factored, folded, core or merged.
+        sink: that of `attach`, where few rows leave the mixer's gradient in factored form; None: always dense.
+    """
     if form == "merged":
         return MergedLinear.apply(x, mixer, columns, weight, bias, prepared)  # type: ignore[no-untyped-call,no-any-return]
-    return AdaptedLinear.apply(x, mixer, columns, weight, bias, prepared, form)  # type: ignore[no-untyped-call,no-any-return]
+    return AdaptedLinear.apply(x, mixer, columns, weight, bias, prepared, form, sink)  # type: ignore[no-untyped-call,no-any-return]

@@ -20,9 +20,17 @@ from torch import Tensor
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, apply_complement, apply_complement_transposed, compute_dtype
 from . import own_dtypes
-from .rotation import rotation_backward, rotation_forward
+from .rotation import cayley_backward_low_rank, rotation_backward, rotation_forward
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Rows:
+    """The mixer's gradient as its factors: dM = left^T right. left: T x (width + l + q); right: T x width."""
+
+    left: Tensor
+    right: Tensor
 
 
 @dataclass
@@ -99,19 +107,34 @@ class Prepared:
         self._outer = _OuterSaved(L, X, C)
 
     # -- backward ----------------------------------------------------------------------------------------------------
-    def backward(self, d_mixer: Tensor, d_columns: Tensor) -> Gradients:
+    def wants_rows(self, tokens: int) -> bool:
+        """Whether `backward` is cheaper with the mixer's gradient given as `Rows`."""
+        return self.config.rotation == "cayley" and tokens < self.shape.k
+
+    def backward(self, d_mixer: Tensor | Rows, d_columns: Tensor) -> Gradients:
         """(d inner_rotation, d inner_scale, d outer) from the gradients of mixer and columns, in `self.dtype`."""
+        if isinstance(d_mixer, Rows):  # dB = g^T h, dG = (g diag(S + dS))^T h
+            k = self.shape.k
+            g, h = self._to_b(d_mixer.left.mT.to(self.dtype)).mT, d_mixer.right[:, :k].to(self.dtype)
+            d_rotation, hGt = cayley_backward_low_rank(g * self._scale, h, self._rotation_saved)
+            d_scale = (g * hGt).sum(0)
+        else:
+            dB = self._to_b(d_mixer[:, : self.shape.k])
+            d_scale = (dB * self._G).sum(1)
+            d_rotation = rotation_backward(
+                dB * self._scale[:, None], self._rotation_saved, self.config.rotation, self.config.neumann_terms)
+        return d_rotation, d_scale, self._outer_backward(d_columns[:, : self.shape.l])
+
+    def _to_b(self, d_mixer: Tensor) -> Tensor:
+        """Rows of dB (k) from rows of dM (width + l + q): the adjoint of how the mixer is put together from B."""
         k, l, q, width = self.shape.k, self.shape.l, self.null, self.shape.width  # noqa: E741
-        dB = torch.zeros_like(self._G)
-        torch.mul(d_mixer[: k - q, :k], self._inverse[:, None], out=dB[: k - q])
+        dB = d_mixer.new_zeros(k, d_mixer.shape[1])
+        torch.mul(d_mixer[: k - q], self._inverse[:, None], out=dB[: k - q])
         first = min(l, k)
-        dB[:first] += d_mixer[width : width + first, :k]
+        dB[:first] += d_mixer[width : width + first]
         if q:
-            dB[k - q :] += d_mixer[width + l :, :k]
-        d_scale = (dB * self._G).sum(1)
-        d_rotation = rotation_backward(
-            dB * self._scale[:, None], self._rotation_saved, self.config.rotation, self.config.neumann_terms)
-        return d_rotation, d_scale, self._outer_backward(d_columns[:, :l])
+            dB[k - q :] += d_mixer[width + l :]
+        return dB
 
     def _outer_backward(self, dF: Tensor) -> Tensor:
         saved, f = self._outer, self.factors
@@ -177,22 +200,25 @@ class Prepared:
 
 
 class Attach(torch.autograd.Function):
-    """(mixer, columns) of a cached preparation, as differentiable functions of the three parameters."""
+    """(mixer, columns) of a cached preparation, as differentiable functions of the three parameters.
+
+    A consumer may leave the mixer's gradient in `sink` as `Rows` and return none; there is one consumer an Attach.
+    """
 
     @staticmethod
-    def forward(ctx, prepared: Prepared, rotation: Tensor, scale: Tensor, outer: Tensor):  # type: ignore[no-untyped-def]
-        ctx.prepared, ctx.dtypes = prepared, (rotation.dtype, scale.dtype, outer.dtype)
+    def forward(ctx, prepared: Prepared, sink: list[Rows], rotation: Tensor, scale: Tensor, outer: Tensor):  # type: ignore[no-untyped-def]
+        ctx.prepared, ctx.sink, ctx.dtypes = prepared, sink, (rotation.dtype, scale.dtype, outer.dtype)
         return prepared.mixer.detach(), prepared.columns.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @own_dtypes()
     def backward(ctx, d_mixer: Tensor, d_columns: Tensor):  # type: ignore[no-untyped-def]
-        gradients = ctx.prepared.backward(d_mixer, d_columns)
-        return (None, *(g.to(t) if need else None
-                        for g, t, need in zip(gradients, ctx.dtypes, ctx.needs_input_grad[1:], strict=True)))
+        gradients = ctx.prepared.backward(ctx.sink.pop() if ctx.sink else d_mixer, d_columns)
+        return (None, None, *(g.to(t) if need else None
+                              for g, t, need in zip(gradients, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)))
 
 
-def attach(prepared: Prepared, parameters: Gradients) -> tuple[Tensor, Tensor]:
+def attach(prepared: Prepared, sink: list[Rows], parameters: Gradients) -> tuple[Tensor, Tensor]:
     """mixer and columns with gradients to the parameters; the preparation itself is not repeated."""
-    return Attach.apply(prepared, *parameters)  # type: ignore[no-untyped-call,no-any-return]
+    return Attach.apply(prepared, sink, *parameters)  # type: ignore[no-untyped-call,no-any-return]

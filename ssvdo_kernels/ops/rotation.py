@@ -6,6 +6,9 @@ K is skew, given by its strict upper triangle in row-major order (k(k-1)/2 numbe
     neumann      G = I + 2T_s,  T_j = -K (I + T_{j-1}),  T_0 = 0        Horner, backwards
     first_order  G = I - 2K                                             dK = -2 dG
     packed       dv = upper(dK - dK^T)
+
+Where dG = g^T h comes from fewer rows (tokens) than k, the Cayley gradient is taken through g and h: three products of
+T k^2 in place of one such and two of k^3.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def unpack_skew(packed: Tensor, k: int) -> Tensor:
 
 def pack_skew_gradient(dK: Tensor) -> Tensor:
     """The gradient of the packed vector, k(k-1)/2, from a dense dK (k x k)."""
-    return (dK - dK.mT).flatten()[_upper_index(dK.shape[0], dK.device)]
+    return (dK - dK.mT).flatten().index_select(0, _upper_index(dK.shape[0], dK.device))
 
 
 def rotation_forward(packed: Tensor, k: int, kind: str, terms: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +67,7 @@ def _inverse_of_identity_plus(K: Tensor) -> Tensor:
     return inverse
 
 
-_LEAF = 192
+_LEAF = 96
 
 
 def _block_inverse(A: Tensor) -> Tensor:
@@ -90,6 +93,12 @@ def _horner(K: Tensor, terms: int) -> Tensor:
     for _ in range(terms):
         T = torch.addmm(K, K, T).neg_()
     return T
+
+
+def cayley_backward_low_rank(g: Tensor, h: Tensor, saved: Tensor) -> tuple[Tensor, Tensor]:
+    """(d packed, h G^T) for the Cayley form and dG = g^T h; g, h: T x k; saved: M of `rotation_forward`."""
+    hMt = h @ saved.mT
+    return pack_skew_gradient((g @ saved).mT @ hMt * -2), torch.add(-h, hMt, alpha=2)
 
 
 def rotation_backward(dG: Tensor, saved: Tensor, kind: str, terms: int) -> Tensor:

@@ -20,7 +20,7 @@ from .peers import peers
 from .runner import interleave, peak_extra_bytes
 
 EVERY, CACHED, PLAIN = "SSVD-O, prepared every step", "SSVD-O, cached", "SSVD-O, accumulating without the context"
-ROUNDS = {128: 15, 1024: 6, 4096: 4}
+ROUNDS = {128: 15, 1024: 5, 4096: 4}
 
 
 def kept(p: float, tokens: int, quick: bool) -> tuple[frozenset[str], bool]:

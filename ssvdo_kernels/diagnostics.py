@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ class LayerReport:
     drift: float
     scale_change: float
     cholesky_condition: float
+
+
+HEADINGS = ("[C;Q] ortho", "G ortho", "inner angle", "outer angle", "drift", "scale change", "chol. cond.")
 
 
 def _eye(matrix: Tensor) -> Tensor:
@@ -129,12 +133,13 @@ def diagnose(
 ) -> list[LayerReport]:
     """Prints a table of `orthogonality(model)` and, with csv_path, writes it as CSV. Returns the reports."""
     reports = orthogonality(model)
-    columns = [f.name for f in fields(LayerReport)]
-    table = Table(title="SSVD-O layers")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if column == "name" else "right")
+    table = Table(title="SSVD-O layers", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", no_wrap=True)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right")
     for report in reports:
-        table.add_row(report.name, *(f"{v:.3g}" for v in list(asdict(report).values())[1:]))
+        numbers = list(asdict(report).values())[1:]
+        table.add_row(report.name, *(f"{v:.2g}" if v == 0 or 1e-3 <= v < 1e4 else f"{v:.0e}" for v in numbers))
     (console or Console()).print(table)
     if csv_path is not None:
         Path(csv_path).write_text(to_csv(reports))

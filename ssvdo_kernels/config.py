@@ -10,7 +10,7 @@ ROTATIONS = ("cayley", "neumann", "first_order")
 OUTERS = ("rotation", "additive")
 ORIENTATIONS = ("auto", "input", "output")
 PATHS = ("auto", "factored", "folded", "core", "merged")
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "triton")
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -56,7 +56,8 @@ class SSVDOConfig:
             matches whole names, or ``"all-linear"``. None: the feed-forward layers known by name (see model.py).
         exclude_modules: suffixes, or one regular expression, of layers to leave alone.
         path: the form in which a forward is computed; ``"auto"`` lets the planner choose per call.
-        backend: ``"auto"`` or ``"reference"`` (plain PyTorch).
+        backend: what computes the per-token work: ``"reference"`` (plain PyTorch), ``"triton"`` (fused kernels for
+            NVIDIA GPUs, paths folded and merged), or ``"auto"`` (see `python -m ssvdo_kernels.info`).
 
     Raises:
         ValueError: a value is out of range or unknown; the message names the argument, the value and what is allowed.
@@ -93,6 +94,9 @@ class SSVDOConfig:
         _choice("orientation", self.orientation, ORIENTATIONS)
         _choice("path", self.path, PATHS)
         _choice("backend", self.backend, BACKENDS)
+        if self.backend == "triton" and self.path in ("factored", "core"):
+            raise ValueError(f"path={self.path!r} has no Triton kernels; "
+                             "allowed with backend='triton': 'auto', 'folded', 'merged'")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value):

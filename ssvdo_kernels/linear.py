@@ -14,9 +14,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, compute_dtype, factorize
 from .ops import own_dtypes
+from .ops.dispatch import token_path
 from .ops.linear import adapted_linear
 from .ops.preparation import Gradients, Prepared, Rows, attach
-from .planner import plan
+from .planner import plan, plan_kernels
+from .traffic import machine
 
 FACTOR_NAMES = ("inner_basis", "singular_values", "outer_basis", "reflector", "null_basis")
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
@@ -92,6 +94,7 @@ class SSVDOLinear(nn.Module):
         self._merged = False
         self._cache: _Cache | None = None
         self._accumulating = False
+        self._expected = 0
         self.reset_parameters()
 
     @classmethod
@@ -158,7 +161,13 @@ class SSVDOLinear(nn.Module):
 
     def refresh(self) -> None:
         """Forgets what was prepared; the next forward prepares anew."""
+        self._expected = self._served()
         self._cache = None
+
+    def _served(self) -> int:
+        """Rows with gradients that the last preparation which had any has served: what the next one may expect."""
+        trained = 0 if self._cache is None else self._cache.prepared.trained
+        return trained or self._expected
 
     @own_dtypes()
     def _current(self) -> _Cache:
@@ -174,7 +183,9 @@ class SSVDOLinear(nn.Module):
             if self._accumulating and cache.leaves is not None:
                 raise RuntimeError("the parameters of an SSVDOLinear changed inside gradient_accumulation; "
                                    "step the optimiser after the context")
+        self._expected = self._served()
         prepared = Prepared(parameters, self.factors(), self.shape, self.config)
+        prepared.expected = self._expected
         copies = tuple(p.detach().clone() for p in parameters) if on_cpu else ()
         self._cache = _Cache(prepared, stamp, copies)
         return self._cache
@@ -222,14 +233,28 @@ class SSVDOLinear(nn.Module):
 
     def plan(self, tokens: int, grad: bool = True) -> str:
         """The form ("factored", "folded", "core" or "merged") that a forward of `tokens` rows takes now."""
-        return self._form(self.prepared(), tokens, grad)
+        backend, _ = token_path(self.config.backend, self.weight.device, self.weight.dtype)
+        return self._form(self.prepared(), tokens, grad, backend, self.weight.dtype)
 
-    def _form(self, prepared: Prepared, tokens: int, grad: bool) -> str:
+    def _form(self, prepared: Prepared, tokens: int, grad: bool, backend: str, dtype: torch.dtype) -> str:
         if self._merged:
             return "merged"
         if self.config.path != "auto":
             return self.config.path
-        return plan(self.shape, prepared.columns.shape[1], tokens, prepared.tokens, grad, prepared.built)
+        extra, seen = prepared.columns.shape[1], max(prepared.tokens, prepared.expected - tokens)
+        if backend == "triton":
+            device = torch.cuda.get_device_name(self.weight.device) if self.weight.is_cuda else ""
+            peaks = machine(device, dtype, torch.backends.cuda.matmul.allow_tf32)
+            form = plan_kernels(self.shape, extra, tokens, seen, grad, prepared.built, dtype.itemsize, peaks)
+        else:
+            form = plan(self.shape, extra, tokens, seen, grad, prepared.built)
+        if not grad:
+            return form
+        # Activation checkpointing runs a forward twice and needs the same tensors saved: within a preparation, forwards
+        # of as many rows keep to forms that save alike. factored and folded do.
+        first = prepared.choices.setdefault(tokens, form)
+        alike = ("factored", "folded")
+        return form if form == first or (form in alike and first in alike) else first
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features)."""
@@ -244,10 +269,12 @@ class SSVDOLinear(nn.Module):
         cache = self._current()
         mixer, columns, sink = self._mixer_and_columns(cache)
         rows = x.reshape(-1, self.in_features)
-        form = self._form(cache.prepared, rows.shape[0], mixer.requires_grad)
+        backend, _ = token_path(self.config.backend, x.device, x.dtype)
+        form = self._form(cache.prepared, rows.shape[0], mixer.requires_grad, backend, x.dtype)
         cache.prepared.tokens += rows.shape[0]
+        cache.prepared.trained += rows.shape[0] if mixer.requires_grad else 0
         with own_dtypes():
-            y = adapted_linear(rows, mixer, columns, weight, bias, cache.prepared, form, sink)
+            y = adapted_linear(rows, mixer, columns, weight, bias, cache.prepared, form, backend, sink)
         return y.view(*x.shape[:-1], self.out_features)
 
     # -- the dense weight --------------------------------------------------------------------------------------------
@@ -275,6 +302,7 @@ class SSVDOLinear(nn.Module):
         """Undoes `merge`."""
         self._merged = False
         self.refresh()
+        self._expected = 0
 
     def to_linear(self, merge: bool = False) -> nn.Linear:
         """nn.Linear with W0 (the very same tensor) or, with merge, W'. The weight is left frozen."""

@@ -12,12 +12,18 @@ A wide layer keeps z and saves its recomputation: we, or de in the core form.
 
 A form's matrices are built once per preparation. Whether that pays depends on the tokens still to come, which nobody
 knows; so the planner rents until renting has cost what buying would have (the ski-rental rule): it counts the tokens
-that this preparation has already served as if they came again. It is never worse than twice the best in hindsight.
+that this preparation, or the one before it, has already served as if they came again. Within one preparation it is
+never worse than twice the best in hindsight.
+
+With the Triton kernels the choice is between folded and merged, by the larger of the bandwidth and the arithmetic floor
+of every launch (traffic.py).
 """
 
 from __future__ import annotations
 
+from . import traffic
 from .config import LayerShape
+from .traffic import Machine, Traffic
 
 FORMS = ("factored", "folded", "core", "merged")
 
@@ -69,3 +75,50 @@ def plan(shape: LayerShape, extra: int, tokens: int, seen: int, grad: bool, buil
         return token_cost(form, shape, extra, grad) * (tokens + seen) + build
 
     return min(FORMS, key=cost)
+
+
+def launches(form: str, shape: LayerShape, extra: int, tokens: int, grad: bool, size: int) -> list[Traffic]:
+    """What the Triton path launches beyond the frozen layer's products, for `tokens` rows of `size` bytes a number."""
+    d, b, w, e, t = shape.d, shape.large, shape.width, extra, tokens
+    if form == "merged":
+        return [traffic.product(b, t, d, size)] if grad else []
+    one_pass = w <= 128
+    grow, shrink = traffic.product(t, e, b, size, addend=True), traffic.product(t, b, e, size)  # z F^T, x F
+    out = traffic.expand(t, d, w, e, size, one_pass=one_pass, store_h=grad and shape.transposed)
+    back = traffic.contract(t, d, w, e, size, one_pass=one_pass, store_g=grad)
+    if not grad:
+        return [back, shrink] if shape.transposed else [out, grow]
+    gradients = [traffic.token_product(t, w + e, w, size, 4), traffic.token_product(t, b, e, size, 4)]
+    again = [] if shape.transposed else [traffic.product(t, d, w, size), traffic.product(t, w, e, size)]  # h, z
+    return [out, back, grow, shrink, *again, *gradients]
+
+
+def build_launches(form: str, shape: LayerShape, extra: int, grad: bool) -> list[Traffic]:
+    """What builds a form's matrices in float32 and brings their gradients back."""
+    d, b, w, e = shape.d, shape.large, shape.width, extra
+    folded = [traffic.product(w + e, w, d, 4), traffic.product(w, w, d, 4)]
+    if form == "folded":
+        return folded
+    left = traffic.product(b, d, w, 4)
+    gradients = [left, traffic.product(w + e, b, d, 4), traffic.product(w + e, d, w, 4), traffic.product(b, d, e, 4)]
+    return [*folded, traffic.contract(b, d, w, e, 4, one_pass=False), *(gradients if grad else [])]
+
+
+def plan_kernels(
+    shape: LayerShape,
+    extra: int,
+    tokens: int,
+    seen: int,
+    grad: bool,
+    built: frozenset[str],
+    size: int,
+    machine: Machine,
+) -> str:
+    """folded or merged, whichever has the lower floor for `tokens` rows; arguments as for `plan`."""
+
+    def seconds(form: str) -> float:
+        build = [] if form in built else build_launches(form, shape, extra, grad)
+        running = launches(form, shape, extra, tokens + seen, grad, size)
+        return sum(t.seconds(machine) for t in [*running, *build])
+
+    return min(("folded", "merged"), key=seconds)

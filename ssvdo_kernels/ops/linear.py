@@ -12,7 +12,7 @@ with A = W0 or W0^T (large x d), F large x e. With h = x V and g = [(u V) | z] o
 parameter gradients are dM = g^T h and dF = (large side)^T z. Each map has three forms: factored (through V and M),
 folded (M V^T multiplied out once) and core (one dense d x (d + e) matrix E). Kept for backward are x and the inner
 activations, T x width (tall, h) or T x (width + e) (wide, g): recomputing h costs the tall layer 2dk operations a
-token, and the wide one another pass over W0. The core form keeps x alone if tall.
+token, and the wide one another pass over W0. The core form keeps x alone if tall, and so do the Triton kernels.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from .preparation import Prepared, Rows
 
 
 class _SmallSide:
-    """expand and contract of one preparation, in the dtype of the tokens."""
+    """expand and contract of one preparation, in the dtype of the tokens, through PyTorch's own products."""
 
     def __init__(self, prepared: Prepared, form: str, dtype: torch.dtype) -> None:
         self.form, self.d, self.width = form, prepared.shape.d, prepared.shape.width
         self.extra = prepared.columns.shape[1]
-        self.V = prepared.basis.to(dtype)
-        self.M = prepared.mixer.to(dtype)
+        self.V = prepared.cast("basis", dtype)
+        self.M = prepared.cast("mixer", dtype)
         if form == "folded":
-            self.MV, self.NtV = prepared.folded.to(dtype), prepared.folded_transposed.to(dtype)
+            self.MV, self.NtV = prepared.cast("folded", dtype), prepared.cast("folded_transposed", dtype)
         elif form == "core":
-            self.E = prepared.core.to(dtype)
+            self.E = prepared.cast("core", dtype)
 
-    def expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """([x' | z], h = x V), h None for the core form."""
+    def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """([x' | z], h = x V); h is None for the core form."""
         if self.form == "core":
             return x @ self.E, None
         h = x @ self.V
@@ -53,7 +53,7 @@ class _SmallSide:
             out[:, self.d :] = mixed[:, self.width :]
         return out, h
 
-    def contract(self, uz: Tensor) -> tuple[Tensor, Tensor]:
+    def contract(self, uz: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
         """(contracted, g): g = [u V | z], or uz itself for the core form."""
         if self.form == "core":
             return uz @ self.E.mT, uz
@@ -65,38 +65,76 @@ class _SmallSide:
             return torch.addmm(u, g, self.MV), g
         return torch.addmm(u, g @ self.M, self.V.mT), g
 
+    def inner(self, x: Tensor, saved: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """(h, z) of expand again, in backward; saved: its h, if that was kept."""
+        if self.form == "core":
+            return None, x @ self.E[:, self.d :]
+        h = x @ self.V if saved is None else saved
+        return h, h @ self.M[self.width :].mT
+
     def mixer_gradient(self, g: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
         """dM ((width + e) x width) from contract's g and expand's x and h (None in the core form, and only there)."""
         if h is not None:
-            return g.mT @ h
+            return self.over_tokens(g, h)
         dE = (g.mT @ x) @ self.V  # (d + e) x width
         return torch.cat([self.V.mT @ dE[: self.d], dE[self.d :]])
+
+    def over_tokens(self, a: Tensor, b: Tensor) -> Tensor:
+        """a^T b, summed over tokens."""
+        return a.mT @ b
+
+
+class _TritonSide(_SmallSide):
+    """The folded form through the Triton kernels; x V is computed again in backward rather than kept."""
+
+    def __init__(self, prepared: Prepared, dtype: torch.dtype) -> None:
+        super().__init__(prepared, "folded", dtype)
+        self.R = prepared.cast("expansion", dtype)
+
+    def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+        from ..triton import launch
+
+        return launch.expand(x, self.V, self.R, keep)
+
+    def contract(self, uz: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+        from ..triton import launch
+
+        return launch.contract(uz[:, : self.d], uz[:, self.d :], self.V, self.MV, keep)
+
+    def over_tokens(self, a: Tensor, b: Tensor) -> Tensor:
+        from ..triton import launch
+
+        return launch.token_product(a, b)
+
+
+def _small_side(prepared: Prepared, form: str, dtype: torch.dtype, backend: str) -> _SmallSide:
+    fused = backend == "triton" and form == "folded"
+    return _TritonSide(prepared, dtype) if fused else _SmallSide(prepared, form, dtype)
 
 
 class AdaptedLinear(torch.autograd.Function):
     """Forward and backward of the factored, folded and core forms; x is T x in_features, contiguous or not."""
 
     @staticmethod
-    def forward(ctx, x, mixer, columns, weight, bias, prepared, form, sink):  # type: ignore[no-untyped-def]
-        side = _SmallSide(prepared, form, x.dtype)
-        F, ctx.wide = columns.to(x.dtype), prepared.shape.transposed
+    def forward(ctx, x, mixer, columns, weight, bias, prepared, form, backend, sink):  # type: ignore[no-untyped-def]
+        side = _small_side(prepared, form, x.dtype, backend)
+        F, ctx.wide = prepared.cast("columns", x.dtype), prepared.shape.transposed
         ctx.side, ctx.grad_dtype = side, mixer.dtype
         ctx.sink = sink if form != "core" and prepared.wants_rows(x.shape[0]) else None
-        saved = None
+        needs_inner = mixer.requires_grad or columns.requires_grad
         if ctx.wide:
             uz = x.new_empty(x.shape[0], side.d + side.extra)
             torch.mm(x, weight.mT, out=uz[:, : side.d])
             torch.mm(x, F, out=uz[:, side.d :])
-            y, saved = side.contract(uz)
+            y, saved = side.contract(uz, needs_inner)
             if bias is not None:
                 y += bias
         else:
-            xz, saved = side.expand(x)
+            xz, saved = side.expand(x, False)
             u = xz[:, : side.d]
             y = u @ weight.mT if bias is None else torch.addmm(bias, u, weight.mT)
             if side.extra:
                 y.addmm_(xz[:, side.d :], F.mT)
-        needs_inner = mixer.requires_grad or columns.requires_grad
         ctx.save_for_backward(x if needs_inner else None, F, weight, saved if needs_inner else None)
         return y
 
@@ -106,39 +144,38 @@ class AdaptedLinear(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         need_x, need_mixer, need_columns, _, need_bias = ctx.needs_input_grad[:5]
         x, F, weight, saved = ctx.saved_tensors
-        side, dx, d_mixer, d_columns = ctx.side, None, None, None
+        side, dx, d_mixer, d_columns, rows = ctx.side, None, None, None, None
         dy = dy.contiguous()
         if ctx.wide:
-            uz, g = side.expand(dy)
+            uz, h = side.expand(dy, need_mixer)
             z = uz[:, side.d :]
             if need_x:
                 dx = uz[:, : side.d] @ weight
                 if side.extra:
                     dx.addmm_(z, F.mT)
-            if need_mixer and ctx.sink is None:
-                d_mixer = side.mixer_gradient(saved, dy, g)
-            elif need_mixer:
-                ctx.sink[:] = [Rows(saved, g)]
+            if need_mixer:
+                rows = (saved, dy, h)
             if need_columns:
-                d_columns = x.mT @ z
+                d_columns = side.over_tokens(x, z)
         else:
             uz = dy.new_empty(dy.shape[0], side.d + side.extra)
             torch.mm(dy, weight, out=uz[:, : side.d])
             torch.mm(dy, F, out=uz[:, side.d :])
-            dx, g = side.contract(uz)
-            if need_mixer and ctx.sink is None:
-                d_mixer = side.mixer_gradient(g, x, saved)
-            elif need_mixer:
-                ctx.sink[:] = [Rows(g, saved)]
-            if need_columns:
-                z = x @ side.E[:, side.d :] if side.form == "core" else saved @ side.M[side.width :].mT
-                d_columns = dy.mT @ z
+            dx, g = side.contract(uz, need_mixer)
+            if need_mixer or need_columns:
+                h, z = side.inner(x, saved)
+                rows = (g, x, h) if need_mixer else None
+                d_columns = side.over_tokens(dy, z) if need_columns else None
+        if rows is not None and ctx.sink is not None:
+            ctx.sink[:] = [Rows(rows[0], rows[2])]
+        elif rows is not None:
+            d_mixer = side.mixer_gradient(*rows)
         d_bias = dy.sum(0) if need_bias else None
 
         def cast(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(ctx.grad_dtype)
 
-        return dx, cast(d_mixer), cast(d_columns), None, d_bias, None, None, None
+        return dx, cast(d_mixer), cast(d_columns), None, d_bias, None, None, None, None
 
 
 class MergedLinear(torch.autograd.Function):
@@ -149,8 +186,8 @@ class MergedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mixer, columns, weight, bias, prepared):  # type: ignore[no-untyped-def]
-        merged = prepared.merged(weight).to(x.dtype)
+    def forward(ctx, x, mixer, columns, weight, bias, prepared, backend):  # type: ignore[no-untyped-def]
+        merged = prepared.merged(weight, backend).to(x.dtype)
         ctx.prepared = prepared
         needs_inner = mixer.requires_grad or columns.requires_grad
         ctx.save_for_backward(x if needs_inner else None, weight, merged)
@@ -174,7 +211,7 @@ class MergedLinear(torch.autograd.Function):
                 d_mixer = (left.mT @ d_tall) @ p.basis
             if need_columns:
                 d_columns = d_tall @ p.folded[p.shape.width :].mT
-        return dx, d_mixer, d_columns, None, dy.sum(0) if need_bias else None, None
+        return dx, d_mixer, d_columns, None, dy.sum(0) if need_bias else None, None, None
 
 
 def adapted_linear(
@@ -185,15 +222,16 @@ def adapted_linear(
     bias: Tensor | None,
     prepared: Prepared,
     form: str,
+    backend: str = "reference",
     sink: list[Rows] | None = None,
 ) -> Tensor:
     """y = x W'^T + b.
 
     Args:
         x: T x in_features. mixer, columns: from `attach`, or leaves.
-        form: factored, folded, core or merged.
+        form: factored, folded, core or merged. backend: reference or triton (which serves folded and merged).
         sink: that of `attach`, where few rows leave the mixer's gradient in factored form; None: always dense.
     """
     if form == "merged":
-        return MergedLinear.apply(x, mixer, columns, weight, bias, prepared)  # type: ignore[no-untyped-call,no-any-return]
-    return AdaptedLinear.apply(x, mixer, columns, weight, bias, prepared, form, sink)  # type: ignore[no-untyped-call,no-any-return]
+        return MergedLinear.apply(x, mixer, columns, weight, bias, prepared, backend)  # type: ignore[no-untyped-call,no-any-return]
+    return AdaptedLinear.apply(x, mixer, columns, weight, bias, prepared, form, backend, sink)  # type: ignore[no-untyped-call,no-any-return]

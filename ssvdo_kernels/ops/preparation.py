@@ -57,6 +57,10 @@ class Prepared:
         self._prepare_outer(outer, name)
         self.basis = factors.inner_basis.to(self.dtype)
         self.tokens = 0  # rows that have passed through this preparation: the planner's clock
+        self.trained = 0  # those among them with gradients
+        self.expected = 0  # rows with gradients that the preparation before this one served
+        self.choices: dict[int, str] = {}  # by number of rows: what a forward with gradients saves for backward
+        self._casts: dict[tuple[str, torch.dtype], Tensor] = {}
         self._folded: Tensor | None = None
         self._folded_transposed: Tensor | None = None
         self._core: Tensor | None = None
@@ -168,6 +172,19 @@ class Prepared:
         return self._folded_transposed
 
     @property
+    def expansion(self) -> Tensor:
+        """R = [N^T V^T | B_z^T], width x (d + l + q)."""
+        return torch.cat([self.folded_transposed, self.mixer[self.shape.width :].mT], 1)
+
+    def cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One of the matrices (an attribute's name) in a dtype; kept, so that each is converted once."""
+        found = self._casts.get((name, dtype))
+        if found is None:
+            matrix: Tensor = getattr(self, name)
+            found = self._casts[name, dtype] = matrix.to(dtype)
+        return found
+
+    @property
     def core(self) -> Tensor:
         """E = [I + V N^T V^T | V B_z^T], d x (d + l + q)."""
         if self._core is None:
@@ -179,10 +196,16 @@ class Prepared:
             self._core = core
         return self._core
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """W' (out x in) in weight's dtype, from W0: A' = A + [A V | F] M V^T."""
+    def merged(self, weight: Tensor, backend: str = "reference") -> Tensor:
+        """W' (out x in) in weight's dtype, from W0: A' = A + [A V | F] M V^T, which is `contract` over A's rows."""
         if self._merged is None:
             tall = weight.mT if self.shape.transposed else weight
+            if backend == "triton":
+                from ..triton import launch
+
+                F, V, Q = (self.cast(name, weight.dtype) for name in ("columns", "basis", "folded"))
+                self._merged = launch.merge(tall, F, V, Q, self.shape.transposed)
+                return self._merged
             tall = tall.to(self.dtype)
             left = torch.cat([tall @ self.basis, self.columns], 1)
             if self.shape.transposed:

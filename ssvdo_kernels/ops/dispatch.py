@@ -1,0 +1,70 @@
+"""The one place that decides which backend serves an operation, and says why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def token_path(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """("reference" or "triton", the reason) for the per-token work.
+
+    Args:
+        backend: auto, reference or triton (the config's).
+        device, dtype: of the tokens.
+
+    Raises:
+        RuntimeError: backend is "triton" where its kernels cannot run; the message says why.
+    """
+    if backend == "reference":
+        return "reference", "asked for by backend='reference'"
+    obstacle = _obstacle(device, dtype)
+    if backend == "triton":
+        if obstacle:
+            raise RuntimeError(
+                f"backend='triton' cannot serve {dtype} on {device}: {obstacle}; allowed here: 'reference', 'auto'")
+        return "triton", "asked for by backend='triton'"
+    if obstacle:
+        return "reference", obstacle
+    if device.type == "cpu":
+        return "reference", "on the CPU, Triton only interprets; backend='triton' asks for that"
+    if dtype in _HALF or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32):
+        return "triton", "fused kernels, tensor cores"
+    return "reference", f"{dtype} without tf32 has no tensor-core kernels; the vendor's products are the better engine"
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why Triton's kernels cannot run at all; "" where they can."""
+    if not _has_triton():
+        return "the package triton is not installed"
+    if dtype not in (*_HALF, torch.float32, torch.float64):
+        return f"there are no kernels for {dtype}"
+    if device.type == "cpu":
+        if not _interpreting():
+            return "the device is the CPU (TRITON_INTERPRET=1 would interpret)"
+        return "Triton's interpreter multiplies bfloat16 wrongly" if dtype == torch.bfloat16 else ""
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type} devices"
+    if torch.version.hip is not None:
+        return "the kernels are made for NVIDIA GPUs"
+    capability = _capability(device.index)
+    return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+
+
+@lru_cache(maxsize=16)
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)

@@ -1,0 +1,1 @@
+"""Triton kernels of the token path and how they are launched."""

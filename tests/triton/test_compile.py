@@ -1,0 +1,48 @@
+"""Ahead-of-time compilation of every shipped configuration for every dtype and architecture, with no GPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+from benchmarks import kernel_table
+from benchmarks.kernel_table import Compiled, complaints
+from ssvdo_kernels.triton.configs import CONFIGS
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments):
+    """In a process of its own: here, the kernels are interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel_table", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("dtype", kernel_table.DTYPES)
+def test_everything_shipped_compiles_without_spills(dtype):
+    done = run("--dtype", dtype)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    shipped = sum(len(by[kernel_table.DTYPES[dtype]]) for by in CONFIGS.values())
+    assert f"{3 * shipped} compiled, no spills" in done.stdout
+
+
+def test_the_page_lists_what_is_shipped():
+    text = kernel_table.PAGE.read_text()
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| ([^|]+) \|", text, re.M)
+    want = {(kernel, dtype, kernel_table.describe(config)) for kernel, dtype, _, config
+            in kernel_table.jobs([80], list(kernel_table.DTYPES))}  # fmt: skip
+    assert {row for row in rows if row[0] != "kernel"} == want
+
+
+def test_complaints():
+    good = Compiled("expand", "bf16", 90, "", 100, 0, 1000, "wgmma.mma_async")
+    assert complaints([good]) == []
+    assert "8 bytes spilled" in complaints([Compiled("expand", "bf16", 90, "", 100, 8, 1000, "wgmma.mma_async")])[0]
+    assert "shared memory" in complaints([Compiled("expand", "bf16", 80, "", 100, 0, 200_000, "mma.sync")])[0]
+    assert "no tensor-core" in complaints([Compiled("expand", "fp16", 80, "", 100, 0, 1000, "-")])[0]
+    assert complaints(["it failed"]) == ["it failed"]

@@ -1,0 +1,127 @@
+"""The Triton kernels against float64 products: odd sizes, strides, dtypes, every element written.
+
+Interpreted on the CPU; compiled where there is a GPU.
+"""
+
+import pytest
+import torch
+from helpers import assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="triton is not installed")
+from ssvdo_kernels.triton import launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Sums of up to 150 terms err by about sqrt(150) / 2 eps, two in a row, and x + x V R may be a few times smaller than its
+# two terms: 32 eps. In float16 the on-chip x V and the result are rounded once each: 4 of its half eps.
+TOLERANCE = {torch.float64: 32 * 2**-52, torch.float32: 32 * 2**-23, torch.float16: 4 * 2**-11}
+sizes = st.tuples(st.sampled_from([0, 1, 2, 15, 33, 70]), st.integers(1, 70), st.integers(1, 40), st.integers(0, 20))
+dtypes = st.sampled_from(list(TOLERANCE))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_results(monkeypatch):
+    """Results start as NaN, so that an element that no program writes is seen."""
+
+    def poisoned(*shape, like, dtype=None):
+        return torch.full(shape, float("nan"), device=like.device, dtype=like.dtype if dtype is None else dtype)
+
+    monkeypatch.setattr(launch, "_empty", poisoned)
+
+
+def draw(*shape, dtype, transposed=False):
+    """Random, scaled so that sums over the first dimension keep their size; transposed: strides the other way."""
+    made = torch.randn(shape, dtype=torch.float64) / max(1, shape[0]) ** 0.5
+    made = made.to(dtype).to(DEVICE)
+    return made.mT.contiguous().mT if transposed else made
+
+
+def expected(x, V, R):
+    x, V, R = x.double(), V.double(), R.double()
+    return torch.cat([x, x.new_zeros(x.shape[0], R.shape[1] - x.shape[1])], 1) + x @ V @ R
+
+
+@given(sizes, dtypes, st.booleans())
+def test_expand(size, dtype, transposed):
+    T, d, w, e = size
+    x = draw(T, d, dtype=dtype, transposed=transposed)
+    V, R = draw(d, w, dtype=dtype), draw(w, d + e, dtype=dtype, transposed=transposed)
+    for keep in (False, True):
+        out, h = launch.expand(x, V, R, keep)
+        assert_close("out", out, expected(x, V, R), TOLERANCE[dtype])
+        assert (h is None) == (not keep)
+    assert_close("h", h, x.double() @ V.double(), TOLERANCE[dtype])
+
+
+@given(sizes, dtypes, st.booleans())
+def test_contract(size, dtype, transposed):
+    T, d, w, e = size
+    uz = draw(T, d + e, dtype=dtype, transposed=transposed)
+    u, z = uz[:, :d], uz[:, d:]  # strided, as the layer passes them
+    V, Q = draw(d, w, dtype=dtype, transposed=transposed), draw(w + e, d, dtype=dtype)
+    g = torch.cat([u.double() @ V.double(), z.double()], 1)
+    for keep in (False, True):
+        out, kept = launch.contract(u, z, V, Q, keep)
+        assert_close("out", out, u.double() + g @ Q.double(), TOLERANCE[dtype])
+        assert (kept is None) == (not keep)
+    assert_close("g", kept, g, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T, d, w, e", [(37, 150, 140, 9), (20, 140, 5, 130), (0, 140, 140, 3)])
+def test_wide_sizes_take_two_passes(T, d, w, e, dtype):
+    assert not launch.one_pass(dtype, w, e)
+    x, V, R = draw(T, d, dtype=dtype), draw(d, w, dtype=dtype), draw(w, d + e, dtype=dtype)
+    out, h = launch.expand(x, V, R, True)
+    assert_close("out", out, expected(x, V, R), TOLERANCE[dtype])
+    assert_close("h", h, x.double() @ V.double(), TOLERANCE[dtype])
+    z, Q = draw(T, e, dtype=dtype), draw(w + e, d, dtype=dtype)
+    out, g = launch.contract(x, z, V, Q, True)
+    assert_close("g", g, torch.cat([x.double() @ V.double(), z.double()], 1), TOLERANCE[dtype])
+    assert_close("out", out, x.double() + g.double() @ Q.double(), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("w", [5, 140])
+def test_merge(w, wide):
+    A, F = draw(90, 24, dtype=torch.float64), draw(90, 3, dtype=torch.float64)
+    V, Q = draw(24, w, dtype=torch.float64), draw(w + 3, 24, dtype=torch.float64)
+    weight = A.mT.contiguous() if wide else A
+    got = launch.merge(weight.mT if wide else weight, F, V, Q, wide)
+    want = A + torch.cat([A @ V, F], 1) @ Q
+    assert got.is_contiguous()
+    assert_close("W'", got, want.mT if wide else want, 1e-13)
+
+
+@given(st.sampled_from([0, 1, 100, 700, 1500]), st.integers(1, 70), st.integers(0, 40), dtypes)
+def test_token_product(T, p, q, dtype):
+    a, b = draw(T, p, dtype=dtype), draw(T, q, dtype=dtype, transposed=True)
+    got = launch.token_product(a, b)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close("a^T b", got, a.double().mT @ b.double(), TOLERANCE[got.dtype])
+    assert torch.equal(got, launch.token_product(a, b))
+
+
+def test_tokens_are_split_and_summed_in_order():
+    assert launch.splits_of(100, 1, 132) == 1
+    assert launch.splits_of(1 << 16, 1, 132) == 256
+    assert launch.splits_of(1 << 16, 1000, 132) == 1
+    assert launch.splits_of(0, 1, 132) == 1
+
+
+def test_rows_beyond_two_to_the_31_elements():
+    """Row 3 lies 3 * 2^30 elements after row 0: 32-bit offsets would wrap. What is never touched takes no memory."""
+    stride = 1 << 30
+    storage = torch.empty(3 * stride + 8, dtype=torch.float16, device=DEVICE)
+    x = torch.as_strided(storage, (4, 8), (stride, 1))
+    x.copy_(torch.randn(4, 8))
+    V, R = draw(8, 3, dtype=torch.float16), draw(3, 10, dtype=torch.float16)
+    assert_close("out", launch.expand(x, V, R)[0], expected(x, V, R), TOLERANCE[torch.float16])
+    z, Q = draw(4, 2, dtype=torch.float16), draw(5, 8, dtype=torch.float16)
+    g = torch.cat([x.double() @ V.double(), z.double()], 1)
+    assert_close("out", launch.contract(x, z, V, Q)[0], x.double() + g @ Q.double(), TOLERANCE[torch.float16])
+    assert_close("a^T b", launch.token_product(x, z), x.double().mT @ z.double(), 1e-6)
+    out = torch.as_strided(storage, (4, 8), (stride, 1))
+    product = launch.add_product(z[:, :0], z, Q[:2], out)
+    assert_close("into", product, z.double() @ Q[:2].double(), TOLERANCE[torch.float16])

@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "setuptools>=77"
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[peft,asr,bench,dev]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[triton,peft,asr,bench,dev]"
 	touch $@
 
 demo: $(STAMP)

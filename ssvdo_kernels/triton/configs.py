@@ -1,7 +1,7 @@
 """Launch configurations that are shipped, by kernel and precision; the first of each is the default.
 
 Every entry compiles for sm_80, sm_90 and sm_100 without spills and within their shared memory: docs/kernels.md, made by
-`python -m benchmarks.kernel_table`, tested in tests/triton/test_compile.py.
+`python -m benchmarks.kernel_table`, tested in tests/triton_kernels/test_compile.py.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ssvdo_kernels.triton import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Sums of up to 150 terms err by about sqrt(150) / 2 eps, two in a row, and x + x V R may be a few times smaller than its
-# two terms: 32 eps. In float16 the on-chip x V and the result are rounded once each: 4 of its half eps.
+# Sums of up to 150 terms err by about sqrt(150) / 2 eps, two in a row, and x + x V R may be a few times smaller than
+# its two terms: 32 eps. In float16 the on-chip x V and the result are rounded once each: 4 of its half eps.
 TOLERANCE = {torch.float64: 32 * 2**-52, torch.float32: 32 * 2**-23, torch.float16: 4 * 2**-11}
 sizes = st.tuples(st.sampled_from([0, 1, 2, 15, 33, 70]), st.integers(1, 70), st.integers(1, 40), st.integers(0, 20))
 dtypes = st.sampled_from(list(TOLERANCE))

@@ -15,6 +15,7 @@ from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, compute_dtype, factorize
 from .ops import own_dtypes
 from .ops.dispatch import token_path
+from .ops.library import encode, functional_linear
 from .ops.linear import adapted_linear
 from .ops.preparation import Gradients, Prepared, Rows, attach
 from .planner import plan, plan_kernels
@@ -82,7 +83,7 @@ class SSVDOLinear(nn.Module):
         self, weight: Tensor, bias: nn.Parameter | None, factors: Factors, shape: LayerShape, config: SSVDOConfig
     ) -> None:
         super().__init__()
-        self.config, self.shape = config, shape
+        self.config, self.shape, self._spec = config, shape, encode(shape, config)
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
         k, zeros = shape.k, torch.zeros((), dtype=compute_dtype(weight.dtype), device=weight.device)
@@ -169,6 +170,10 @@ class SSVDOLinear(nn.Module):
         trained = 0 if self._cache is None else self._cache.prepared.trained
         return trained or self._expected
 
+    def _capturing(self) -> bool:
+        """Whether a CUDA graph is being captured: a replay must prepare anew, as parameters change between replays."""
+        return self.weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
     @own_dtypes()
     def _current(self) -> _Cache:
         parameters = self.adapter_parameters
@@ -176,6 +181,8 @@ class SSVDOLinear(nn.Module):
         stamp = (_optimizer_steps, *map(_stamp, watched))
         cache = self._cache
         on_cpu = self.weight.device.type == "cpu"
+        if self._capturing():
+            return _Cache(Prepared(parameters, self.factors(), self.shape, self.config), stamp, ())
         if cache is not None:
             same = all(map(torch.equal, cache.copies, parameters)) if on_cpu else cache.stamp[0] == stamp[0]
             if same and cache.stamp[1 + 3 * on_cpu :] == stamp[1 + 3 * on_cpu :]:
@@ -195,7 +202,7 @@ class SSVDOLinear(nn.Module):
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter_parameters)
         if not trains:
             return prepared.mixer, prepared.columns, None
-        if not self._accumulating:
+        if not self._accumulating or self._capturing():
             sink: list[Rows] = []
             return *attach(prepared, sink, self.adapter_parameters), sink
         if cache.leaves is None:
@@ -266,9 +273,13 @@ class SSVDOLinear(nn.Module):
         if autocast is not None and x.dtype != torch.float64:
             x, weight = x.to(autocast), weight.to(autocast)
             bias = None if bias is None else bias.to(autocast)
+        rows = x.reshape(-1, self.in_features)
+        if torch.compiler.is_compiling():
+            factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
+            y = functional_linear(rows, weight, bias, self.adapter_parameters, factors, self._spec, self._merged)
+            return y.view(*x.shape[:-1], self.out_features)
         cache = self._current()
         mixer, columns, sink = self._mixer_and_columns(cache)
-        rows = x.reshape(-1, self.in_features)
         backend, _ = token_path(self.config.backend, x.device, x.dtype)
         form = self._form(cache.prepared, rows.shape[0], mixer.requires_grad, backend, x.dtype)
         cache.prepared.tokens += rows.shape[0]

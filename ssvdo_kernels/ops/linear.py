@@ -22,21 +22,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import own_dtypes
-from .preparation import Prepared, Rows
+from .matrices import Matrices
+from .preparation import Rows
 
 
-class _SmallSide:
-    """expand and contract of one preparation, in the dtype of the tokens, through PyTorch's own products."""
+class SmallSide:
+    """expand and contract of one layer's matrices, in the dtype of the tokens, through PyTorch's own products."""
 
-    def __init__(self, prepared: Prepared, form: str, dtype: torch.dtype) -> None:
-        self.form, self.d, self.width = form, prepared.shape.d, prepared.shape.width
-        self.extra = prepared.columns.shape[1]
-        self.V = prepared.cast("basis", dtype)
-        self.M = prepared.cast("mixer", dtype)
+    def __init__(self, matrices: Matrices, form: str, dtype: torch.dtype) -> None:
+        self.form, self.d, self.width = form, matrices.shape.d, matrices.shape.width
+        self.extra = matrices.columns.shape[1]
+        self.V = matrices.cast("basis", dtype)
+        self.M = matrices.cast("mixer", dtype)
         if form == "folded":
-            self.MV, self.NtV = prepared.cast("folded", dtype), prepared.cast("folded_transposed", dtype)
+            self.MV, self.NtV = matrices.cast("folded", dtype), matrices.cast("folded_transposed", dtype)
         elif form == "core":
-            self.E = prepared.cast("core", dtype)
+            self.E = matrices.cast("core", dtype)
 
     def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
         """([x' | z], h = x V); h is None for the core form."""
@@ -84,12 +85,12 @@ class _SmallSide:
         return a.mT @ b
 
 
-class _TritonSide(_SmallSide):
+class _TritonSide(SmallSide):
     """The folded form through the Triton kernels; x V is computed again in backward rather than kept."""
 
-    def __init__(self, prepared: Prepared, dtype: torch.dtype) -> None:
-        super().__init__(prepared, "folded", dtype)
-        self.R = prepared.cast("expansion", dtype)
+    def __init__(self, matrices: Matrices, dtype: torch.dtype) -> None:
+        super().__init__(matrices, "folded", dtype)
+        self.R = matrices.cast("expansion", dtype)
 
     def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
         from ..triton import launch
@@ -107,9 +108,69 @@ class _TritonSide(_SmallSide):
         return launch.token_product(a, b)
 
 
-def _small_side(prepared: Prepared, form: str, dtype: torch.dtype, backend: str) -> _SmallSide:
+def small_side(matrices: Matrices, form: str, dtype: torch.dtype, backend: str) -> SmallSide:
+    """The engine of a form."""
     fused = backend == "triton" and form == "folded"
-    return _TritonSide(prepared, dtype) if fused else _SmallSide(prepared, form, dtype)
+    return _TritonSide(matrices, dtype) if fused else SmallSide(matrices, form, dtype)
+
+
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, F: Tensor, side: SmallSide, wide: bool, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y, saved); keep: whether a backward to the parameters will want `saved` (None for a tall layer)."""
+    if wide:
+        uz = x.new_empty(x.shape[0], side.d + side.extra)
+        torch.mm(x, weight.mT, out=uz[:, : side.d])
+        torch.mm(x, F, out=uz[:, side.d :])
+        y, saved = side.contract(uz, keep)
+        if bias is not None:
+            y += bias
+        return y, saved
+    xz, saved = side.expand(x, False)
+    u = xz[:, : side.d]
+    y = u @ weight.mT if bias is None else torch.addmm(bias, u, weight.mT)
+    if side.extra:
+        y.addmm_(xz[:, side.d :], F.mT)
+    return y, saved
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    F: Tensor,
+    side: SmallSide,
+    wide: bool,
+    saved: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor | None] | None, Tensor | None]:
+    """(dx, (g, x, h) for `SmallSide.mixer_gradient`, dF) for those of (x, mixer, columns) that need it."""
+    need_x, need_mixer, need_columns = needs
+    dx = rows = d_columns = None
+    if wide:
+        uz, h = side.expand(dy, need_mixer)
+        z = uz[:, side.d :]
+        if need_x:
+            dx = uz[:, : side.d] @ weight
+            if side.extra:
+                dx.addmm_(z, F.mT)
+        if need_mixer:
+            assert saved is not None
+            rows = (saved, dy, h)
+        if need_columns:
+            d_columns = side.over_tokens(x, z)
+        return dx, rows, d_columns
+    uz = dy.new_empty(dy.shape[0], side.d + side.extra)
+    torch.mm(dy, weight, out=uz[:, : side.d])
+    torch.mm(dy, F, out=uz[:, side.d :])
+    dx, g = side.contract(uz, need_mixer)
+    if need_mixer or need_columns:
+        h, z = side.inner(x, saved)
+        if need_mixer:
+            assert g is not None
+            rows = (g, x, h)
+        d_columns = side.over_tokens(dy, z) if need_columns else None
+    return dx, rows, d_columns
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -117,25 +178,13 @@ class AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mixer, columns, weight, bias, prepared, form, backend, sink):  # type: ignore[no-untyped-def]
-        side = _small_side(prepared, form, x.dtype, backend)
-        F, ctx.wide = prepared.cast("columns", x.dtype), prepared.shape.transposed
-        ctx.side, ctx.grad_dtype = side, mixer.dtype
+        side = small_side(prepared, form, x.dtype, backend)
+        F, wide = prepared.cast("columns", x.dtype), prepared.shape.transposed
+        keep = mixer.requires_grad or columns.requires_grad
+        y, saved = linear_forward(x, weight, bias, F, side, wide, keep)
+        ctx.side, ctx.wide, ctx.grad_dtype = side, wide, mixer.dtype
         ctx.sink = sink if form != "core" and prepared.wants_rows(x.shape[0]) else None
-        needs_inner = mixer.requires_grad or columns.requires_grad
-        if ctx.wide:
-            uz = x.new_empty(x.shape[0], side.d + side.extra)
-            torch.mm(x, weight.mT, out=uz[:, : side.d])
-            torch.mm(x, F, out=uz[:, side.d :])
-            y, saved = side.contract(uz, needs_inner)
-            if bias is not None:
-                y += bias
-        else:
-            xz, saved = side.expand(x, False)
-            u = xz[:, : side.d]
-            y = u @ weight.mT if bias is None else torch.addmm(bias, u, weight.mT)
-            if side.extra:
-                y.addmm_(xz[:, side.d :], F.mT)
-        ctx.save_for_backward(x if needs_inner else None, F, weight, saved if needs_inner else None)
+        ctx.save_for_backward(x if keep else None, F, weight, saved if keep else None)
         return y
 
     @staticmethod
@@ -144,30 +193,14 @@ class AdaptedLinear(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         need_x, need_mixer, need_columns, _, need_bias = ctx.needs_input_grad[:5]
         x, F, weight, saved = ctx.saved_tensors
-        side, dx, d_mixer, d_columns, rows = ctx.side, None, None, None, None
+        side, d_mixer = ctx.side, None
         dy = dy.contiguous()
-        if ctx.wide:
-            uz, h = side.expand(dy, need_mixer)
-            z = uz[:, side.d :]
-            if need_x:
-                dx = uz[:, : side.d] @ weight
-                if side.extra:
-                    dx.addmm_(z, F.mT)
-            if need_mixer:
-                rows = (saved, dy, h)
-            if need_columns:
-                d_columns = side.over_tokens(x, z)
-        else:
-            uz = dy.new_empty(dy.shape[0], side.d + side.extra)
-            torch.mm(dy, weight, out=uz[:, : side.d])
-            torch.mm(dy, F, out=uz[:, side.d :])
-            dx, g = side.contract(uz, need_mixer)
-            if need_mixer or need_columns:
-                h, z = side.inner(x, saved)
-                rows = (g, x, h) if need_mixer else None
-                d_columns = side.over_tokens(dy, z) if need_columns else None
+        dx, rows, d_columns = linear_backward(
+            dy, x, weight, F, side, ctx.wide, saved, (need_x, need_mixer, need_columns))
         if rows is not None and ctx.sink is not None:
-            ctx.sink[:] = [Rows(rows[0], rows[2])]
+            g, _, h = rows
+            assert h is not None  # the core form has none, and no sink
+            ctx.sink[:] = [Rows(g, h)]
         elif rows is not None:
             d_mixer = side.mixer_gradient(*rows)
         d_bias = dy.sum(0) if need_bias else None
@@ -179,11 +212,7 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 class MergedLinear(torch.autograd.Function):
-    """y = x W'^T + b with W' built once per preparation; dM and dF through dW' = dy^T x.
-
-    With dA' (large x d) = dW' or dW'^T, A' = A + [A V | F] M V^T:
-    dM = ([A V | F]^T dA') V,  dF = dA' (B_z V^T)^T.
-    """
+    """y = x W'^T + b with W' built once per preparation; dM and dF through dW' = dy^T x."""
 
     @staticmethod
     def forward(ctx, x, mixer, columns, weight, bias, prepared, backend):  # type: ignore[no-untyped-def]
@@ -199,18 +228,11 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         need_x, need_mixer, need_columns, _, need_bias = ctx.needs_input_grad[:5]
         x, weight, merged = ctx.saved_tensors
-        p: Prepared = ctx.prepared
+        p: Matrices = ctx.prepared
         dx = dy @ merged if need_x else None
         d_mixer = d_columns = None
         if need_mixer or need_columns:
-            wide = p.shape.transposed
-            d_tall = (x.mT @ dy if wide else dy.mT @ x).to(p.dtype)
-            if need_mixer:
-                tall = (weight.mT if wide else weight).to(p.dtype)
-                left = torch.cat([tall @ p.basis, p.columns], 1)
-                d_mixer = (left.mT @ d_tall) @ p.basis
-            if need_columns:
-                d_columns = d_tall @ p.folded[p.shape.width :].mT
+            d_mixer, d_columns = p.merged_backward(weight, dy.mT @ x, need_mixer, need_columns)
         return dx, d_mixer, d_columns, None, dy.sum(0) if need_bias else None, None, None
 
 
@@ -220,7 +242,7 @@ def adapted_linear(
     columns: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    prepared: Prepared,
+    prepared: Matrices,
     form: str,
     backend: str = "reference",
     sink: list[Rows] | None = None,

@@ -63,7 +63,10 @@ def _inverse_of_identity_plus(K: Tensor) -> Tensor:
     blocked = K.device.type == "cpu" and K.shape[0] > _LEAF and float(torch.linalg.vector_norm(K)) <= 16
     A = K.clone()
     A.diagonal().add_(1)
-    inverse: Tensor = _block_inverse(A) if blocked else torch.linalg.inv(A)
+    if blocked:
+        return _block_inverse(A)
+    # On a GPU, inv would wait for the device to report a singular matrix, which I + K never is.
+    inverse: Tensor = torch.linalg.inv_ex(A)[0] if A.is_cuda else torch.linalg.inv(A)
     return inverse
 
 

@@ -28,11 +28,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Runs with the machine's own Python and torch: a GPU box has its build installed.
+# Runs with the machine's own Python and torch: a GPU box has its build installed. Results go to $OUT.
+gpu: export PYTHONPATH := .
 gpu:
-	PYTHONPATH=. $(PYTHON) -m ssvdo_kernels.info
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests/gpu
-	PYTHONPATH=. $(PYTHON) -m benchmarks --quick --device cuda --dtype bfloat16 --out $${OUT:-benchmarks/results}
+	$(PYTHON) -m ssvdo_kernels.info
+	$(PYTHON) -m pytest -q -m gpu tests/gpu
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 SSVDO_AUTOTUNE=0 timeout 100 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    --target-processes all $(PYTHON) -m pytest -q -m gpu tests/gpu/test_gpu_kernels.py -k every_kernel || exit 1; done
+	$(PYTHON) -m benchmarks.bench_kernels --out $${OUT:-benchmarks/results}
+	$(PYTHON) -m benchmarks --quick --device cuda --dtype bfloat16 --out $${OUT:-benchmarks/results}
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation
 from ssvdo_kernels.planner import FORMS
 
+from .ceiling import floors, measure
 from .peers import peers
 from .runner import interleave, peak_extra_bytes
 
 EVERY, CACHED, PLAIN = "SSVD-O, prepared every step", "SSVD-O, cached", "SSVD-O, accumulating without the context"
-ROUNDS = {128: 15, 1024: 5, 4096: 4}
+ROUNDS = {128: 15, 1024: 5, 4096: 4}  # on a CPU; 30 on a GPU
+FULL_AT = (1024, 2048)  # the token counts at which --quick has every peer, for p = 0.5
 
 
 def kept(p: float, tokens: int, quick: bool) -> tuple[frozenset[str], bool]:
     """(The peers to leave out, whether our forms are timed one by one): --quick has each once, where it tells most."""
-    if not quick or (p == 0.5 and tokens == 1024):
+    if not quick or (p == 0.5 and tokens in FULL_AT):
         return frozenset(), not quick
     left_out = {"full", "DoRA", "PiSSA", "OFT", "dense SSVD-O"} | (set() if p == 0.5 else {"ESPnet-style SSVD"})
     return frozenset(left_out), p == 0.5 and tokens == 128
@@ -41,6 +43,9 @@ def make_peers(
     linear = nn.Linear(in_features, out_features, device=device, dtype=dtype).requires_grad_(False)
     makers = peers(p, rank)
     return linear, lru_cache(maxsize=None)(lambda name: makers[name](linear))
+
+
+peaks = lru_cache(maxsize=1)(measure)
 
 
 def training_step(
@@ -89,15 +94,18 @@ def test_layer(
             steps[name] = training_step(layer, x, dy)
         for _ in range(2):  # the planner sees a few batches before it is timed, as it would in accumulation
             steps[CACHED]()
-        timings = interleave(steps, ROUNDS[tokens], "frozen", device)
-        measured = (*modules, EVERY, CACHED) if not quick or (p == 0.5 and tokens == 1024) else ()
+        timings = interleave(steps, 30 if device.type == "cuda" else ROUNDS[tokens], "frozen", device)
+        measured = (*modules, EVERY, CACHED) if not quick or (p == 0.5 and tokens in FULL_AT) else ()
         memory = {name: peak_extra_bytes(steps[name], device) / 1e6 for name in measured}
         benchmark.pedantic(steps[CACHED], rounds=1)
     chosen = cached.plan(tokens)
+    floor, adapted = floors(fresh.shape, fresh.prepared().columns.shape[1], tokens, dtype.itemsize,
+                            peaks(device, dtype))
     form_ms = {form: timings[f"form: {form}"].median_ms for form in forms}
     benchmark.extra_info.update(
         case={"kind": kind, "d": d, "tokens": tokens, "p": p, "l": rank},
         methods={name: {**asdict(t), "peak_extra_mb": memory.get(name)} for name, t in timings.items()},
         planner={"chosen": chosen, "fastest": min(form_ms, key=form_ms.__getitem__) if forms else None,
                  "loss": form_ms[chosen] / min(form_ms.values()) - 1 if forms else None},
+        floor={"frozen_ms": 1e3 * floor, "ratio": adapted / floor},
     )  # fmt: skip

@@ -17,11 +17,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Draws the grid: quick, or d = 256, 512, 1024 with every p and l that fits."""
     if "case" not in metafunc.fixturenames:
         return
+    counts = (2048, 16384) if metafunc.config.getoption("--device").startswith("cuda") else (128, 1024, 4096)
     if metafunc.config.getoption("--quick"):
         cases = [(kind, 1024, tokens, p, 64) for kind in ("tall", "wide") for p in (0.5, 0.25)
-                 for tokens in (128, 1024, 4096)]
+                 for tokens in counts]
     else:
         cases = [(kind, d, tokens, p, rank) for kind in ("tall", "wide", "square") for d in (256, 512, 1024)
                  for p in (0.25, 0.5, 1.0) for rank in ((0,) if kind == "square" else (0, 64, 128))
-                 for tokens in (128, 1024, 4096)]
+                 for tokens in counts]
     metafunc.parametrize("case", cases, ids=["{}-{}-T{}-p{}-l{}".format(*c) for c in cases])

@@ -21,18 +21,22 @@ def label(case: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> tuple[Row, list[Row]]:
-    """(header, rows): ratios to frozen, extra memory of our step and the dense one, and the planner's choice."""
+    """(header, rows): ratios to frozen, the least ratio that the traffic model allows SSVD-O at this machine's measured
+    peaks (and how near the frozen layer is to its own floor), extra memory, and the planner's choice."""
     names = list(dict.fromkeys(n for r in results["rows"] for n in r["methods"] if not n.startswith("form")))
-    header = ["layer", "frozen, ms", *names[1:], "MB: SSVD-O / ESPnet-style", "planner (slower than best)"]
+    header = ["layer", "frozen, ms", *names[1:], "floor (frozen at)", "MB: SSVD-O / ESPnet-style",
+              "planner (slower than best)"]
     rows = []
     for r in results["rows"]:
         m, plan = r["methods"], r["planner"]
         compared = ("SSVD-O, prepared every step", "ESPnet-style SSVD")
         memory = [f"{m[n]['peak_extra_mb']:.0f}" for n in compared if n in m and m[n]['peak_extra_mb'] is not None]
+        floor = r.get("floor")
+        least = f"{floor['ratio']:.2f} ({floor['frozen_ms'] / m['frozen']['median_ms']:.0%})" if floor else "-"
         loss = "" if plan["loss"] is None else f" ({100 * plan['loss']:.0f}%)"
         rows.append([label(r["case"]), f"{m['frozen']['median_ms']:.1f}",
                      *(f"{m[n]['ratio']:.2f}" if n in m else "-" for n in names[1:]),
-                     " / ".join(memory), plan["chosen"] + loss])
+                     least, " / ".join(memory), plan["chosen"] + loss])
     return header, rows
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 
 import torch
 
 from . import __version__
+from .ops.dispatch import token_path
+from .traffic import machine
 
-OPS = ("factorisation", "preparation", "token path")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def _version(package: str) -> str:
@@ -21,15 +24,28 @@ def _version(package: str) -> str:
 
 def info() -> dict[str, str]:
     """What `python -m ssvdo_kernels.info` prints, as name -> text."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    cuda = torch.cuda.is_available()
     lines = {
         "ssvdo_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__,
-        "triton": _version("triton"), "cpu threads": str(torch.get_num_threads()), "cuda device": device,
+        "triton": _version("triton"), "cpu threads": str(torch.get_num_threads()),
+        "cuda device": torch.cuda.get_device_name() if cuda else "none",
     }
-    reason = "the only backend of this version; its matrix products are the vendor's (BLAS, cuBLAS)"
-    return lines | {op: f"reference (plain PyTorch): {reason}" for op in OPS}
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    if cuda:
+        peaks = machine(lines["cuda device"], torch.bfloat16)
+        lines["planner takes"] = (f"{peaks.bandwidth / 1e12:.2f} TB/s and {peaks.rate / 1e12:.0f} Tflop/s in bfloat16 "
+                                  f"(data sheet: {peaks.name})")
+    lines["autotuning"] = "off (SSVDO_AUTOTUNE=0)" if os.environ.get("SSVDO_AUTOTUNE") == "0" else "on"
+    lines["tf32"] = "on" if tf32 else "off (torch.backends.cuda.matmul.allow_tf32)"
+    plain = "reference: plain PyTorch, vendor libraries (LAPACK, BLAS, cuSOLVER, cuBLAS)"
+    lines |= {"factorisation": plain, "preparation": plain}
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    for dtype in DTYPES:
+        backend, reason = token_path("auto", device, dtype)
+        lines[f"tokens, {str(dtype).removeprefix('torch.')}"] = f"{backend}: {reason}"
+    return lines
 
 
 if __name__ == "__main__":
     for name, text in info().items():
-        print(f"{name:14} {text}")
+        print(f"{name:16} {text}")

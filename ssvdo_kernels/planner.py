@@ -15,6 +15,9 @@ knows; so the planner rents until renting has cost what buying would have (the s
 that this preparation, or the one before it, has already served as if they came again. Within one preparation it is
 never worse than twice the best in hindsight.
 
+The core and merged forms, besides, bring the gradients of E and W' to the parameters' matrices once a backward, however
+few its tokens.
+
 With the Triton kernels the choice is between folded and merged, by the larger of the bandwidth and the arithmetic floor
 of every launch (traffic.py).
 """
@@ -46,18 +49,27 @@ def token_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
     return forward + (backward if grad else 0)
 
 
-def build_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
-    """Multiply-adds to build a form's matrices (and, with grad, to bring their gradients back)."""
+def build_cost(form: str, shape: LayerShape, extra: int) -> float:
+    """Multiply-adds to build a form's matrices, once per preparation."""
     d, b, w, e = shape.d, shape.large, shape.width, extra
-    folded = (w + e) * w * d
     if form == "factored":
         return 0
+    folded = (w + e) * w * d + w * w * d
     if form == "folded":
-        return folded + w * w * d
+        return folded
     if form == "core":
-        return folded + w * w * d + d * d * w + (d * (d + e) * w + d * w * w if grad else 0)
-    left = b * d * w
-    return folded + left + b * (w + e) * d + (left + b * (w + e) * d + b * d * e if grad else 0)
+        return folded + d * d * w
+    return folded + b * d * w + b * (w + e) * d
+
+
+def call_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
+    """Multiply-adds of one backward that do not depend on tokens: from dE or dW' to dM and dF."""
+    d, b, w, e = shape.d, shape.large, shape.width, extra
+    if not grad or form in ("factored", "folded"):
+        return 0
+    if form == "core":
+        return d * (d + e) * w + d * w * w
+    return b * d * w + b * (w + e) * d + d * (w + e) * w + b * d * e
 
 
 def plan(shape: LayerShape, extra: int, tokens: int, seen: int, grad: bool, built: frozenset[str]) -> str:
@@ -65,14 +77,16 @@ def plan(shape: LayerShape, extra: int, tokens: int, seen: int, grad: bool, buil
 
     Args:
         extra: e, the columns of F.
-        seen: tokens that this preparation has served before.
+        seen: tokens that this preparation has served before, taken to have come in calls like this one.
         grad: whether a backward with parameter gradients follows.
         built: the forms whose matrices exist already.
     """
+    calls = 1 + seen / max(1, tokens)
 
     def cost(form: str) -> float:
-        build = 0 if form in built else build_cost(form, shape, extra, grad)
-        return token_cost(form, shape, extra, grad) * (tokens + seen) + build
+        build = 0 if form in built else build_cost(form, shape, extra)
+        running = token_cost(form, shape, extra, grad) * (tokens + seen) + calls * call_cost(form, shape, extra, grad)
+        return running + build
 
     return min(FORMS, key=cost)
 
@@ -93,15 +107,20 @@ def launches(form: str, shape: LayerShape, extra: int, tokens: int, grad: bool, 
     return [out, back, grow, shrink, *again, *gradients]
 
 
-def build_launches(form: str, shape: LayerShape, extra: int, grad: bool) -> list[Traffic]:
-    """What builds a form's matrices in float32 and brings their gradients back."""
+def build_launches(form: str, shape: LayerShape, extra: int) -> list[Traffic]:
+    """What builds a form's matrices, in float32."""
     d, b, w, e = shape.d, shape.large, shape.width, extra
     folded = [traffic.product(w + e, w, d, 4), traffic.product(w, w, d, 4)]
-    if form == "folded":
-        return folded
-    left = traffic.product(b, d, w, 4)
-    gradients = [left, traffic.product(w + e, b, d, 4), traffic.product(w + e, d, w, 4), traffic.product(b, d, e, 4)]
-    return [*folded, traffic.contract(b, d, w, e, 4, one_pass=False), *(gradients if grad else [])]
+    return folded if form == "folded" else [*folded, traffic.contract(b, d, w, e, 4, one_pass=False)]
+
+
+def call_launches(form: str, shape: LayerShape, extra: int, grad: bool) -> list[Traffic]:
+    """What one backward adds whatever its tokens, in float32."""
+    d, b, w, e = shape.d, shape.large, shape.width, extra
+    if not grad or form == "folded":
+        return []
+    return [traffic.product(b, d, w, 4), traffic.product(w + e, b, d, 4), traffic.product(w + e, d, w, 4),
+            traffic.product(b, d, e, 4)]  # fmt: skip
 
 
 def plan_kernels(
@@ -115,10 +134,11 @@ def plan_kernels(
     machine: Machine,
 ) -> str:
     """folded or merged, whichever has the lower floor for `tokens` rows; arguments as for `plan`."""
+    calls = 1 + seen / max(1, tokens)
 
     def seconds(form: str) -> float:
-        build = [] if form in built else build_launches(form, shape, extra, grad)
-        running = launches(form, shape, extra, tokens + seen, grad, size)
-        return sum(t.seconds(machine) for t in [*running, *build])
+        build = [] if form in built else build_launches(form, shape, extra)
+        once = sum(t.seconds(machine) for t in [*launches(form, shape, extra, tokens + seen, grad, size), *build])
+        return once + calls * sum(t.seconds(machine) for t in call_launches(form, shape, extra, grad))
 
     return min(("folded", "merged"), key=seconds)

@@ -30,7 +30,7 @@ def test_report_agrees_with_dense_algebra(m, n):
     assert report.drift == pytest.approx(float(change.norm() / made.weight.norm()), rel=1e-9)
     S = made.singular_values[: made.shape.k]
     assert report.scale_change == pytest.approx(float((made.inner_scale.detach().abs() / S).max()), rel=1e-9)
-    G = made.prepared()._G
+    G = made.prepared().state.G
     angle = float(torch.angle(torch.linalg.eigvals(G)).abs().max())
     assert report.inner_angle == pytest.approx(angle, rel=1e-3)
     L = made.outer.detach() * made.shape.outer_scale(made.config)
@@ -79,6 +79,11 @@ def test_budget_of_the_paper():
     assert "327,936 trainable of 4,198,400" in out.getvalue()
 
 
-def test_info_names_versions_and_backends():
+def test_info_names_versions_and_backends(monkeypatch):
     lines = info()
-    assert lines["torch"] == torch.__version__ and lines["token path"].startswith("reference")
+    assert lines["torch"] == torch.__version__ and lines["preparation"].startswith("reference")
+    if not torch.cuda.is_available():
+        assert lines["tokens, float32"].startswith("reference: ")
+    assert lines["autotuning"] == "on"
+    monkeypatch.setenv("SSVDO_AUTOTUNE", "0")
+    assert info()["autotuning"] == "off (SSVDO_AUTOTUNE=0)"

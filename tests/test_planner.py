@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssvdo_kernels import SSVDOConfig, gradient_accumulation
 from ssvdo_kernels.config import LayerShape
-from ssvdo_kernels.planner import FORMS, build_cost, plan, token_cost
+from ssvdo_kernels.planner import FORMS, build_cost, call_cost, plan, token_cost
 
 
 def in_place(self_shape, a_shape, b_shape, *args, **kwargs):
@@ -28,7 +28,10 @@ def test_token_costs_are_the_operations_executed(m, n, form):
                 layer(x).sum().backward()
         return counter.get_total_flops() / 2  # multiply-adds
 
-    per_token = (operations(2 * tokens) - operations(tokens)) / tokens
+    few, many = operations(tokens), operations(2 * tokens)
+    per_token = (many - few) / tokens
+    per_call = few - tokens * per_token
+    assert per_call == pytest.approx(call_cost(form, layer.shape, 6, grad=True), abs=1e-6)
     expected = 2 * m * n + token_cost(form, layer.shape, 6, grad=True)
     assert per_token == pytest.approx(expected, rel=1e-9)
 
@@ -37,7 +40,8 @@ SHAPE = LayerShape.of(4096, 1024, SSVDOConfig(inner_ratio=0.5, outer_rank=64))
 
 
 def cost(form, tokens, grad):
-    return tokens * token_cost(form, SHAPE, 64, grad) + build_cost(form, SHAPE, 64, grad)
+    fixed = build_cost(form, SHAPE, 64) + call_cost(form, SHAPE, 64, grad)
+    return tokens * token_cost(form, SHAPE, 64, grad) + fixed
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -51,16 +55,17 @@ def test_known_choices():
     assert plan(SHAPE, 64, 1, 0, True, frozenset()) == "factored"
     assert plan(SHAPE, 64, 1 << 20, 0, False, frozenset()) == "merged"
     assert plan(SHAPE, 64, 1, 0, False, frozenset({"merged"})) == "merged"
+    assert plan(SHAPE, 64, 16, 1000, True, frozenset({"merged", "folded"})) == "folded"  # dW' costs each backward anew
 
 
 def test_small_batches_build_a_larger_form_in_the_end_and_pay_at_most_twice():
     spent, seen, built = 0.0, 0, frozenset()
     while "merged" not in built and seen < 1 << 20:
         form = plan(SHAPE, 64, 16, seen, False, built)
-        spent += 16 * token_cost(form, SHAPE, 64, False) + (0 if form in built else build_cost(form, SHAPE, 64, False))
+        spent += 16 * token_cost(form, SHAPE, 64, False) + (0 if form in built else build_cost(form, SHAPE, 64))
         built |= {form}
         seen += 16
-        assert spent <= 2 * min(cost(f, seen, False) for f in FORMS) + 2 * build_cost("folded", SHAPE, 64, False)
+        assert spent <= 2 * min(cost(f, seen, False) for f in FORMS) + 2 * build_cost("folded", SHAPE, 64)
     assert "merged" in built
 
 

@@ -120,7 +120,7 @@ def _engine(matrices: Matrices, config: SSVDOConfig, x: Tensor) -> Any:
         forms = ("folded",) if backend == "triton" else ("factored", "folded")
 
         def cost(form: str) -> float:  # built twice: in forward and in backward
-            return token_cost(form, shape, extra, True) * len(x) + 2 * build_cost(form, shape, extra, True)
+            return token_cost(form, shape, extra, True) * len(x) + 2 * build_cost(form, shape, extra)
 
         form = min(forms, key=cost)
     return small_side(matrices, form, x.dtype, backend)

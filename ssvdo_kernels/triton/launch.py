@@ -60,7 +60,7 @@ def _empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tenso
 def _options(config: Config, precision: str) -> dict[str, Any]:
     return {**config.meta, "ACC": tl.float64 if precision == "fp64" else tl.float32,
             "PRECISION": "tf32" if precision == "tf32" else "ieee", "num_warps": config.warps,
-            "num_stages": config.stages}  # fmt: skip
+            "num_stages": config.stages, "enable_fp_fusion": True}  # fmt: skip
 
 
 def _groups(row_blocks: int, column_blocks: int, processors: int) -> int:

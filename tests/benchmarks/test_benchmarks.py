@@ -9,10 +9,14 @@ from helpers import assert_close, make_layer
 from torch import nn
 
 pytest.importorskip("peft", reason="the peers need PEFT")
+from benchmarks import bench_kernels
+from benchmarks.ceiling import floors, measure
 from benchmarks.peers import DenseSSVDO, EspnetStyleSSVD, peers
 from benchmarks.report import markdown, plot
 from benchmarks.runner import interleave, peak_extra_bytes
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
+from ssvdo_kernels.config import LayerShape
+from ssvdo_kernels.traffic import Machine
 
 
 @pytest.mark.parametrize("m, n", [(64, 32), (32, 64)])
@@ -82,16 +86,41 @@ def test_memory_counts_what_a_step_holds_at_once():
     assert peak_extra_bytes(lambda: layer(x).sum().backward()) > 4 * 512 * 256  # y alone
 
 
+def test_floors_grow_with_the_adapter_and_with_slower_machines():
+    shape = LayerShape.of(4096, 1024, SSVDOConfig())
+    fast, slow = Machine("", 1e12, 1e14, 100), Machine("", 1e12, 1e13, 100)
+    frozen, adapted = floors(shape, 64, 2048, 2, fast)
+    assert frozen == pytest.approx(2 * 2 * 2048 * 4096 * 1024 / 1e14)  # bound by arithmetic
+    assert frozen < adapted < 3 * frozen
+    assert floors(shape, 64, 2048, 2, slow)[0] == pytest.approx(10 * frozen)
+
+
+def test_peaks_are_measured():
+    machine = measure(torch.device("cpu"), torch.float32)
+    assert 1e8 < machine.bandwidth < 1e13 and 1e8 < machine.rate < 1e14
+
+
+def test_kernel_table(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    machine = Machine("", 1e12, 1e14, 100)
+    monkeypatch.setattr(bench_kernels, "seconds_of", lambda call, device, repeats: (call(), 1e-3)[1])
+    found = bench_kernels.rows(machine, (5,), (16,), 16, 3, torch.float32, torch.device("cpu"))
+    assert len(found) == 4 and all(0 < r["share"] < 1 and r["ms"] == 1.0 for r in found)
+    results = {"device": "x", "dtype": "float32", "date": "d", "machine": {"bandwidth": 1e12, "rate": 1e14}}
+    assert bench_kernels.markdown({**results, "rows": found}).count("\n") == 8
+
+
 def test_report(tmp_path):
     row = {
         "case": {"kind": "tall", "d": 8, "tokens": 4, "p": 0.5, "l": 2},
         "methods": {"frozen": {"median_ms": 2.0, "ratio": 1.0, "peak_extra_mb": None},
                     "LoRA": {"median_ms": 3.0, "ratio": 1.5, "peak_extra_mb": 7.0}},
+        "floor": {"frozen_ms": 1.0, "ratio": 1.25},
         "planner": {"chosen": "folded", "fastest": "folded", "loss": 0.031},
     }  # fmt: skip
     results = {"device": "x", "threads": 2, "dtype": "float32", "torch": "2", "commit": "c", "date": "d", "rows": [row]}
     text = markdown(json.loads(json.dumps(results)))
-    assert "| 8->32 T=4 p=0.5 l=2 | 2.0 | 1.50 |  | folded (3%) |" in text
+    assert "| 8->32 T=4 p=0.5 l=2 | 2.0 | 1.50 | 1.25 (50%) |  | folded (3%) |" in text
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     plot(results, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

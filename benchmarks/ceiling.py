@@ -1,0 +1,65 @@
+"""The ceilings of this machine, measured, and what the traffic model makes of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from ssvdo_kernels.config import LayerShape
+from ssvdo_kernels.planner import launches
+from ssvdo_kernels.traffic import Machine, Traffic, product
+
+from .runner import synchronize
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    """Median seconds of a call after one that is not timed; by events on a GPU."""
+    call()
+    found = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Bandwidth by copying a buffer that no cache holds (read and written bytes), rate by a large product of random
+    numbers, both by PyTorch."""
+    gpu = device.type == "cuda"
+    source = torch.rand((1 << 30 if gpu else 1 << 28) // dtype.itemsize, device=device).to(dtype)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() * dtype.itemsize / seconds_of(lambda: target.copy_(source), device)
+    n = 8192 if gpu and dtype != torch.float64 else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    rate = 2 * n**3 / seconds_of(lambda: torch.mm(a, b, out=out), device)
+    synchronize(device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else torch.get_num_threads()
+    return Machine("measured", bandwidth, rate, processors)
+
+
+def floors(shape: LayerShape, extra: int, tokens: int, size: int, machine: Machine) -> tuple[float, float]:
+    """(seconds of the frozen layer's two products, seconds with the adapter's launches), nothing below these.
+
+    The adapter's is the cheaper of the folded and the merged form, prepared matrices given.
+    """
+    m, n = shape.out_features, shape.in_features
+    frozen = [product(tokens, n, m, size), product(tokens, m, n, size)]
+
+    def total(all_of_it: list[Traffic]) -> float:
+        return sum(t.seconds(machine) for t in all_of_it)
+
+    forms = (launches(form, shape, extra, tokens, True, size) for form in ("folded", "merged"))
+    return total(frozen), total(frozen) + min(map(total, forms))

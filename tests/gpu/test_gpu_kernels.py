@@ -1,0 +1,63 @@
+"""The compiled Triton kernels against float64 products; small enough for compute-sanitizer."""
+
+import pytest
+import torch
+from helpers import assert_close
+
+pytest.importorskip("triton", reason="triton is not installed")
+from ssvdo_kernels.triton import launch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+# Rounded once on chip (x V) and once at the end, and x + x V R may be a few times smaller than its terms: 4 eps.
+TOLERANCE = {torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11, torch.float32: 32 * 2**-23, torch.float64: 1e-13}
+SIZES = [(1, 16, 16, 0), (33, 70, 40, 5), (200, 130, 128, 64), (77, 150, 140, 9), (65, 64, 5, 130)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_results(monkeypatch):
+    def poisoned(*shape, like, dtype=None):
+        return torch.full(shape, float("nan"), device=like.device, dtype=like.dtype if dtype is None else dtype)
+
+    monkeypatch.setattr(launch, "_empty", poisoned)
+
+
+def draw(*shape, dtype):
+    return (torch.randn(shape, device="cuda", dtype=torch.float64) / max(1, shape[0]) ** 0.5).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T, d, w, e", SIZES)
+def test_every_kernel(T, d, w, e, dtype):
+    tolerance = TOLERANCE[dtype]
+    uz, V, R, Q = (draw(*s, dtype=dtype) for s in ((T, d + e), (d, w), (w, d + e), (w + e, d)))
+    x, z = uz[:, :d], uz[:, d:]
+    h = x.double() @ V.double()
+    out, kept = launch.expand(x, V, R, True)
+    assert_close("expand", out, torch.cat([x.double(), x.new_zeros(T, e).double()], 1) + h @ R.double(), tolerance)
+    assert_close("h", kept, h, tolerance)
+    g = torch.cat([h, z.double()], 1)
+    out, kept = launch.contract(x, z, V, Q, True)
+    assert_close("contract", out, x.double() + g @ Q.double(), tolerance)
+    assert_close("g", kept, g, tolerance)
+    product = launch.token_product(kept, x)
+    assert_close("token_product", product, kept.double().mT @ x.double(), 1e-5 if dtype != torch.float64 else 1e-13)
+    assert torch.equal(product, launch.token_product(kept, x))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_merge(wide):
+    A, F, V, Q = (draw(*s, dtype=torch.bfloat16) for s in ((300, 70), (300, 8), (70, 40), (48, 70)))
+    weight = A.mT.contiguous() if wide else A
+    want = A.double() + torch.cat([A.double() @ V.double(), F.double()], 1) @ Q.double()
+    got = launch.merge(weight.mT if wide else weight, F, V, Q, wide)
+    assert_close("merge", got, want.mT if wide else want, TOLERANCE[torch.bfloat16])
+
+
+def test_more_than_two_to_the_31_elements():
+    T, d = (1 << 31) // 1024 + 8, 1024
+    x = torch.zeros(T, d, device="cuda", dtype=torch.bfloat16)
+    x[-8:] = draw(8, d, dtype=torch.bfloat16)
+    V, R = draw(d, 16, dtype=torch.bfloat16), draw(16, d, dtype=torch.bfloat16)
+    want = x[-8:].double() + x[-8:].double() @ V.double() @ R.double()
+    assert_close("expand", launch.expand(x, V, R)[0][-8:], want, TOLERANCE[torch.bfloat16])
+    assert_close("contract", launch.contract(x, x[:, :0], V, R)[0][-8:], want, TOLERANCE[torch.bfloat16])

@@ -1,0 +1,66 @@
+"""The traffic model: bytes and operations counted by hand, floors, data sheets."""
+
+import pytest
+import torch
+
+from ssvdo_kernels import SSVDOConfig, traffic
+from ssvdo_kernels.config import LayerShape
+from ssvdo_kernels.planner import launches, plan_kernels
+from ssvdo_kernels.traffic import Machine, Traffic, machine
+
+FAST = Machine("", bandwidth=1e12, rate=1e14, processors=100)
+
+
+def test_floor_is_the_larger_of_the_two():
+    assert Traffic(1e12, 1e13).seconds(FAST) == 1.0
+    assert Traffic(1e11, 1e14).seconds(FAST) == 1.0
+    assert Traffic(1, 2) + Traffic(3, 4) == Traffic(4, 6)
+
+
+def test_products():
+    assert traffic.product(3, 5, 7, 2) == Traffic(2 * (15 + 35 + 21), 2 * 105)
+    assert traffic.product(3, 5, 7, 2, addend=True) == Traffic(2 * (15 + 35 + 42), 2 * 105)
+    assert traffic.token_product(100, 3, 5, 2, splits=1) == Traffic(2 * 800 + 60, 3000)
+    assert traffic.token_product(100, 3, 5, 2, splits=4) == Traffic(2 * 800 + 60 * 9, 3000)
+
+
+def test_one_pass_reads_and_writes_once():
+    T, d, w, e = 1000, 64, 16, 4
+    once, twice = (traffic.expand(T, d, w, e, 2, one_pass=o) for o in (True, False))
+    assert once == Traffic(2 * (T * (d + d + e) + d * w + w * (d + e)), 2 * T * (d * w + w * (d + e)))
+    assert twice.flops == once.flops and twice.bytes - once.bytes == 2 * T * (d + 2 * w)
+    kept = traffic.expand(T, d, w, e, 2, one_pass=True, store_h=True)
+    assert kept.bytes - once.bytes == 2 * T * w
+    assert traffic.expand(T, d, w, e, 2, one_pass=False, store_h=True) == twice  # h goes out there anyway
+    back = traffic.contract(T, d, w, e, 2, one_pass=True)
+    assert back == Traffic(2 * (T * (d + e + d) + d * w + (w + e) * d), 2 * T * (d * w + (w + e) * d))
+    assert traffic.contract(T, d, w, e, 2, one_pass=True, store_g=True).bytes - back.bytes == 2 * T * (w + e)
+
+
+def test_data_sheets():
+    h200 = machine("NVIDIA H200", torch.bfloat16)
+    assert (h200.name, h200.bandwidth, h200.rate) == ("H200", 4.8e12, 989e12)
+    assert machine("NVIDIA H200", torch.float32, tf32=True).rate == 989e12 / 2
+    assert machine("NVIDIA H200", torch.float32).rate == 989e12 / 16
+    assert machine("a card to come", torch.float16).bandwidth == 1e12
+
+
+@pytest.mark.parametrize("m, n", [(4096, 1024), (1024, 4096)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_few_tokens_fold_and_many_merge(m, n, grad):
+    shape = LayerShape.of(m, n, SSVDOConfig(outer_rank=1))
+    h200 = machine("NVIDIA H200", torch.bfloat16)
+
+    def choice(tokens, built=frozenset(), seen=0):
+        return plan_kernels(shape, 1, tokens, seen, grad, built, 2, h200)
+
+    assert choice(16) == "folded"
+    assert choice(16, built=frozenset({"merged"})) == ("folded" if grad else "merged")
+    assert choice(1 << 24) == "merged"
+    assert choice(16, seen=1 << 24) == ("folded" if grad else "merged")
+
+
+def test_training_counts_more_than_inference():
+    shape = LayerShape.of(64, 16, SSVDOConfig(outer_rank=2))
+    for form in ("folded", "merged"):
+        assert len(launches(form, shape, 2, 100, True, 2)) > len(launches(form, shape, 2, 100, False, 2))

@@ -12,8 +12,6 @@ from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.planner import launches
 from ssvdo_kernels.traffic import Machine, Traffic, product
 
-from .runner import synchronize
-
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
     """Median seconds of a call after one that is not timed; by events on a GPU."""
@@ -41,13 +39,14 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     source = torch.rand((1 << 30 if gpu else 1 << 28) // dtype.itemsize, device=device).to(dtype)
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() * dtype.itemsize / seconds_of(lambda: target.copy_(source), device)
-    n = 8192 if gpu and dtype != torch.float64 else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    rate = 2 * n**3 / seconds_of(lambda: torch.mm(a, b, out=out), device)
-    synchronize(device)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else torch.get_num_threads()
-    return Machine("measured", bandwidth, rate, processors)
+
+    def rate(of: torch.dtype) -> float:
+        n = 8192 if gpu and of != torch.float64 else 2048
+        a, b = (torch.randn(n, n, device=device).to(of) for _ in range(2))
+        out = torch.empty_like(a)
+        return 2 * n**3 / seconds_of(lambda: torch.mm(a, b, out=out), device)
+
+    return Machine("measured", bandwidth, rate(dtype), rate(torch.float32))
 
 
 def floors(shape: LayerShape, extra: int, tokens: int, size: int, machine: Machine) -> tuple[float, float]:

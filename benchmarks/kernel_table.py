@@ -49,6 +49,8 @@ def _constants(kernel: str, precision: str, config: Config) -> dict[str, Any]:
     if kernel in ("expand", "contract"):
         constants["WIDTH"] = FUSED_WIDTH[precision]
         constants.update({"STORE_H": True} if kernel == "expand" else {"STORE_G": True, "EXTRA": FUSED_EXTRA})
+    if kernel in ("contract", "add_product"):
+        constants["HAS_BIAS"] = True
     return constants
 
 
@@ -68,7 +70,8 @@ def compile_one(kernel: str, dtype: str, arch: int, config: Config, aligned: boo
     for index, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("x", "V", "R", "Q", "Qz", "P", "u", "z", "a", "b", "g", "out", "h_out", "g_out", "gz_out"):
+        elif name in ("x", "V", "R", "Q", "Qz", "P", "u", "z", "a", "b", "g", "bias", "out", "h_out", "g_out",
+                      "gz_out"):
             signature[name] = "*fp32" if (kernel, name) == ("reduce_rows", "out") and dtype != "fp64" else pointer
         elif name.endswith("_col") and aligned:
             signature[name], constants[name] = "constexpr", 1

@@ -91,6 +91,11 @@ def plan(shape: LayerShape, extra: int, tokens: int, seen: int, grad: bool, buil
     return min(FORMS, key=cost)
 
 
+def joins(tokens: int, d: int, extra: int) -> bool:
+    """Whether to copy [W0 | F] together (2b(d + e) numbers) and save the second pass over T x b numbers."""
+    return extra > 0 and tokens >= d + extra
+
+
 def launches(form: str, shape: LayerShape, extra: int, tokens: int, grad: bool, size: int) -> list[Traffic]:
     """What the Triton path launches beyond the frozen layer's products, for `tokens` rows of `size` bytes a number."""
     d, b, w, e, t = shape.d, shape.large, shape.width, extra, tokens
@@ -98,6 +103,8 @@ def launches(form: str, shape: LayerShape, extra: int, tokens: int, grad: bool, 
         return [traffic.product(b, t, d, size)] if grad else []
     one_pass = w <= 128
     grow, shrink = traffic.product(t, e, b, size, addend=True), traffic.product(t, b, e, size)  # z F^T, x F
+    if joins(t, d, e):
+        grow = shrink = Traffic(size * (2 * b * (d + e) + (t + b) * e), 2 * t * e * b)
     out = traffic.expand(t, d, w, e, size, one_pass=one_pass, store_h=grad and shape.transposed)
     back = traffic.contract(t, d, w, e, size, one_pass=one_pass, store_g=grad)
     if not grad:
@@ -138,7 +145,8 @@ def plan_kernels(
 
     def seconds(form: str) -> float:
         build = [] if form in built else build_launches(form, shape, extra)
-        once = sum(t.seconds(machine) for t in [*launches(form, shape, extra, tokens + seen, grad, size), *build])
-        return once + calls * sum(t.seconds(machine) for t in call_launches(form, shape, extra, grad))
+        running = sum(t.seconds(machine) for t in launches(form, shape, extra, tokens, grad, size))
+        fixed = sum(t.seconds(machine, single=True) for t in call_launches(form, shape, extra, grad))
+        return calls * (running + fixed) + sum(t.seconds(machine, single=True) for t in build)
 
     return min(("folded", "merged"), key=seconds)

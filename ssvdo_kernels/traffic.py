@@ -17,36 +17,36 @@ class Traffic:
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.bytes + other.bytes, self.flops + other.flops)
 
-    def seconds(self, machine: Machine) -> float:
-        """The larger of the two floors."""
-        return max(self.bytes / machine.bandwidth, self.flops / machine.rate)
+    def seconds(self, machine: Machine, single: bool = False) -> float:
+        """The larger of the two floors; single: products in float32, whatever the tokens' dtype."""
+        return max(self.bytes / machine.bandwidth, self.flops / (machine.float_rate if single else machine.rate))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Peak memory bandwidth (bytes/s), dense tensor-core rate (flop/s) and number of multiprocessors."""
+    """Peak memory bandwidth (bytes/s), rates of products in the tokens' dtype and in float32 (flop/s)."""
 
     name: str
     bandwidth: float
     rate: float
-    processors: int
+    float_rate: float
 
 
-# Vendor data sheets: (bandwidth, dense bf16 rate, multiprocessors). The first name contained in the device's wins.
+# Vendor data sheets: (bandwidth, dense bf16 rate). The first name contained in the device's wins.
 _SHEETS = {
-    "B200": (8.0e12, 2250e12, 148), "H200": (4.8e12, 989e12, 132), "H100": (3.35e12, 989e12, 132),
-    "A100": (2.0e12, 312e12, 108), "L40S": (0.864e12, 362e12, 142), "RTX 4090": (1.008e12, 165e12, 128),
+    "B200": (8.0e12, 2250e12), "H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12),
+    "A100": (2.0e12, 312e12), "L40S": (0.864e12, 362e12), "RTX 4090": (1.008e12, 165e12),
 }  # fmt: skip
-_UNKNOWN = (1.0e12, 150e12, 100)
-_SHARE = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 1 / 16, torch.float64: 1 / 16}
+_UNKNOWN = (1.0e12, 150e12)
+_SHARE = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float64: 1 / 16}
 
 
 def machine(name: str, dtype: torch.dtype, tf32: bool = False) -> Machine:
     """Peaks by data sheet for a device's name; an unknown one is taken as a middling card."""
     key = next((k for k in _SHEETS if k in name), None)
-    bandwidth, rate, processors = _SHEETS[key] if key else _UNKNOWN
-    share = 0.5 if tf32 and dtype == torch.float32 else _SHARE[dtype]
-    return Machine(key or name, bandwidth, rate * share, processors)
+    bandwidth, rate = _SHEETS[key] if key else _UNKNOWN
+    single = rate * (0.5 if tf32 else 1 / 16)
+    return Machine(key or name, bandwidth, single if dtype == torch.float32 else rate * _SHARE[dtype], single)
 
 
 def product(rows: int, inner: int, columns: int, size: int, addend: bool = False) -> Traffic:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..planner import joins
 from . import own_dtypes
 from .matrices import Matrices
 from .preparation import Rows
@@ -54,17 +55,20 @@ class SmallSide:
             out[:, self.d :] = mixed[:, self.width :]
         return out, h
 
-    def contract(self, uz: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """(contracted, g): g = [u V | z], or uz itself for the core form."""
+    def contract(self, uz: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """(contracted + bias, g): g = [u V | z], or uz itself for the core form."""
         if self.form == "core":
-            return uz @ self.E.mT, uz
+            return (uz @ self.E.mT if bias is None else torch.addmm(bias, uz, self.E.mT)), uz
         u = uz[:, : self.d]
         g = uz.new_empty(uz.shape[0], self.width + self.extra)
         torch.mm(u, self.V, out=g[:, : self.width])
         g[:, self.width :] = uz[:, self.d :]
-        if self.form == "folded":
-            return torch.addmm(u, g, self.MV), g
-        return torch.addmm(u, g @ self.M, self.V.mT), g
+        y = torch.addmm(u, g, self.MV) if self.form == "folded" else torch.addmm(u, g @ self.M, self.V.mT)
+        return (y if bias is None else y.add_(bias)), g
+
+    def joins(self, tokens: int) -> bool:
+        """Whether [W0 | F] is put together for one product in place of two."""
+        return False
 
     def inner(self, x: Tensor, saved: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """(h, z) of expand again, in backward; saved: its h, if that was kept."""
@@ -97,10 +101,13 @@ class _TritonSide(SmallSide):
 
         return launch.expand(x, self.V, self.R, keep)
 
-    def contract(self, uz: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+    def contract(self, uz: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
         from ..triton import launch
 
-        return launch.contract(uz[:, : self.d], uz[:, self.d :], self.V, self.MV, keep)
+        return launch.contract(uz[:, : self.d], uz[:, self.d :], self.V, self.MV, keep, bias)
+
+    def joins(self, tokens: int) -> bool:
+        return joins(tokens, self.d, self.extra)
 
     def over_tokens(self, a: Tensor, b: Tensor) -> Tensor:
         from ..triton import launch
@@ -114,24 +121,41 @@ def small_side(matrices: Matrices, form: str, dtype: torch.dtype, backend: str) 
     return _TritonSide(matrices, dtype) if fused else SmallSide(matrices, form, dtype)
 
 
+def _join(weight: Tensor, F: Tensor, wide: bool) -> Tensor:
+    """[W0 | F], large x (d + e), or its transpose for a wide layer."""
+    return torch.cat([weight, F.mT], 0) if wide else torch.cat([weight, F], 1)
+
+
+def _shrink(rows: Tensor, weight: Tensor, F: Tensor, side: SmallSide, wide: bool) -> Tensor:
+    """[u | z] = rows [A | F]: T x large -> T x (d + e)."""
+    if side.joins(len(rows)):
+        joined = _join(weight, F, wide)
+        return rows @ (joined.mT if wide else joined)
+    uz = rows.new_empty(rows.shape[0], side.d + side.extra)
+    torch.mm(rows, weight.mT if wide else weight, out=uz[:, : side.d])
+    torch.mm(rows, F, out=uz[:, side.d :])
+    return uz
+
+
+def _grow(uz: Tensor, weight: Tensor, bias: Tensor | None, F: Tensor, side: SmallSide, wide: bool) -> Tensor:
+    """[u | z] [A | F]^T + bias: T x (d + e) -> T x large."""
+    if side.joins(len(uz)):
+        joined = _join(weight, F, wide)
+        joined = joined if wide else joined.mT
+        return uz @ joined if bias is None else torch.addmm(bias, uz, joined)
+    u, right = uz[:, : side.d], weight if wide else weight.mT
+    y = u @ right if bias is None else torch.addmm(bias, u, right)
+    return y.addmm_(uz[:, side.d :], F.mT) if side.extra else y
+
+
 def linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, F: Tensor, side: SmallSide, wide: bool, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, saved); keep: whether a backward to the parameters will want `saved` (None for a tall layer)."""
     if wide:
-        uz = x.new_empty(x.shape[0], side.d + side.extra)
-        torch.mm(x, weight.mT, out=uz[:, : side.d])
-        torch.mm(x, F, out=uz[:, side.d :])
-        y, saved = side.contract(uz, keep)
-        if bias is not None:
-            y += bias
-        return y, saved
+        return side.contract(_shrink(x, weight, F, side, wide), bias, keep)
     xz, saved = side.expand(x, False)
-    u = xz[:, : side.d]
-    y = u @ weight.mT if bias is None else torch.addmm(bias, u, weight.mT)
-    if side.extra:
-        y.addmm_(xz[:, side.d :], F.mT)
-    return y, saved
+    return _grow(xz, weight, bias, F, side, wide), saved
 
 
 def linear_backward(
@@ -149,21 +173,15 @@ def linear_backward(
     dx = rows = d_columns = None
     if wide:
         uz, h = side.expand(dy, need_mixer)
-        z = uz[:, side.d :]
         if need_x:
-            dx = uz[:, : side.d] @ weight
-            if side.extra:
-                dx.addmm_(z, F.mT)
+            dx = _grow(uz, weight, None, F, side, wide)
         if need_mixer:
             assert saved is not None
             rows = (saved, dy, h)
         if need_columns:
-            d_columns = side.over_tokens(x, z)
+            d_columns = side.over_tokens(x, uz[:, side.d :])
         return dx, rows, d_columns
-    uz = dy.new_empty(dy.shape[0], side.d + side.extra)
-    torch.mm(dy, weight, out=uz[:, : side.d])
-    torch.mm(dy, F, out=uz[:, side.d :])
-    dx, g = side.contract(uz, need_mixer)
+    dx, g = side.contract(_shrink(dy, weight, F, side, wide), None, need_mixer)
     if need_mixer or need_columns:
         h, z = side.inner(x, saved)
         if need_mixer:

@@ -1,8 +1,8 @@
 """Triton kernels of the token path. Launched by launch.py, described in docs/kernels.md.
 
     expand       [x' | z] = [x | 0] + (x V) R          one pass, h = x V stays on chip
-    contract     y = u + [u V | z] Q                   one pass, u V stays on chip
-    add_product  y = [a | 0] + g P                     a product with an addend, where V is too wide for one pass
+    contract     y = u + [u V | z] Q + bias            one pass, u V stays on chip
+    add_product  y = [a | 0] + g P + bias              a product with an addend, where V is too wide for one pass
     reduce_rows  partial sums of a^T b over rows       then `sum_partials` adds them in a fixed order
 
 All accumulate in float32 (float64 for float64 operands). No size needs to be a multiple of anything: loads and stores
@@ -21,6 +21,12 @@ def _tile(base, rows, columns, stride_row, stride_column, row_count, column_coun
     """Loads base[rows, columns], zero outside; rows and columns are index vectors."""
     pointers = base + rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     return tl.load(pointers, mask=(rows[:, None] < row_count) & (columns[None, :] < column_count), other=0.0)
+
+
+@triton.jit
+def _row(base, columns, column_count):
+    """Loads a contiguous vector as one row, zero outside."""
+    return tl.load(base + columns, mask=columns < column_count, other=0.0)[None, :]
 
 
 @triton.jit
@@ -70,12 +76,12 @@ def expand(x, V, R, out, h_out, T, d, w, n, x_row, x_col, V_row, V_col, R_row, R
 
 
 @triton.jit
-def contract(u, z, V, Q, Qz, out, g_out, gz_out, T, d, w, e, u_row, u_col, z_row, z_col, V_row, V_col, Q_row, Q_col,
-             out_row, out_col, g_row, g_col,
+def contract(u, z, V, Q, Qz, bias, out, g_out, gz_out, T, d, w, e, u_row, u_col, z_row, z_col, V_row, V_col,
+             Q_row, Q_col, out_row, out_col, g_row, g_col,
              BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-             EXTRA: tl.constexpr, STORE_G: tl.constexpr, ACC: tl.constexpr,
+             EXTRA: tl.constexpr, STORE_G: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
              PRECISION: tl.constexpr):
-    """out (T x d) = u + [u V | z] [Q; Qz]. u: T x d; z: T x e; V: d x w; Q: w x d; Qz: e x d, strides as Q's.
+    """out (T x d) = u + [u V | z] [Q; Qz] + bias. u: T x d; z: T x e; V: d x w; Q: w x d; Qz: e x d, strides as Q's.
 
     With STORE_G, u V goes to g_out (T x w) and z to gz_out (T x e), strides as g_out's.
     """
@@ -97,7 +103,10 @@ def contract(u, z, V, Q, Qz, out, g_out, gz_out, T, d, w, e, u_row, u_col, z_row
     share = tl.cdiv(blocks, tl.num_programs(1))
     for block in range(group * share, tl.minimum(group * share + share, blocks)):
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        y = tl.dot(g, _tile(Q, inner, columns, Q_row, Q_col, w, d), input_precision=PRECISION, out_dtype=ACC)
+        y = tl.zeros((BLOCK_T, BLOCK_N), dtype=ACC)
+        if HAS_BIAS:
+            y += _row(bias, columns, d).to(ACC)
+        y = tl.dot(g, _tile(Q, inner, columns, Q_row, Q_col, w, d), y, input_precision=PRECISION, out_dtype=ACC)
         if EXTRA > 0:
             y = tl.dot(zs, _tile(Qz, more, columns, Q_row, Q_col, e, d), y,
                        input_precision=PRECISION, out_dtype=ACC)
@@ -106,10 +115,10 @@ def contract(u, z, V, Q, Qz, out, g_out, gz_out, T, d, w, e, u_row, u_col, z_row
 
 
 @triton.jit
-def add_product(a, g, P, out, T, d, K, n, a_row, a_col, g_row, g_col, P_row, P_col, out_row, out_col,
+def add_product(a, g, P, bias, out, T, d, K, n, a_row, a_col, g_row, g_col, P_row, P_col, out_row, out_col,
                 BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
-                ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """out (T x n) = [a | 0] + g P. a: T x d, d <= n; g: T x K; P: K x n.
+                HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """out (T x n) = [a | 0] + g P + bias. a: T x d, d <= n; g: T x K; P: K x n; bias: n.
 
     Programs walk GROUP_T row blocks down before they move a column block to the right, so that P stays in L2.
     """
@@ -126,6 +135,8 @@ def add_product(a, g, P, out, T, d, K, n, a_row, a_col, g_row, g_col, P_row, P_c
         y = tl.dot(_tile(g, rows, inner, g_row, g_col, T, K), _tile(P, inner, columns, P_row, P_col, K, n), y,
                    input_precision=PRECISION, out_dtype=ACC)
     y += _tile(a, rows, columns, a_row, a_col, T, d).to(ACC)
+    if HAS_BIAS:
+        y += _row(bias, columns, n).to(ACC)
     _put(out, y, rows, columns, out_row, out_col, T, n)
 
 

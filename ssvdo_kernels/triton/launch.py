@@ -107,16 +107,23 @@ def merge(tall: Tensor, columns: Tensor, V: Tensor, Q: Tensor, transposed: bool)
 
 
 def contract(
-    u: Tensor, z: Tensor, V: Tensor, Q: Tensor, keep_g: bool = False, out: Tensor | None = None
+    u: Tensor,
+    z: Tensor,
+    V: Tensor,
+    Q: Tensor,
+    keep_g: bool = False,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(u + [u V | z] Q, [u V | z] if keep_g). u: T x d; z: T x e; V: d x w; Q: (w + e) x d; out: T x d, any strides."""
+    """(u + [u V | z] Q + bias, [u V | z] if keep_g). u: T x d; z: T x e; V: d x w; Q: (w + e) x d; bias: d, contiguous;
+    out: T x d, any strides."""
     (T, d), w, e = u.shape, V.shape[1], z.shape[1]
     precision = precision_of(u.dtype)
     if not one_pass(u.dtype, w, e):
         g = _empty(T, w + e, like=u)
         torch.mm(u, V, out=g[:, :w])
         g[:, w:] = z
-        return add_product(u, g, Q, out), g if keep_g else None
+        return add_product(u, g, Q, bias, out), g if keep_g else None
     out = _empty(T, d, like=u) if out is None else out
     g = _empty(T, w + e, like=u) if keep_g else out
     if T:
@@ -127,17 +134,20 @@ def contract(
             row_blocks, column_blocks = triton.cdiv(T, meta["BLOCK_T"]), triton.cdiv(d, meta["BLOCK_N"])
             grid = (row_blocks, _groups(row_blocks, column_blocks, _processors(u)))
             kernels.contract[grid](
-                u, second[0], V, Q, second[1], out, g, second[2], T, d, w, e, *u.stride(), *second[0].stride(),
-                *V.stride(), *Q.stride(), *out.stride(), *g.stride(),
-                WIDTH=_power(w), EXTRA=_power(e) if e else 0, STORE_G=keep_g, **_options(config, precision))
+                u, second[0], V, Q, second[1], u if bias is None else bias, out, g, second[2], T, d, w, e,
+                *u.stride(), *second[0].stride(), *V.stride(), *Q.stride(), *out.stride(), *g.stride(),
+                WIDTH=_power(w), EXTRA=_power(e) if e else 0, STORE_G=keep_g,
+                HAS_BIAS=bias is not None, **_options(config, precision))
 
         with _device_of(u):
             launch(tuning.choose("contract", precision, T, (d, w, e), launch))
     return out, g if keep_g else None
 
 
-def add_product(a: Tensor, g: Tensor, P: Tensor, out: Tensor | None = None) -> Tensor:
-    """[a | 0] + g P. a: T x d; g: T x K; P: K x n, n >= d; out: T x n, any strides."""
+def add_product(
+    a: Tensor, g: Tensor, P: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """[a | 0] + g P + bias. a: T x d; g: T x K; P: K x n, n >= d; bias: n, contiguous; out: T x n, any strides."""
     (T, d), K, n = a.shape, g.shape[1], P.shape[1]
     precision = precision_of(a.dtype)
     out = _empty(T, n, like=a) if out is None else out
@@ -146,8 +156,8 @@ def add_product(a: Tensor, g: Tensor, P: Tensor, out: Tensor | None = None) -> T
         def launch(config: Config) -> None:
             grid = (triton.cdiv(T, config.meta["BLOCK_T"]) * triton.cdiv(n, config.meta["BLOCK_N"]),)
             kernels.add_product[grid](
-                a, g, P, out, T, d, K, n, *a.stride(), *g.stride(), *P.stride(), *out.stride(),
-                **_options(config, precision))
+                a, g, P, a if bias is None else bias, out, T, d, K, n, *a.stride(), *g.stride(), *P.stride(),
+                *out.stride(), HAS_BIAS=bias is not None, **_options(config, precision))
 
         with _device_of(a):
             launch(tuning.choose("add_product", precision, T, (d, K, n), launch))

@@ -88,7 +88,7 @@ def test_memory_counts_what_a_step_holds_at_once():
 
 def test_floors_grow_with_the_adapter_and_with_slower_machines():
     shape = LayerShape.of(4096, 1024, SSVDOConfig())
-    fast, slow = Machine("", 1e12, 1e14, 100), Machine("", 1e12, 1e13, 100)
+    fast, slow = Machine("", 1e12, 1e14, 1e13), Machine("", 1e12, 1e13, 1e12)
     frozen, adapted = floors(shape, 64, 2048, 2, fast)
     assert frozen == pytest.approx(2 * 2 * 2048 * 4096 * 1024 / 1e14)  # bound by arithmetic
     assert frozen < adapted < 3 * frozen
@@ -102,7 +102,7 @@ def test_peaks_are_measured():
 
 def test_kernel_table(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    machine = Machine("", 1e12, 1e14, 100)
+    machine = Machine("", 1e12, 1e14, 1e13)
     monkeypatch.setattr(bench_kernels, "seconds_of", lambda call, device, repeats: (call(), 1e-3)[1])
     found = bench_kernels.rows(machine, (5,), (16,), 16, 3, torch.float32, torch.device("cpu"))
     assert len(found) == 4 and all(0 < r["share"] < 1 and r["ms"] == 1.0 for r in found)

@@ -36,8 +36,9 @@ def test_every_kernel(T, d, w, e, dtype):
     assert_close("expand", out, torch.cat([x.double(), x.new_zeros(T, e).double()], 1) + h @ R.double(), tolerance)
     assert_close("h", kept, h, tolerance)
     g = torch.cat([h, z.double()], 1)
-    out, kept = launch.contract(x, z, V, Q, True)
-    assert_close("contract", out, x.double() + g @ Q.double(), tolerance)
+    bias = draw(1, d, dtype=dtype)[0]
+    out, kept = launch.contract(x, z, V, Q, True, bias)
+    assert_close("contract", out, x.double() + g @ Q.double() + bias.double(), tolerance)
     assert_close("g", kept, g, tolerance)
     product = launch.token_product(kept, x)
     assert_close("token_product", product, kept.double().mT @ x.double(), 1e-5 if dtype != torch.float64 else 1e-13)

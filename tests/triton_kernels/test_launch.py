@@ -60,10 +60,11 @@ def test_contract(size, dtype, transposed):
     uz = draw(T, d + e, dtype=dtype, transposed=transposed)
     u, z = uz[:, :d], uz[:, d:]  # strided, as the layer passes them
     V, Q = draw(d, w, dtype=dtype, transposed=transposed), draw(w + e, d, dtype=dtype)
-    g = torch.cat([u.double() @ V.double(), z.double()], 1)
+    g, bias = torch.cat([u.double() @ V.double(), z.double()], 1), draw(1, d, dtype=dtype)[0]
     for keep in (False, True):
-        out, kept = launch.contract(u, z, V, Q, keep)
-        assert_close("out", out, u.double() + g @ Q.double(), TOLERANCE[dtype])
+        out, kept = launch.contract(u, z, V, Q, keep, bias if keep else None)
+        want = u.double() + g @ Q.double() + (bias.double() if keep else 0)
+        assert_close("out", out, want, TOLERANCE[dtype])
         assert (kept is None) == (not keep)
     assert_close("g", kept, g, TOLERANCE[dtype])
 
@@ -77,9 +78,10 @@ def test_wide_sizes_take_two_passes(T, d, w, e, dtype):
     assert_close("out", out, expected(x, V, R), TOLERANCE[dtype])
     assert_close("h", h, x.double() @ V.double(), TOLERANCE[dtype])
     z, Q = draw(T, e, dtype=dtype), draw(w + e, d, dtype=dtype)
-    out, g = launch.contract(x, z, V, Q, True)
+    bias = draw(1, d, dtype=dtype)[0]
+    out, g = launch.contract(x, z, V, Q, True, bias)
     assert_close("g", g, torch.cat([x.double() @ V.double(), z.double()], 1), TOLERANCE[dtype])
-    assert_close("out", out, x.double() + g.double() @ Q.double(), TOLERANCE[dtype])
+    assert_close("out", out, x.double() + g.double() @ Q.double() + bias.double(), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -123,5 +125,5 @@ def test_rows_beyond_two_to_the_31_elements():
     assert_close("out", launch.contract(x, z, V, Q)[0], x.double() + g @ Q.double(), TOLERANCE[torch.float16])
     assert_close("a^T b", launch.token_product(x, z), x.double().mT @ z.double(), 1e-6)
     out = torch.as_strided(storage, (4, 8), (stride, 1))
-    product = launch.add_product(z[:, :0], z, Q[:2], out)
+    product = launch.add_product(z[:, :0], z, Q[:2], out=out)
     assert_close("into", product, z.double() @ Q[:2].double(), TOLERANCE[torch.float16])

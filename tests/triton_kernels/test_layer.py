@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from test_linear import compare
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation, reference
+from ssvdo_kernels.planner import joins
 from ssvdo_kernels.triton import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets; tests/gpu has the compiled kernels")
@@ -26,6 +27,14 @@ def test_float64_agrees_with_the_reference(m, n, p, l, rotation, outer, rank, pa
     options = {"inner_ratio": p, "outer_rank": l, "rotation": rotation, "outer": outer, "path": path, **TRITON}
     layer = make_layer(m, n, rank=rank, **options)
     compare(layer, torch.randn(3, 2, n, dtype=torch.float64, requires_grad=True), 1e-11)
+
+
+@pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_rows_take_one_product(m, n, bias):
+    assert joins(40, 8, 3) and not joins(10, 8, 3)
+    layer = make_layer(m, n, outer_rank=3, bias=bias, path="folded", **TRITON)
+    compare(layer, torch.randn(40, n, dtype=torch.float64, requires_grad=True), 1e-11)
 
 
 @st.composite

@@ -8,9 +8,9 @@ ARGS ?=
 
 .PHONY: demo test bench lint gpu clean
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade "setuptools>=77"
+	$(BIN)/pip install --quiet --upgrade "setuptools>=77" "pybind11>=2.13"
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[triton,peft,asr,bench,dev]"
 	touch $@
@@ -40,4 +40,4 @@ gpu:
 	$(PYTHON) -m benchmarks --quick --device cuda --dtype bfloat16 --out $${OUT:-benchmarks/results}
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info ssvdo_kernels/*.so

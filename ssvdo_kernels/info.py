@@ -9,7 +9,7 @@ import platform
 import torch
 
 from . import __version__
-from .ops.dispatch import token_path
+from .ops.dispatch import preparation, token_path
 from .traffic import machine
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -37,9 +37,9 @@ def info() -> dict[str, str]:
                                   f"(data sheet: {peaks.name})")
     lines["autotuning"] = "off (SSVDO_AUTOTUNE=0)" if os.environ.get("SSVDO_AUTOTUNE") == "0" else "on"
     lines["tf32"] = "on" if tf32 else "off (torch.backends.cuda.matmul.allow_tf32)"
-    plain = "reference: plain PyTorch, vendor libraries (LAPACK, BLAS, cuSOLVER, cuBLAS)"
-    lines |= {"factorisation": plain, "preparation": plain}
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    lines["factorisation"] = "reference: PyTorch's SVD, once a layer"
+    lines["preparation"] = ": ".join(preparation("auto", device))
     for dtype in DTYPES:
         backend, reason = token_path("auto", device, dtype)
         lines[f"tokens, {str(dtype).removeprefix('torch.')}"] = f"{backend}: {reason}"

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import torch
 
+from . import host
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -45,6 +47,17 @@ def token_path(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[
     if dtype in _HALF or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32):
         return "triton", "fused kernels, tensor cores"
     return "reference", f"{dtype} without tf32 has no tensor-core kernels; the vendor's products are the better engine"
+
+
+def preparation(backend: str, device: torch.device) -> tuple[str, str]:
+    """("reference" or "host", the reason) for what depends on parameters alone. backend: the config's."""
+    if backend == "reference":
+        return "reference", "asked for by backend='reference'"
+    if device.type != "cpu":
+        return "reference", "the compiled core is for the CPU; on a GPU, cuBLAS and cuSOLVER through PyTorch"
+    if not host.available():
+        return "reference", "the compiled core was not built (no C++ compiler at installation, or SSVDO_BUILD=0)"
+    return "host", f"compiled core, {host.instruction_set()}"
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, apply_complement, apply_complement_transposed, compute_dtype
-from . import own_dtypes
+from . import host, own_dtypes
+from .dispatch import preparation
 from .matrices import Matrices
 from .rotation import cayley_backward_low_rank, rotation_backward, rotation_forward
 
@@ -51,11 +52,11 @@ class Prepared(Matrices):
     def __init__(
         self, parameters: Gradients, factors: Factors, shape: LayerShape, config: SSVDOConfig, name: str = "layer"
     ) -> None:
-        rotation, _, _ = self._read(parameters, factors, shape, config)
-        G, saved = rotation_forward(rotation, shape.k, config.rotation, config.neumann_terms)
+        self._read(parameters, factors, shape, config)
+        G, saved, mixer = self._inner_forward()
         X, columns = self._outer_forward(name)
         self.state = State(G, saved, X)
-        super().__init__(shape, self._mixer(), columns, factors.inner_basis)
+        super().__init__(shape, mixer, columns, factors.inner_basis)
         self.tokens = 0  # rows that have passed through this preparation: the planner's clock
         self.trained = 0  # those among them with gradients
         self.expected = 0  # rows with gradients that the preparation before this one served
@@ -71,19 +72,26 @@ class Prepared(Matrices):
         self.shape, self.state = shape, state
         return self
 
-    def _read(self, parameters: Gradients, factors: Factors, shape: LayerShape, config: SSVDOConfig) -> Gradients:
-        rotation, scale, outer = (p.detach().to(compute_dtype(p.dtype)) for p in parameters)
+    def _read(self, parameters: Gradients, factors: Factors, shape: LayerShape, config: SSVDOConfig) -> None:
+        rotation, scale, outer = (p.detach().to(compute_dtype(p.dtype)).contiguous() for p in parameters)
         self.shape, self.config, self.factors, self.dtype = shape, config, factors, rotation.dtype
+        self._rotation, self._outer = rotation, outer
+        self._host = preparation(config.backend, rotation.device)[0] == "host"
         self.null = factors.null_basis.shape[1]
         self._singular = factors.singular_values.to(self.dtype)
         self._scale, self._inverse = self._singular[: shape.k] + scale, 1 / self._singular[: shape.k - self.null]
-        self._L = outer * shape.outer_scale(config)  # c x l
-        return rotation, scale, outer
 
     # -- forward -----------------------------------------------------------------------------------------------------
-    def _mixer(self) -> Tensor:
+    def _inner_forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        shape, config = self.shape, self.config
+        if self._host and host.invertible(self._rotation):
+            return host.inner_forward([self._rotation], [self._scale], [self._singular], self.null, shape, config)[0]
+        G, saved = rotation_forward(self._rotation, shape.k, config.rotation, config.neumann_terms)
+        return G, saved, self._mixer(G)
+
+    def _mixer(self, G: Tensor) -> Tensor:
         k, l, q, width = self.shape.k, self.shape.l, self.null, self.shape.width  # noqa: E741
-        G, S = self.state.G, self._singular
+        S = self._singular
         mixer = G.new_zeros(width + l + q, width)
         N = mixer[: k - q, :k]
         torch.mul(G[: k - q], (self._scale[: k - q] * self._inverse)[:, None], out=N)
@@ -97,26 +105,40 @@ class Prepared(Matrices):
             mixer[width + l :, k - q : k].diagonal().sub_(S[k - q : k])  # A holds S_i u_i v_i^T already
         return mixer
 
+    def _outer_factors(self) -> tuple[Tensor, Tensor]:
+        """Y and U_l in the dtype of the work."""
+        return self.factors.reflector.to(self.dtype), self.factors.outer_basis.to(self.dtype)
+
     def _outer_forward(self, name: str) -> tuple[Tensor, Tensor]:
-        f, l, L = self.factors, self.shape.l, self._L  # noqa: E741
-        columns = torch.empty(self.shape.large, l + self.null, dtype=self.dtype, device=L.device)
-        columns[:, l:] = f.null_basis
+        l, config = self.shape.l, self.config  # noqa: E741
+        columns = torch.empty(self.shape.large, l + self.null, dtype=self.dtype, device=self._outer.device)
+        columns[:, l:] = self.factors.null_basis
         if not l:
-            return L.new_zeros(0, 0), columns
+            return self._outer.new_zeros(0, 0), columns
+        Y, U = self._outer_factors()
+        if self._host:
+            (X,), (info,) = host.outer_forward([self._outer], [Y], [U], [columns], self.shape, config)
+            self._check_pivot(info, name)
+            return X, columns
+        L = self._outer * self.shape.outer_scale(config)
         gram = L.mT @ L
-        gram.diagonal().add_(self.config.tau)
-        R, info = torch.linalg.cholesky_ex(gram)
-        if L.device.type == "cpu" and int(info) != 0:  # on a GPU the test would stall the stream
-            raise ArithmeticError(
-                f"{name}: Cholesky of L^T L + tau I failed at pivot {int(info)} with tau={self.config.tau}; "
-                "`outer` is not finite or too large for tau: use a larger tau or a smaller learning rate")
+        gram.diagonal().add_(config.tau)
+        R, status = torch.linalg.cholesky_ex(gram)
+        if L.device.type == "cpu":  # on a GPU the test would stall the stream
+            self._check_pivot(int(status), name)
         identity = torch.eye(l, dtype=self.dtype, device=L.device)
         X = torch.linalg.solve_triangular(R, identity, upper=False).mT
-        F = apply_complement(f.reflector.to(self.dtype), L @ X)
-        if self.config.outer == "rotation":
-            F.addmm_(f.outer_basis.to(self.dtype), X * self.config.tau**0.5 - identity)
+        F = apply_complement(Y, L @ X)
+        if config.outer == "rotation":
+            F.addmm_(U, X * config.tau**0.5 - identity)
         columns[:, :l] = F
         return X, columns
+
+    def _check_pivot(self, info: int, name: str) -> None:
+        if info:
+            raise ArithmeticError(
+                f"{name}: Cholesky of L^T L + tau I failed at pivot {info} with tau={self.config.tau}; "
+                "`outer` is not finite or too large for tau: use a larger tau or a smaller learning rate")
 
     # -- backward ----------------------------------------------------------------------------------------------------
     def wants_rows(self, tokens: int) -> bool:
@@ -125,17 +147,30 @@ class Prepared(Matrices):
 
     def backward(self, d_mixer: Tensor | Rows, d_columns: Tensor) -> Gradients:
         """(d inner_rotation, d inner_scale, d outer) from the gradients of mixer and columns, in `self.dtype`."""
+        inner = self._inner_backward_on_host if self._host else self._inner_backward
+        return *inner(d_mixer), self._outer_backward(d_columns.to(self.dtype))
+
+    def _inner_backward_on_host(self, d_mixer: Tensor | Rows) -> tuple[Tensor, Tensor]:
+        rows, dense = None, [self._rotation]
+        if isinstance(d_mixer, Rows):
+            rows = ([d_mixer.left.to(self.dtype).contiguous()], [d_mixer.right.to(self.dtype).contiguous()])
+        else:
+            dense = [d_mixer.to(self.dtype).contiguous()]
+        state = self.state
+        return host.inner_backward(
+            [self._rotation], [self._scale], [self._singular], [state.G.contiguous()], [state.saved.contiguous()],
+            dense, self.null, self.shape, self.config, rows)[0]
+
+    def _inner_backward(self, d_mixer: Tensor | Rows) -> tuple[Tensor, Tensor]:
         if isinstance(d_mixer, Rows):  # dB = g^T h, dG = (g diag(S + dS))^T h
             k = self.shape.k
             g, h = self._to_b(d_mixer.left.mT.to(self.dtype)).mT, d_mixer.right[:, :k].to(self.dtype)
             d_rotation, hGt = cayley_backward_low_rank(g * self._scale, h, self.state.saved)
-            d_scale = (g * hGt).sum(0)
-        else:
-            dB = self._to_b(d_mixer[:, : self.shape.k])
-            d_scale = (dB * self.state.G).sum(1)
-            d_rotation = rotation_backward(
-                dB * self._scale[:, None], self.state.saved, self.config.rotation, self.config.neumann_terms)
-        return d_rotation, d_scale, self._outer_backward(d_columns[:, : self.shape.l])
+            return d_rotation, (g * hGt).sum(0)
+        dB = self._to_b(d_mixer[:, : self.shape.k])
+        d_rotation = rotation_backward(
+            dB * self._scale[:, None], self.state.saved, self.config.rotation, self.config.neumann_terms)
+        return d_rotation, (dB * self.state.G).sum(1)
 
     def _to_b(self, d_mixer: Tensor) -> Tensor:
         """Rows of dB (k) from rows of dM (width + l + q): the adjoint of how the mixer is put together from B."""
@@ -148,21 +183,25 @@ class Prepared(Matrices):
             dB[k - q :] += d_mixer[width + l :]
         return dB
 
-    def _outer_backward(self, dF: Tensor) -> Tensor:
-        L, X, f = self._L, self.state.X, self.factors
-        if not self.shape.l:
-            return dF.new_zeros(self.shape.c, 0)
-        dF = dF.contiguous()
-        dQ = apply_complement_transposed(f.reflector.to(self.dtype), dF, self.shape.d)
+    def _outer_backward(self, d_columns: Tensor) -> Tensor:
+        shape, config, X = self.shape, self.config, self.state.X
+        if not shape.l:
+            return d_columns.new_zeros(shape.c, 0)
+        Y, U = self._outer_factors()
+        if self._host:
+            return host.outer_backward(
+                [self._outer], [Y], [U], [X.contiguous()], [d_columns.contiguous()], shape, config)[0]
+        L, dF = self._outer * shape.outer_scale(config), d_columns[:, : shape.l].contiguous()
+        dQ = apply_complement_transposed(Y, dF, shape.d)
         dX = L.mT @ dQ
-        if self.config.outer == "rotation":
-            dX.addmm_(f.outer_basis.to(self.dtype).mT, dF, alpha=self.config.tau**0.5)
+        if config.outer == "rotation":
+            dX.addmm_(U.mT, dF, alpha=config.tau**0.5)
         # X = R^-T: R^T dR = -dX^T X; Cholesky adjoint: dGram = X Phi(R^T dR) X^T, Phi = lower triangle, diagonal halved
         phi = torch.tril(dX.mT @ X).neg_()
         phi.diagonal().mul_(0.5)
         d_gram = X @ phi @ X.mT
         dL = torch.addmm(dQ @ X.mT, L, d_gram + d_gram.mT)
-        return dL.mul_(self.shape.outer_scale(self.config))
+        return dL.mul_(shape.outer_scale(config))
 
 
 class Attach(torch.autograd.Function):

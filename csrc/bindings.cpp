@@ -1,0 +1,185 @@
+// The compiled core for Python: raw addresses, sizes and strides; checked here, computed in cpu/ (and cuda/).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/api.h"
+
+namespace py = pybind11;
+using namespace ssvdo;
+using Addresses = std::vector<std::vector<std::uintptr_t>>;
+
+namespace {
+
+[[noreturn]] void refuse(const std::string& name, long long value, const std::string& allowed) {
+    throw py::value_error(name + "=" + std::to_string(value) + " is out of range; allowed: " + allowed);
+}
+
+void at_least(const char* name, long long value, long long least) {
+    if (value < least) refuse(name, value, ">= " + std::to_string(least));
+}
+
+Rotation rotation_of(const std::string& name) {
+    if (name == "cayley") return Rotation::cayley;
+    if (name == "neumann") return Rotation::neumann;
+    if (name == "first_order") return Rotation::first_order;
+    throw py::value_error("rotation='" + name + "' is unknown; allowed: 'cayley', 'neumann', 'first_order'");
+}
+
+// Rows of addresses, one a layer: each of `count` non-null unless its bit in `optional` is set.
+void check(const Addresses& layers, size_t count, unsigned optional = 0) {
+    for (size_t i = 0; i < layers.size(); i++) {
+        if (layers[i].size() != count) refuse("addresses of layer " + std::to_string(i), (long long)layers[i].size(),
+                                              std::to_string(count));
+        for (size_t j = 0; j < count; j++)
+            if (!layers[i][j] && !(optional >> j & 1))
+                refuse("address " + std::to_string(j) + " of layer " + std::to_string(i), 0, "not null");
+    }
+}
+
+template <class T>
+const Host<T>& build(const std::string& name) {
+    const Host<T>* found = host<T>(name.empty() ? nullptr : name.c_str());
+    if (!found)
+        throw py::value_error("build='" + name + "' does not run here; allowed: 'plain' to '" + host_name() + "'");
+    return *found;
+}
+
+OuterShape outer_shape(int c, int l, int r, int large, double tau, double scale, bool rotation) {
+    at_least("l", l, 1);
+    at_least("c", c, l);
+    at_least("r", r, 0);
+    at_least("large", large, c + r);
+    if (!(tau > 0)) throw py::value_error("tau must be > 0");
+    return {c, l, r, large, tau, scale, rotation};
+}
+
+template <class T>
+std::vector<int> outer(bool forward, const OuterShape& s, const Addresses& layers, long long ld, int threads,
+                       const std::string& name) {
+    check(layers, forward ? 5 : 6);
+    at_least("ld", ld, s.l);
+    at_least("threads", threads, 1);
+    std::vector<OuterLayer<T>> rows;
+    for (const auto& a : layers)
+        rows.push_back({reinterpret_cast<const T*>(a[0]), reinterpret_cast<const T*>(a[1]),
+                        reinterpret_cast<const T*>(a[2]), reinterpret_cast<T*>(a[3]), reinterpret_cast<T*>(a[4]),
+                        ptrdiff_t(ld), forward ? nullptr : reinterpret_cast<T*>(a[5]), 0});
+    const Host<T>& chosen = build<T>(name);
+    {
+        py::gil_scoped_release release;
+        (forward ? chosen.outer_forward : chosen.outer_backward)(s, rows.data(), int(rows.size()), threads);
+    }
+    std::vector<int> info;
+    for (const auto& row : rows) info.push_back(row.info);
+    return info;
+}
+
+InnerShape inner_shape(int k, int l, int q, int width, int terms, const std::string& rotation) {
+    at_least("k", k, 1);
+    at_least("l", l, 0);
+    at_least("width", width, k > l ? k : l);
+    at_least("terms", terms, 1);
+    at_least("q", q, 0);
+    if (q > k) refuse("q", q, "<= k");
+    return {k, l, q, width, terms, rotation_of(rotation)};
+}
+
+// addresses: packed, scale, singular, G, saved, mixer; backward: d_packed, d_scale; from rows: left, right.
+template <class T>
+void inner(bool forward, const InnerShape& s, const Addresses& layers, int tokens, long long left_ld, long long right_ld,
+           int threads, const std::string& name) {
+    const bool rows = tokens >= 0;
+    check(layers, forward ? 6 : 10, forward ? (s.k == 1 ? 1u : 0u) : (rows ? 32u : 768u) | (s.k == 1 ? 65u : 0u) | 8u);
+    at_least("threads", threads, 1);
+    if (rows) {
+        if (s.rotation != Rotation::cayley) throw py::value_error("rows are given, which only rotation='cayley' takes");
+        at_least("left_ld", left_ld, s.width + s.l + s.q);
+        at_least("right_ld", right_ld, s.k);
+    }
+    std::vector<InnerLayer<T>> list;
+    for (const auto& a : layers) {
+        InnerLayer<T> one{};
+        one.packed = reinterpret_cast<const T*>(a[0]);
+        one.scale = reinterpret_cast<const T*>(a[1]);
+        one.singular = reinterpret_cast<const T*>(a[2]);
+        one.G = reinterpret_cast<T*>(a[3]);
+        one.saved = reinterpret_cast<T*>(a[4]);
+        one.mixer = reinterpret_cast<T*>(a[5]);
+        if (!forward) {
+            one.d_packed = reinterpret_cast<T*>(a[6]);
+            one.d_scale = reinterpret_cast<T*>(a[7]);
+            one.left = rows ? reinterpret_cast<const T*>(a[8]) : nullptr;
+            one.right = rows ? reinterpret_cast<const T*>(a[9]) : nullptr;
+            one.left_ld = left_ld;
+            one.right_ld = right_ld;
+            one.tokens = tokens;
+        }
+        list.push_back(one);
+    }
+    const Host<T>& chosen = build<T>(name);
+    py::gil_scoped_release release;
+    (forward ? chosen.inner_forward : chosen.inner_backward)(s, list.data(), int(list.size()), threads);
+}
+
+template <class Single, class Double>
+auto by_dtype(const std::string& dtype, Single single, Double twice) {
+    if (dtype == "float32") return single();
+    if (dtype == "float64") return twice();
+    throw py::type_error("dtype=" + dtype + "; allowed: float32, float64");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled core of ssvdo_kernels.";
+    m.def("host_name", &host_name, "The instruction set that this processor's build uses.");
+    for (bool forward : {true, false}) {
+        m.def(
+            forward ? "outer_forward" : "outer_backward",
+            [forward](const std::string& dtype, const Addresses& layers, int c, int l, int r, int large, double tau,
+                      double scale, bool rotation, long long ld, int threads, const std::string& build) {
+                OuterShape s = outer_shape(c, l, r, large, tau, scale, rotation);
+                return by_dtype(
+                    dtype, [&] { return outer<float>(forward, s, layers, ld, threads, build); },
+                    [&] { return outer<double>(forward, s, layers, ld, threads, build); });
+            },
+            py::arg("dtype"), py::arg("layers"), py::kw_only(), py::arg("c"), py::arg("l"), py::arg("r"),
+            py::arg("large"), py::arg("tau"), py::arg("scale"), py::arg("rotation"), py::arg("ld"), py::arg("threads"),
+            py::arg("build") = "",
+            "One row of addresses a layer: outer, reflector, basis, X, columns (backward: and d_outer). Returns info.");
+        m.def(
+            forward ? "inner_forward" : "inner_backward",
+            [forward](const std::string& dtype, const Addresses& layers, int k, int l, int q, int width,
+                      const std::string& rotation, int terms, int tokens, long long left_ld, long long right_ld,
+                      int threads, const std::string& build) {
+                InnerShape s = inner_shape(k, l, q, width, terms, rotation);
+                by_dtype(
+                    dtype, [&] { inner<float>(forward, s, layers, tokens, left_ld, right_ld, threads, build); },
+                    [&] { inner<double>(forward, s, layers, tokens, left_ld, right_ld, threads, build); });
+            },
+            py::arg("dtype"), py::arg("layers"), py::kw_only(), py::arg("k"), py::arg("l"), py::arg("q"),
+            py::arg("width"), py::arg("rotation"), py::arg("terms"), py::arg("tokens") = -1, py::arg("left_ld") = 0,
+            py::arg("right_ld") = 0, py::arg("threads"), py::arg("build") = "",
+            "One row of addresses a layer: packed, scale, singular, G, saved, mixer (backward: and d_packed, d_scale, "
+            "left, right; with tokens >= 0 left and right stand for the mixer's gradient).");
+    }
+    m.def(
+        "gram_gradient",
+        [](const std::string& dtype, std::uintptr_t dX, std::uintptr_t X, std::uintptr_t scratch, std::uintptr_t S,
+           int l) {
+            at_least("l", l, 1);
+            check({{dX, X, scratch, S}}, 4);
+            auto run = [&](auto* type) {
+                using T = std::remove_pointer_t<decltype(type)>;
+                host<T>()->gram_gradient(reinterpret_cast<const T*>(dX), reinterpret_cast<const T*>(X),
+                                         reinterpret_cast<T*>(scratch), reinterpret_cast<T*>(S), l);
+            };
+            by_dtype(dtype, [&] { run((float*)nullptr); }, [&] { run((double*)nullptr); });
+        },
+        "The device's adjoint of the Gram matrix (core/factor.h), by a team of one.");
+}

@@ -1,0 +1,64 @@
+// What the bindings call: batches of layers of one shape, by raw pointers. No PyTorch, no Python.
+#pragma once
+
+#include <cstddef>
+
+namespace ssvdo {
+
+enum class Rotation { cayley, neumann, first_order };
+
+struct OuterShape {
+    int c, l, r, large;  // large = c + d; r columns of the reflector
+    double tau, scale;   // L = scale * outer
+    bool rotation;       // U_l C + U2 Q; else U_l + U2 Q
+};
+
+// Pointers to one layer's matrices, row-major. Those of a forward that a backward needs: outer, reflector, basis, X.
+template <class T>
+struct OuterLayer {
+    const T* outer;      // c x l
+    const T* reflector;  // large x r
+    const T* basis;      // U_l, large x l
+    T* X;                // l x l
+    T* columns;          // forward: F; backward: dF. large x l, rows `ld` apart
+    ptrdiff_t ld;
+    T* d_outer;          // c x l
+    int info;            // 0, or 1 + the column of the pivot that is not positive and finite
+};
+
+struct InnerShape {
+    int k, l, q, width, terms;
+    Rotation rotation;
+};
+
+template <class T>
+struct InnerLayer {
+    const T* packed;    // k(k-1)/2
+    const T* scale;     // S_k + dS, k
+    const T* singular;  // S, width
+    T* G;               // k x k
+    T* saved;           // k x k
+    T* mixer;           // (width + l + q) x width; backward: dM, or null where rows are given
+    const T* left;      // backward from rows: tokens x (width + l + q), rows left_ld apart
+    const T* right;     // tokens x (at least k), rows right_ld apart
+    ptrdiff_t left_ld, right_ld;
+    int tokens;
+    T* d_packed;
+    T* d_scale;
+};
+
+template <class T>
+struct Host {
+    void (*outer_forward)(const OuterShape&, OuterLayer<T>*, int count, int threads);
+    void (*outer_backward)(const OuterShape&, OuterLayer<T>*, int count, int threads);
+    void (*inner_forward)(const InnerShape&, InnerLayer<T>*, int count, int threads);
+    void (*inner_backward)(const InnerShape&, InnerLayer<T>*, int count, int threads);
+    void (*gram_gradient)(const T* dX, const T* X, T* scratch, T* S, int l);
+};
+
+// The best build that this processor runs, and its name; `name`: that one, or null where it is missing or cannot run.
+template <class T>
+const Host<T>* host(const char* name = nullptr);
+const char* host_name();
+
+}  // namespace ssvdo

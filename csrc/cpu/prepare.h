@@ -1,0 +1,275 @@
+// Preparation of a batch of layers on a CPU; the algebra is that of ssvdo_kernels/ops/preparation.py and rotation.py.
+#pragma once
+
+#include "../core/factor.h"
+#include "../core/skew.h"
+#include "api.h"
+#include "gemm.h"
+
+namespace ssvdo {
+namespace SSVDO_ISA {
+
+// Layers side by side where there are as many as threads, else one after the other, each by all threads.
+template <class Layer, class Work>
+inline void each(Layer* layers, int count, int threads, Work work) {
+    if (count >= threads && threads > 1)
+        parallel_for(count, threads, [&](int i) { work(layers[i], 1); });
+    else
+        for (int i = 0; i < count; i++) work(layers[i], threads);
+}
+
+// -- outer -----------------------------------------------------------------------------------------------------------
+template <class T>
+inline void outer_forward_one(const OuterShape& s, OuterLayer<T>& layer, int threads) {
+    const int c = s.c, l = s.l, r = s.r, d = s.large - s.c;
+    Scratch<T> L(size_t(c) * l), gram(size_t(l) * l), W(size_t(l) * r);
+    const T scale = T(s.scale);
+    for (ptrdiff_t i = 0; i < ptrdiff_t(c) * l; i++) L.data[i] = scale * layer.outer[i];
+    const View<const T> left{L.data, l, 1}, Y{layer.reflector, r, 1}, U{layer.basis, l, 1};
+    const View<T> F{layer.columns, layer.ld, 1}, bottom = F.at(d, 0);
+    gemm<T>(l, l, c, T(1), left.transposed(), left, false, View<T>{gram.data, l, 1}, threads);
+    for (int i = 0; i < l; i++) gram.data[ptrdiff_t(i) * l + i] += T(s.tau);
+    layer.info = cholesky(Alone{}, gram.data, l, l);
+    if (layer.info) return;
+    inverse_transposed(Alone{}, gram.data, l, layer.X, l);
+    const View<const T> X{layer.X, l, 1};
+    gemm<T>(c, l, l, T(1), left, X, false, bottom, threads);  // Q
+    gemm<T>(l, r, c, T(1), View<const T>(bottom).transposed(), Y.at(d, 0), false, View<T>{W.data, r, 1}, threads);
+    const View<const T> right{W.data, 1, r};
+    gemm<T>(d, l, r, T(-1), Y, right, false, F, threads);
+    gemm<T>(c, l, r, T(-1), Y.at(d, 0), right, true, bottom, threads);
+    if (!s.rotation) return;
+    const T root_tau = root(T(s.tau));
+    for (int i = 0; i < l; i++)
+        for (int j = 0; j < l; j++)
+            gram.data[ptrdiff_t(i) * l + j] = root_tau * layer.X[ptrdiff_t(i) * l + j] - (i == j ? T(1) : T(0));
+    gemm<T>(s.large, l, l, T(1), U, View<const T>{gram.data, l, 1}, true, F, threads);
+}
+
+template <class T>
+inline void outer_backward_one(const OuterShape& s, OuterLayer<T>& layer, int threads) {
+    const int c = s.c, l = s.l, r = s.r, d = s.large - s.c;
+    Scratch<T> L(size_t(c) * l), dQ(size_t(c) * l), W(size_t(l) * r), dX(size_t(l) * l), P(size_t(l) * l);
+    const T scale = T(s.scale);
+    for (ptrdiff_t i = 0; i < ptrdiff_t(c) * l; i++) L.data[i] = scale * layer.outer[i];
+    const View<const T> left{L.data, l, 1}, Y{layer.reflector, r, 1}, U{layer.basis, l, 1}, X{layer.X, l, 1};
+    const View<const T> dF{layer.columns, layer.ld, 1};
+    gemm<T>(l, r, s.large, T(1), dF.transposed(), Y, false, View<T>{W.data, r, 1}, threads);
+    for (int i = 0; i < c; i++)
+        for (int j = 0; j < l; j++) dQ.data[ptrdiff_t(i) * l + j] = dF(d + i, j);
+    const View<T> dq{dQ.data, l, 1}, dx{dX.data, l, 1}, p{P.data, l, 1}, dL{layer.d_outer, l, 1};
+    gemm<T>(c, l, r, T(-1), Y.at(d, 0), View<const T>{W.data, 1, r}, true, dq, threads);
+    gemm<T>(l, l, c, T(1), left.transposed(), dq, false, dx, threads);
+    if (s.rotation) gemm<T>(l, l, s.large, root(T(s.tau)), U.transposed(), dF, true, dx, threads);
+    // S = dGram + dGram^T as gram_gradient of core/factor.h has it, by products
+    gemm<T>(l, l, l, T(-1), View<const T>(dx).transposed(), X, false, p, 1);
+    for (int i = 0; i < l; i++) {
+        p(i, i) /= 2;
+        for (int j = i + 1; j < l; j++) p(i, j) = 0;
+    }
+    gemm<T>(l, l, l, T(1), X, p, false, dx, 1);
+    gemm<T>(l, l, l, T(1), dx, X.transposed(), false, p, 1);
+    for (int i = 0; i < l; i++)
+        for (int j = 0; j < l; j++) dx(i, j) = p(i, j) + p(j, i);
+    gemm<T>(c, l, l, scale, dq, X.transposed(), false, dL, threads);
+    gemm<T>(c, l, l, scale, left, dx, true, dL, threads);
+}
+
+// -- inner -----------------------------------------------------------------------------------------------------------
+// A^-1 by Gauss-Jordan without pivots, for a leading part of I + K: its symmetric part is I, and so are at least those of
+// all its Schur complements.
+template <class T>
+inline void gauss_jordan(View<T> A, int n) {
+    for (int p = 0; p < n; p++) {
+        T inverse = T(1) / A(p, p);
+        T* pivot = &A(p, 0);
+        pivot[p] = T(1);
+        for (int j = 0; j < n; j++) pivot[j] *= inverse;
+        for (int i = 0; i < n; i++) {
+            if (i == p) continue;
+            T* row = &A(i, 0);
+            T factor = row[p];
+            row[p] = T(0);
+            for (int j = 0; j < n; j++) row[j] -= factor * pivot[j];
+        }
+    }
+}
+
+// A^-1 in place, by 2 x 2 blocks and the Schur complement of the first; scratch: n * n / 2 elements.
+template <class T>
+inline void inverse(View<T> A, int n, T* scratch, int threads) {
+    if (n <= 64) return gauss_jordan(A, n);
+    const int h = n / 2, g = n - h;
+    View<T> first = A, upper = A.at(0, h), lower = A.at(h, 0), last = A.at(h, h);
+    View<T> left{scratch, h, 1};  // g x h
+    T* rest = scratch + ptrdiff_t(g) * h;
+    inverse(first, h, rest, threads);
+    gemm<T>(g, h, h, T(1), lower, first, false, left, threads);
+    gemm<T>(g, g, h, T(-1), left, upper, true, last, threads);
+    inverse(last, g, rest, threads);
+    View<T> right{rest, g, 1};  // h x g
+    gemm<T>(h, g, h, T(1), first, upper, false, right, threads);
+    gemm<T>(h, g, g, T(-1), right, last, false, upper, threads);
+    gemm<T>(h, h, g, T(-1), upper, left, true, first, threads);
+    gemm<T>(g, h, g, T(-1), last, left, false, lower, threads);
+}
+
+template <class T>
+inline void unpack(const T* packed, int k, T diagonal, T* out) {
+    for (int i = 0; i < k; i++) {
+        out[ptrdiff_t(i) * k + i] = diagonal;
+        const ptrdiff_t row = packed_row(i, k);
+        for (int j = i + 1; j < k; j++) out[ptrdiff_t(i) * k + j] = packed[row + j];
+    }
+    constexpr int B = 16;  // the lower triangle in tiles that a cache holds
+    for (int i = 0; i < k; i += B)
+        for (int j = 0; j <= i; j += B)
+            for (int a = i; a < i + B && a < k; a++)
+                for (int b = j; b < j + B && b < a; b++) out[ptrdiff_t(a) * k + b] = -out[ptrdiff_t(b) * k + a];
+}
+
+// upper(Z - Z^T), packed
+template <class T>
+inline void pack(const T* Z, int k, T* packed) {
+    constexpr int B = 16;
+    for (int i = 0; i < k; i += B)
+        for (int j = i; j < k; j += B)
+            for (int a = i; a < i + B && a < k; a++) {
+                const ptrdiff_t row = packed_row(a, k);
+                for (int b = j > a ? j : a + 1; b < j + B && b < k; b++)
+                    packed[row + b] = Z[ptrdiff_t(a) * k + b] - Z[ptrdiff_t(b) * k + a];
+            }
+}
+
+// T_terms of T_j = -K (I + T_{j-1}), T_0 = 0, into `out`; scratch: k * k.
+template <class T>
+inline void horner(View<const T> K, int k, int terms, T* out, T* scratch, int threads) {
+    const ptrdiff_t count = ptrdiff_t(k) * k;
+    for (ptrdiff_t i = 0; i < count; i++) out[i] = 0;
+    for (int term = 0; term < terms; term++) {
+        for (ptrdiff_t i = 0; i < count; i++) scratch[i] = -K.data[i];
+        gemm<T>(k, k, k, T(-1), K, View<const T>{out, k, 1}, true, View<T>{scratch, k, 1}, threads);
+        for (ptrdiff_t i = 0; i < count; i++) out[i] = scratch[i];
+    }
+}
+
+template <class T>
+inline void inner_forward_one(const InnerShape& s, InnerLayer<T>& layer, int threads) {
+    const int k = s.k;
+    const ptrdiff_t count = ptrdiff_t(k) * k;
+    unpack(layer.packed, k, s.rotation == Rotation::cayley ? T(1) : T(0), layer.saved);
+    T factor = T(2), diagonal = T(1);
+    const T* from = layer.saved;
+    Scratch<T> series(s.rotation == Rotation::neumann ? count : 1), scratch(count + 64);
+    if (s.rotation == Rotation::cayley) {
+        inverse(View<T>{layer.saved, k, 1}, k, scratch.data, threads);
+        diagonal = T(-1);
+    } else if (s.rotation == Rotation::neumann) {
+        horner(View<const T>{layer.saved, k, 1}, k, s.terms, series.data, scratch.data, threads);
+        from = series.data;
+    } else {
+        factor = T(-2);
+    }
+    for (ptrdiff_t i = 0; i < count; i++) layer.G[i] = factor * from[i];
+    for (int i = 0; i < k; i++) layer.G[ptrdiff_t(i) * k + i] += diagonal;
+    const MixerShape shape{k, s.l, s.q, s.width};
+    for (int row = 0; row < shape.rows(); row++) {
+        const MixerRow<T> m = mixer_row(shape, layer.singular, layer.scale, row);
+        T* to = layer.mixer + ptrdiff_t(row) * s.width;
+        int filled = m.source < 0 ? 0 : k;
+        for (int j = 0; j < filled; j++) to[j] = m.factor * layer.G[ptrdiff_t(m.source) * k + j];
+        for (int j = filled; j < s.width; j++) to[j] = 0;
+        to[m.at] += m.value;
+    }
+}
+
+// Z = d of K's entries from dG (k x k, overwritten); scratch: k * k.
+template <class T>
+inline void rotation_backward(const InnerShape& s, const T* saved, T* dG, T* Z, T* scratch, int threads) {
+    const int k = s.k;
+    const ptrdiff_t count = ptrdiff_t(k) * k;
+    const View<const T> K{saved, k, 1};
+    const View<T> dg{dG, k, 1}, z{Z, k, 1}, other{scratch, k, 1};
+    if (s.rotation == Rotation::cayley) {
+        gemm<T>(k, k, k, T(1), dg, K.transposed(), false, other, threads);
+        gemm<T>(k, k, k, T(-2), K.transposed(), other, false, z, threads);
+    } else if (s.rotation == Rotation::first_order) {
+        for (ptrdiff_t i = 0; i < count; i++) Z[i] = T(-2) * dG[i];
+    } else {
+        Scratch<T> previous(count), more(count);
+        for (ptrdiff_t i = 0; i < count; i++) dG[i] *= 2, Z[i] = 0;
+        for (int j = s.terms; j > 0; j--) {
+            horner(K, k, j - 1, previous.data, scratch, threads);
+            for (ptrdiff_t i = 0; i < count; i++) Z[i] -= dG[i];
+            gemm<T>(k, k, k, T(-1), dg, View<const T>{previous.data, 1, k}, true, z, threads);
+            gemm<T>(k, k, k, T(1), K, dg, false, View<T>{more.data, k, 1}, threads);  // -K^T = K
+            for (ptrdiff_t i = 0; i < count; i++) dG[i] = more.data[i];
+        }
+    }
+}
+
+template <class T>
+inline void inner_backward_one(const InnerShape& s, InnerLayer<T>& layer, int threads) {
+    const int k = s.k;
+    const MixerShape shape{k, s.l, s.q, s.width};
+    Scratch<T> Z(size_t(k) * k);
+    if (layer.left) {  // dB = g^T h of few rows, Cayley: Z = -2 (g diag(scale) M)^T (h M^T)
+        const int t = layer.tokens;
+        Scratch<T> g(size_t(t) * k), gM(size_t(t) * k), hM(size_t(t) * k);
+        const View<const T> M{layer.saved, k, 1}, h{layer.right, layer.right_ld, 1};
+        const View<T> hm{hM.data, k, 1}, gm{gM.data, k, 1};
+        gemm<T>(t, k, k, T(1), h, M.transposed(), false, hm, threads);
+        for (int i = 0; i < k; i++) layer.d_scale[i] = 0;
+        for (int row = 0; row < t; row++)
+            for (int i = 0; i < k; i++) {
+                T value = inner_gradient(shape, layer.left + row * layer.left_ld, 1, layer.singular, i);
+                layer.d_scale[i] += value * (2 * hm(row, i) - h(row, i));  // h G^T = 2 h M^T - h
+                g.data[ptrdiff_t(row) * k + i] = value * layer.scale[i];
+            }
+        gemm<T>(t, k, k, T(1), View<const T>{g.data, k, 1}, M, false, gm, threads);
+        gemm<T>(k, k, t, T(-2), View<const T>(gm).transposed(), hm, false, View<T>{Z.data, k, 1}, threads);
+        return pack(Z.data, k, layer.d_packed);
+    }
+    Scratch<T> dG(size_t(k) * k), scratch(size_t(k) * k);
+    for (int i = 0; i < k; i++) {
+        T sum = 0;
+        for (int j = 0; j < k; j++) {
+            T value = inner_gradient(shape, layer.mixer + j, s.width, layer.singular, i);
+            sum += value * layer.G[ptrdiff_t(i) * k + j];
+            dG.data[ptrdiff_t(i) * k + j] = value * layer.scale[i];
+        }
+        layer.d_scale[i] = sum;
+    }
+    rotation_backward(s, layer.saved, dG.data, Z.data, scratch.data, threads);
+    pack(Z.data, k, layer.d_packed);
+}
+
+// -- what the bindings call ------------------------------------------------------------------------------------------
+template <class T>
+struct Build {
+    static void outer_forward(const OuterShape& s, OuterLayer<T>* layers, int count, int threads) {
+        each(layers, count, threads, [&](OuterLayer<T>& one, int t) { outer_forward_one(s, one, t); });
+    }
+    static void outer_backward(const OuterShape& s, OuterLayer<T>* layers, int count, int threads) {
+        each(layers, count, threads, [&](OuterLayer<T>& one, int t) { outer_backward_one(s, one, t); });
+    }
+    static void inner_forward(const InnerShape& s, InnerLayer<T>* layers, int count, int threads) {
+        each(layers, count, threads, [&](InnerLayer<T>& one, int t) { inner_forward_one(s, one, t); });
+    }
+    static void inner_backward(const InnerShape& s, InnerLayer<T>* layers, int count, int threads) {
+        each(layers, count, threads, [&](InnerLayer<T>& one, int t) { inner_backward_one(s, one, t); });
+    }
+    static void gram(const T* dX, const T* X, T* scratch, T* S, int l) {
+        gram_gradient(Alone{}, dX, X, scratch, S, l);
+    }
+    static const Host<T>* table() {
+        static const Host<T> found{outer_forward, outer_backward, inner_forward, inner_backward, gram};
+        return &found;
+    }
+};
+
+const Host<float>* single() { return Build<float>::table(); }
+const Host<double>* twice() { return Build<double>::table(); }
+
+}  // namespace SSVDO_ISA
+}  // namespace ssvdo

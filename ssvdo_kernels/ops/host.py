@@ -1,0 +1,135 @@
+"""The compiled core on CPU tensors: batches of layers of one shape (csrc/cpu). Its algebra is that of preparation.py.
+
+Every argument that is a list has one tensor a layer, all float32 or all float64, contiguous, on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import LayerShape, SSVDOConfig
+
+_C: Any
+try:
+    _C = importlib.import_module("ssvdo_kernels._C")
+except ImportError:  # not built: the package runs on PyTorch alone
+    _C = None
+
+Tensors = Sequence[Tensor]
+
+
+def available() -> bool:
+    """Whether the compiled core was built."""
+    return _C is not None
+
+
+def instruction_set() -> str:
+    """ "plain", "avx2" or "avx512": the build that serves this processor."""
+    return str(_C.host_name())
+
+
+def invertible(packed: Tensor) -> bool:
+    """Whether I + K may be inverted without pivots: |K|_F <= 16. Beyond, LAPACK's pivots keep the digits."""
+    return float(torch.linalg.vector_norm(packed)) * 2**0.5 <= 16
+
+
+def _call(function: str, operands: Sequence[Tensors], build: str, **sizes: Any) -> Any:
+    dtype = operands[0][0].dtype
+    for tensor in (t for tensors in operands for t in tensors):
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(f"a tensor of {function} is {tensor.dtype} on {tensor.device} with strides "
+                             f"{tensor.stride()}; allowed: contiguous {dtype} on the CPU")
+    rows = [[t.data_ptr() for t in row] for row in zip(*operands, strict=True)]
+    name, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
+    return getattr(_C, function)(name, rows, threads=threads, build=build, **sizes)
+
+
+def _outer_sizes(shape: LayerShape, config: SSVDOConfig, reflector: Tensor, ld: int) -> dict[str, Any]:
+    return {"c": shape.c, "l": shape.l, "r": reflector.shape[1], "large": shape.large, "tau": config.tau, "ld": ld,
+            "scale": shape.outer_scale(config), "rotation": config.outer == "rotation"}  # fmt: skip
+
+
+def outer_forward(
+    outer: Tensors,
+    reflector: Tensors,
+    basis: Tensors,
+    columns: Tensors,
+    shape: LayerShape,
+    config: SSVDOConfig,
+    build: str = "",
+) -> tuple[list[Tensor], list[int]]:
+    """(X, info); writes F into the first l columns of `columns`, large x (l + q). info: 0, or the bad pivot from 1."""
+    X = [p.new_empty(shape.l, shape.l) for p in outer]
+    sizes = _outer_sizes(shape, config, reflector[0], columns[0].shape[1])
+    return X, _call("outer_forward", (outer, reflector, basis, X, columns), build, **sizes)
+
+
+def outer_backward(
+    outer: Tensors,
+    reflector: Tensors,
+    basis: Tensors,
+    X: Tensors,
+    d_columns: Tensors,
+    shape: LayerShape,
+    config: SSVDOConfig,
+    build: str = "",
+) -> list[Tensor]:
+    """d outer (c x l) from the gradient of `columns`, of which the first l columns count."""
+    d_outer = [torch.empty_like(p) for p in outer]
+    sizes = _outer_sizes(shape, config, reflector[0], d_columns[0].shape[1])
+    _call("outer_backward", (outer, reflector, basis, X, d_columns, d_outer), build, **sizes)
+    return d_outer
+
+
+def _inner_sizes(shape: LayerShape, config: SSVDOConfig, null: int) -> dict[str, Any]:
+    return {"k": shape.k, "l": shape.l, "q": null, "width": shape.width, "rotation": config.rotation,
+            "terms": config.neumann_terms}  # fmt: skip
+
+
+def inner_forward(
+    packed: Tensors,
+    scale: Tensors,
+    singular: Tensors,
+    null: int,
+    shape: LayerShape,
+    config: SSVDOConfig,
+    build: str = "",
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(G, saved, mixer) of each layer. scale: S_k + dS; singular: S (width); null: q."""
+    k, rows = shape.k, shape.width + shape.l + null
+    G, saved = ([p.new_empty(k, k) for p in packed] for _ in range(2))
+    mixer = [p.new_empty(rows, shape.width) for p in packed]
+    _call("inner_forward", (packed, scale, singular, G, saved, mixer), build, **_inner_sizes(shape, config, null))
+    return list(zip(G, saved, mixer, strict=True))
+
+
+def inner_backward(
+    packed: Tensors,
+    scale: Tensors,
+    singular: Tensors,
+    G: Tensors,
+    saved: Tensors,
+    d_mixer: Tensors,
+    null: int,
+    shape: LayerShape,
+    config: SSVDOConfig,
+    rows: tuple[Tensors, Tensors] | None = None,
+    build: str = "",
+) -> list[tuple[Tensor, Tensor]]:
+    """(d packed, d dS) of each layer from d mixer, or with rows = (left, right) from d mixer = left^T right."""
+    d_packed, d_scale = [torch.empty_like(p) for p in packed], [torch.empty_like(s) for s in scale]
+    sizes = _inner_sizes(shape, config, null)
+    if rows is not None:
+        left, right = rows
+        sizes |= {"tokens": left[0].shape[0], "left_ld": left[0].shape[1], "right_ld": right[0].shape[1]}
+        d_mixer = left  # any address: it is not read
+    else:
+        left = right = d_mixer
+    operands = (packed, scale, singular, G, saved, d_mixer, d_packed, d_scale, left, right)
+    _call("inner_backward", operands, build, **sizes)
+    return list(zip(d_packed, d_scale, strict=True))

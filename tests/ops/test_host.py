@@ -1,0 +1,302 @@
+"""The compiled core against the PyTorch preparation and LAPACK, in float64, with every instruction set that runs."""
+
+import gc
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import assert_close, make_layer
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear
+from ssvdo_kernels.config import LayerShape
+from ssvdo_kernels.factorize import Factors
+from ssvdo_kernels.ops import host
+from ssvdo_kernels.ops.dispatch import preparation
+from ssvdo_kernels.ops.preparation import Prepared, Rows
+
+if not host.available():
+    pytest.skip("the compiled core was not built", allow_module_level=True)
+from ssvdo_kernels import _C
+
+ORDER = ("plain", "avx2", "avx512")
+BUILDS = ORDER[: ORDER.index(host.instruction_set()) + 1]
+
+
+def orthonormal(rows, columns):
+    return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64))[0].contiguous()
+
+
+def shifted(tensor, offset):
+    """The same numbers, contiguous, `offset` elements into another storage: of another alignment."""
+    storage = tensor.new_empty(tensor.numel() + offset)
+    storage[offset:] = tensor.flatten()
+    return storage[offset:].view(tensor.shape)
+
+
+KINDS = ("normal", "zero", "ill-conditioned", "duplicated", "one huge entry")
+
+
+def make_outer(kind, c, l):  # noqa: E741
+    if kind == "zero":
+        return torch.zeros(c, l, dtype=torch.float64)
+    L = torch.randn(c, l, dtype=torch.float64) / math.sqrt(c)
+    if kind == "ill-conditioned":
+        L = L * torch.logspace(0, -8, l, dtype=torch.float64)
+    elif kind == "duplicated":
+        L[:, -1] = L[:, 0]
+    elif kind == "one huge entry":
+        L[0, 0] = 1e4
+    return L
+
+
+@st.composite
+def outer_cases(draw):
+    d = draw(st.integers(1, 30))
+    c = draw(st.integers(1, 60))
+    return (d, c, draw(st.integers(1, min(c, d))), draw(st.sampled_from(KINDS)),
+            10 ** draw(st.floats(-8, 0)), draw(st.sampled_from(["rotation", "additive"])), draw(st.integers(0, 9)))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@given(case=outer_cases(), count=st.sampled_from([1, 3]))
+def test_outer_part(build, case, count):
+    d, c, l, kind, tau, outer, seed = case  # noqa: E741
+    torch.manual_seed(seed)
+    config = SSVDOConfig(outer_rank=l, tau=tau, outer=outer, outer_scale=1.0, backend="reference")
+    shape = LayerShape.of(c + d, d, config)
+    layers = []
+    for i in range(count):
+        basis = orthonormal(c + d, d)
+        factors = Factors(torch.eye(d, dtype=torch.float64)[:, : shape.width], torch.rand(shape.width).double() + 0.5,
+                          basis[:, :l].contiguous(), shifted(orthonormal(c + d, min(d, c)), i), basis[:, :0])
+        packed, scale = torch.zeros(shape.k * (shape.k - 1) // 2).double(), torch.zeros(shape.k).double()
+        layers.append(((packed, scale, shifted(make_outer(kind, c, l), i)), factors))
+    want = [Prepared(p, f, shape, config) for p, f in layers]
+    outers, Y, U = [p[2] for p, _ in layers], [f.reflector for _, f in layers], [f.outer_basis for _, f in layers]
+    columns = [torch.full((c + d, l), float("nan"), dtype=torch.float64) for _ in layers]
+    X, info = host.outer_forward(outers, Y, U, columns, shape, config, build)
+    assert info == [0] * count
+    dF = [shifted(torch.randn(c + d, l, dtype=torch.float64), i) for i in range(count)]
+    gradients = host.outer_backward(outers, Y, U, X, dF, shape, config, build)
+    for i in range(count):
+        # R^-1 and what is made of it err by the Gram matrix's condition
+        condition = 1 + float(torch.linalg.matrix_norm(outers[i], 2)) ** 2 / tau
+        tolerance = 64 * condition * 2**-52
+        assert_close("X", X[i], want[i].state.X, tolerance)
+        assert_close("F", columns[i], want[i].columns, tolerance)
+        dX_norm = float(torch.linalg.matrix_norm(X[i], 2)) * condition  # the gradient's intermediate terms
+        reference = want[i]._outer_backward(dF[i])
+        assert float((gradients[i] - reference).norm()) <= 64 * 2**-52 * condition * dX_norm * float(dF[i].norm())
+
+
+@pytest.mark.parametrize("l", [1, 5, 64, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_against_lapack(l, dtype):  # noqa: E741
+    lapack = pytest.importorskip("scipy.linalg.lapack", reason="scipy is not installed")
+    config = SSVDOConfig(outer_rank=l, tau=1e-2, outer_scale=1.0)
+    d, c = 256, 300
+    shape = LayerShape.of(c + d, d, config)
+    torch.manual_seed(0)
+    L = (torch.randn(c, l, dtype=torch.float64) / math.sqrt(c)).to(dtype)
+    Y, U = (orthonormal(c + d, n).to(dtype) for n in (d, l))
+    columns = torch.empty(c + d, l, dtype=dtype)
+    (X,), _ = host.outer_forward([L], [Y], [U], [columns], shape, config)
+    gram = L.double().mT @ L.double() + 1e-2 * torch.eye(l, dtype=torch.float64)
+    R, info = lapack.dpotrf(gram.numpy(), lower=1)
+    inverse, _ = lapack.dtrtri(R, lower=1)
+    # entries of size 10 at a condition of 400: 400 eps, a few of them
+    assert info == 0
+    assert_close("X", X, torch.from_numpy(inverse).tril().mT, 2000 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("l", [1, 7, 40])
+def test_the_device_adjoint_by_a_team_of_one(l):  # noqa: E741
+    torch.manual_seed(0)
+    dX = torch.randn(l, l, dtype=torch.float64)
+    X = torch.triu(torch.randn(l, l, dtype=torch.float64) / math.sqrt(l)) + torch.eye(l, dtype=torch.float64)
+    phi = -torch.tril(dX.mT @ X)
+    phi.diagonal().mul_(0.5)
+    d_gram = X @ phi @ X.mT
+    scratch, S = torch.empty_like(X), torch.empty_like(X)
+    _C.gram_gradient("float64", dX.data_ptr(), X.data_ptr(), scratch.data_ptr(), S.data_ptr(), l)
+    assert_close("S", S, d_gram + d_gram.mT, 1e-13 * l)
+
+
+@st.composite
+def inner_cases(draw):
+    k = draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 130, 200])))
+    return (k, draw(st.integers(0, k + 5)), draw(st.integers(0, min(3, k))),
+            draw(st.sampled_from(["cayley", "neumann", "first_order"])), draw(st.sampled_from([0.0, 0.01, 0.3])),
+            draw(st.integers(0, 9)))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@given(case=inner_cases(), count=st.sampled_from([1, 3]))
+def test_inner_part(build, case, count):
+    """Against the PyTorch path; sums of up to 200 terms a few deep, of numbers up to |1 / S| = 2."""
+    k, l, q, rotation, spread, seed = case  # noqa: E741
+    torch.manual_seed(seed)
+    spread /= max(1, k // 40)
+    config = SSVDOConfig(rotation=rotation, backend="reference")
+    shape = LayerShape(10 * k + 20, 10 * k, False, k, l)
+    draw = [torch.randn(n, dtype=torch.float64) for n in (k * (k - 1) // 2, k)]
+    packed = [shifted(spread * draw[0], i) for i in range(count)]
+    singular = [torch.rand(shape.width).double() + 0.5 for _ in range(count)]
+    scale = [s[:k] + spread * draw[1] for s in singular]
+    got = host.inner_forward(packed, scale, singular, q, shape, config, build)
+    d_mixer = [torch.randn(shape.width + l + q, shape.width, dtype=torch.float64) for _ in range(count)]
+    arguments = packed, scale, singular, [g[0] for g in got], [g[1] for g in got]
+    gradients = host.inner_backward(*arguments, d_mixer, q, shape, config, build=build)
+    left, right = torch.randn(7, shape.width + l + q).double(), torch.randn(7, shape.width).double()
+    for i in range(count):
+        made = Prepared.__new__(Prepared)
+        made.shape, made.config, made.null, made.dtype, made._host = shape, config, q, torch.float64, False
+        made._rotation, made._singular, made._scale = packed[i], singular[i], scale[i]
+        made._inverse = 1 / singular[i][: k - q]
+        G, saved, mixer = made._inner_forward()
+        made.state = type("State", (), {"G": G, "saved": saved})
+        for name, a, b in zip(("G", "saved", "mixer"), got[i], (G, saved, mixer), strict=True):
+            assert (a - b).abs().max() <= 1e-13 * (k + l), name  # entries of size 1, and N = 0 at K = 0
+        for name, a, b in zip(("packed", "scale"), gradients[i], made._inner_backward(d_mixer[i]), strict=True):
+            assert_close(name, a, b, 1e-11)
+        if rotation == "cayley":
+            rows = [left] * count, [right] * count
+            few = host.inner_backward(*arguments, d_mixer, q, shape, config, rows, build)
+            for name, a, b in zip(("packed", "scale"), few[i], made._inner_backward(Rows(left, right)), strict=True):
+                assert_close(name, a, b, 1e-11)
+
+
+@pytest.mark.parametrize("m, n", [(96, 24), (24, 96)])
+def test_layers_use_it_and_agree_with_pytorch(m, n):
+    assert preparation("auto", torch.device("cpu"))[0] == "host"
+    plain = make_layer(m, n, outer_rank=5, backend="reference")
+    assert preparation("reference", torch.device("cpu"))[0] == "reference"
+    fast = make_layer(m, n, outer_rank=5)
+    x = torch.randn(40, n, dtype=torch.float64)
+    assert_close("y", fast(x), plain(x), 1e-12)
+    for layer in plain, fast:
+        layer(x).square().sum().backward()
+    for a, b in zip(fast.adapter_parameters, plain.adapter_parameters, strict=True):
+        assert_close("gradient", a.grad, b.grad, 1e-11)
+
+
+def test_gradcheck():
+    layer = make_layer(9, 4, outer_rank=2)
+    x = torch.randn(3, 4, dtype=torch.float64)
+
+    def run(*parameters):
+        return torch.func.functional_call(layer, dict(zip(("inner_rotation", "inner_scale", "outer"), parameters,
+                                                          strict=True)), (x,))  # fmt: skip
+
+    assert torch.autograd.gradcheck(run, [p.detach().clone().requires_grad_() for p in layer.adapter_parameters])
+
+
+def test_threads_do_not_change_a_bit():
+    layer = make_layer(1200, 300, outer_rank=40, dtype=torch.float32, spread=0.01)
+    assert host.invertible(layer.inner_rotation.detach())
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made = Prepared(layer.adapter_parameters, layer.factors(), layer.shape, layer.config)
+            torch.manual_seed(0)
+            gradients = made.backward(torch.randn_like(made.mixer), torch.randn_like(made.columns))
+            found.append([made.mixer, made.columns, *gradients])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(torch.isfinite(t).all() for t in found[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_bad_pivot_is_an_error_that_names_it(value):
+    layer = make_layer(12, 4, outer_rank=3, dtype=torch.float32)
+    with torch.no_grad():
+        layer.outer[0, 1] = value
+    before = layer.outer.detach().clone()
+    with pytest.raises(ArithmeticError, match=r"layer: Cholesky .* failed at pivot 2 with tau=0\.01"):
+        layer(torch.randn(2, 4))
+    assert torch.equal(layer.outer.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_large_rotations_go_to_lapack():
+    layer = make_layer(400, 100, outer_rank=2, inner_ratio=1.0, spread=3.0)
+    assert not host.invertible(layer.inner_rotation.detach())
+    made = layer.prepared()
+    K = torch.zeros(100, 100, dtype=torch.float64)
+    K[tuple(torch.triu_indices(100, 100, 1))] = layer.inner_rotation.detach()
+    eye = torch.eye(100, dtype=torch.float64)
+    assert_close("G", made.state.G, torch.linalg.solve(eye + K - K.mT, eye - K + K.mT), 1e-11)
+    assert_close("orthogonal", made.state.G.mT @ made.state.G, eye, 1e-12)
+
+
+OUTER = {"c": 4, "l": 2, "r": 2, "large": 6, "tau": 0.1, "scale": 1.0, "rotation": True, "ld": 2, "threads": 1}
+INNER = {"k": 4, "l": 2, "q": 0, "width": 4, "rotation": "cayley", "terms": 4, "threads": 1}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"l": 0}, "l=0 is out of range"), ({"c": 1}, "c=1"), ({"large": 3}, "large=3"), ({"ld": 1}, "ld=1"),
+    ({"tau": 0.0}, "tau must be > 0"), ({"tau": float("nan")}, "tau must be > 0"), ({"threads": 0}, "threads=0"),
+    ({"build": "sse9"}, "build='sse9'"), ({"r": -1}, "r=-1")])  # fmt: skip
+def test_outer_arguments_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        _C.outer_forward("float32", [[8] * 5], **{**OUTER, **change})
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"k": 0}, "k=0"), ({"l": -1}, "l=-1"), ({"q": 5}, "q=5"), ({"width": 3}, "width=3"), ({"terms": 0}, "terms=0"),
+    ({"rotation": "euler"}, "rotation='euler'"),
+    ({"tokens": 3, "left_ld": 1, "right_ld": 4}, "left_ld=1"),
+    ({"tokens": 3, "rotation": "neumann"}, "only rotation='cayley'")])  # fmt: skip
+def test_inner_arguments_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        _C.inner_backward("float32", [[8] * 10], **{**INNER, **change})
+
+
+def test_addresses_and_dtypes_are_checked():
+    with pytest.raises(ValueError, match="address 3 of layer 1=0 is out of range; allowed: not null"):
+        _C.outer_forward("float32", [[8] * 5, [8, 8, 8, 0, 8]], **OUTER)
+    with pytest.raises(ValueError, match="addresses of layer 0=4"):
+        _C.outer_forward("float32", [[8] * 4], **OUTER)
+    with pytest.raises(TypeError, match="dtype=float16; allowed: float32, float64"):
+        _C.outer_forward("float16", [[8] * 5], **OUTER)
+    config = SSVDOConfig(outer_rank=2)
+    shape = LayerShape.of(6, 2, config)
+    good = [torch.zeros(4, 2)], [torch.zeros(6, 2)], [torch.zeros(6, 2)]
+    with pytest.raises(ValueError, match=r"allowed: contiguous torch\.float32 on the CPU"):
+        host.outer_forward(*good, [torch.zeros(2, 6).mT], shape, config)
+    with pytest.raises(ValueError, match=r"a tensor of outer_forward is torch\.float64"):
+        host.outer_forward(*good, [torch.zeros(6, 2).double()], shape, config)
+
+
+def test_without_the_core_the_package_runs():
+    """As after an installation with no compiler."""
+    code = ("import sys; sys.modules['ssvdo_kernels._C'] = None\n"
+            "import torch; from torch import nn; from ssvdo_kernels import SSVDOConfig, SSVDOLinear\n"
+            "from ssvdo_kernels.info import info\n"
+            "layer = SSVDOLinear.from_linear(nn.Linear(4, 12), SSVDOConfig(outer_rank=2))\n"
+            "layer(torch.randn(3, 4)).sum().backward(); print(info()['preparation'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("reference: the compiled core was not built")
+
+
+def test_memory_is_given_back():
+    resource = pytest.importorskip("resource", reason="not on this system")
+    layer = SSVDOLinear.from_linear(nn.Linear(128, 512), SSVDOConfig(outer_rank=32))
+
+    def work():
+        made = Prepared(layer.adapter_parameters, layer.factors(), layer.shape, layer.config)
+        made.backward(torch.zeros_like(made.mixer), torch.zeros_like(made.columns))
+
+    for _ in range(20):
+        work()
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(600):
+        work()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes; leaking L each time: 30 MB

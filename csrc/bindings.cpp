@@ -94,7 +94,10 @@ template <class T>
 void inner(bool forward, const InnerShape& s, const Addresses& layers, int tokens, long long left_ld, long long right_ld,
            int threads, const std::string& name) {
     const bool rows = tokens >= 0;
-    check(layers, forward ? 6 : 10, forward ? (s.k == 1 ? 1u : 0u) : (rows ? 32u : 768u) | (s.k == 1 ? 65u : 0u) | 8u);
+    unsigned optional = s.k == 1 ? 1u | 1u << 6 : 0u;  // packed and its gradient are empty
+    optional |= rows ? 1u << 5 : 1u << 8 | 1u << 9;    // mixer; left and right
+    if (tokens == 0) optional |= 1u << 8 | 1u << 9;
+    check(layers, forward ? 6 : 10, forward ? optional & 1u : optional);
     at_least("threads", threads, 1);
     if (rows) {
         if (s.rotation != Rotation::cayley) throw py::value_error("rows are given, which only rotation='cayley' takes");
@@ -110,14 +113,14 @@ void inner(bool forward, const InnerShape& s, const Addresses& layers, int token
         one.G = reinterpret_cast<T*>(a[3]);
         one.saved = reinterpret_cast<T*>(a[4]);
         one.mixer = reinterpret_cast<T*>(a[5]);
+        one.tokens = rows ? tokens : -1;
         if (!forward) {
             one.d_packed = reinterpret_cast<T*>(a[6]);
             one.d_scale = reinterpret_cast<T*>(a[7]);
-            one.left = rows ? reinterpret_cast<const T*>(a[8]) : nullptr;
-            one.right = rows ? reinterpret_cast<const T*>(a[9]) : nullptr;
+            one.left = reinterpret_cast<const T*>(a[8]);
+            one.right = reinterpret_cast<const T*>(a[9]);
             one.left_ld = left_ld;
             one.right_ld = right_ld;
-            one.tokens = tokens;
         }
         list.push_back(one);
     }

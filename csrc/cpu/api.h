@@ -38,11 +38,11 @@ struct InnerLayer {
     const T* singular;  // S, width
     T* G;               // k x k
     T* saved;           // k x k
-    T* mixer;           // (width + l + q) x width; backward: dM, or null where rows are given
+    T* mixer;           // (width + l + q) x width; backward: dM, unless rows are given
     const T* left;      // backward from rows: tokens x (width + l + q), rows left_ld apart
     const T* right;     // tokens x (at least k), rows right_ld apart
     ptrdiff_t left_ld, right_ld;
-    int tokens;
+    int tokens;         // how many rows stand for the mixer's gradient; < 0: none, it is dense
     T* d_packed;
     T* d_scale;
 };

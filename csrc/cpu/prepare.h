@@ -213,7 +213,7 @@ inline void inner_backward_one(const InnerShape& s, InnerLayer<T>& layer, int th
     const int k = s.k;
     const MixerShape shape{k, s.l, s.q, s.width};
     Scratch<T> Z(size_t(k) * k);
-    if (layer.left) {  // dB = g^T h of few rows, Cayley: Z = -2 (g diag(scale) M)^T (h M^T)
+    if (layer.tokens >= 0) {  // dB = g^T h of few rows, Cayley: Z = -2 (g diag(scale) M)^T (h M^T)
         const int t = layer.tokens;
         Scratch<T> g(size_t(t) * k), gM(size_t(t) * k), hM(size_t(t) * k);
         const View<const T> M{layer.saved, k, 1}, h{layer.right, layer.right_ld, 1};

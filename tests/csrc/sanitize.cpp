@@ -82,8 +82,8 @@ std::vector<T> inner(int k, int l, int q, Rotation rotation, int tokens, int cou
             for (int j = 0; j < k; j++) length += double(layer.G[i * k + j]) * layer.G[i * k + j];
             if (std::fabs(length - 1) > 1e-4) fail("G is not orthogonal");
         }
-    if (rotation == Rotation::cayley && tokens) host<T>()->inner_backward(shape, layers.data(), count, threads);
-    for (auto& layer : layers) layer.left = nullptr;
+    if (rotation == Rotation::cayley) host<T>()->inner_backward(shape, layers.data(), count, threads);
+    for (auto& layer : layers) layer.tokens = -1;
     host<T>()->inner_backward(shape, layers.data(), count, threads);
     std::vector<T> all;
     for (auto& array : keep) all.insert(all.end(), array.begin(), array.end());

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, compute_dtype, factorize
+from .group import Batch, Group, one_node
 from .ops import own_dtypes
 from .ops.dispatch import token_path
 from .ops.library import encode, functional_linear
@@ -42,10 +43,12 @@ def _stamp(tensor: Tensor) -> tuple[object, ...]:
 
 
 class _Cache:
-    """A preparation and what it was made from."""
+    """A preparation, what it was made from, and the batch that it was made in."""
 
-    def __init__(self, prepared: Prepared, stamp: tuple[object, ...], copies: tuple[Tensor, ...]) -> None:
-        self.prepared, self.stamp, self.copies = prepared, stamp, copies
+    def __init__(
+        self, prepared: Prepared, stamp: tuple[object, ...], copies: tuple[Tensor, ...], batch: Batch | None = None
+    ) -> None:
+        self.prepared, self.stamp, self.copies, self.batch = prepared, stamp, copies, batch
         self.leaves: tuple[Tensor, Tensor] | None = None
 
 
@@ -94,6 +97,7 @@ class SSVDOLinear(nn.Module):
             self.register_buffer(name, tensor)
         self._merged = False
         self._cache: _Cache | None = None
+        self._group: Group | None = None
         self._accumulating = False
         self._expected = 0
         self.reset_parameters()
@@ -174,11 +178,20 @@ class SSVDOLinear(nn.Module):
         """Whether a CUDA graph is being captured: a replay must prepare anew, as parameters change between replays."""
         return self.weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
+    def _stamp(self) -> tuple[object, ...]:
+        watched = (*self.adapter_parameters, self.weight, *(getattr(self, name) for name in FACTOR_NAMES))
+        return (_optimizer_steps, *map(_stamp, watched))
+
+    def out_of_date(self) -> bool:
+        """Whether versions and storages say that the parameters are others than those last prepared."""
+        on_cpu = self.weight.device.type == "cpu"  # there, the forward also compares values, not optimiser steps
+        if self._cache is None or self._cache.leaves is not None:  # what is being accumulated is not to be lost
+            return self._cache is None
+        return self._cache.stamp[on_cpu:] != self._stamp()[on_cpu:]
+
     @own_dtypes()
     def _current(self) -> _Cache:
-        parameters = self.adapter_parameters
-        watched = (*parameters, self.weight, *(getattr(self, name) for name in FACTOR_NAMES))
-        stamp = (_optimizer_steps, *map(_stamp, watched))
+        parameters, stamp = self.adapter_parameters, self._stamp()
         cache = self._cache
         on_cpu = self.weight.device.type == "cpu"
         if self._capturing():
@@ -190,18 +203,26 @@ class SSVDOLinear(nn.Module):
             if self._accumulating and cache.leaves is not None:
                 raise RuntimeError("the parameters of an SSVDOLinear changed inside gradient_accumulation; "
                                    "step the optimiser after the context")
-        self._expected = self._served()
-        prepared = Prepared(parameters, self.factors(), self.shape, self.config)
-        prepared.expected = self._expected
-        copies = tuple(p.detach().clone() for p in parameters) if on_cpu else ()
-        self._cache = _Cache(prepared, stamp, copies)
+        for layer, prepared, batch in self._group.prepare(self) if self._group else ():
+            layer._keep(prepared, batch)
+        if self._cache is cache or self._cache is None:
+            self._keep(Prepared(parameters, self.factors(), self.shape, self.config))
+        assert self._cache is not None
         return self._cache
+
+    def _keep(self, prepared: Prepared, batch: Batch | None = None) -> None:
+        prepared.expected = self._expected = self._served()
+        on_cpu = self.weight.device.type == "cpu"
+        copies = tuple(p.detach().clone() for p in self.adapter_parameters) if on_cpu else ()
+        self._cache = _Cache(prepared, self._stamp(), copies, batch)
 
     def _mixer_and_columns(self, cache: _Cache) -> tuple[Tensor, Tensor, list[Rows] | None]:
         prepared = cache.prepared
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter_parameters)
         if not trains:
             return prepared.mixer, prepared.columns, None
+        if cache.batch is not None and not self._accumulating and one_node():
+            return *cache.batch.attached(prepared), None
         if not self._accumulating or self._capturing():
             sink: list[Rows] = []
             return *attach(prepared, sink, self.adapter_parameters), sink
@@ -214,15 +235,21 @@ class SSVDOLinear(nn.Module):
             raise RuntimeError("gradient_accumulation is already open for this SSVDOLinear")
         self._accumulating = True
 
-    def _end_accumulation(self, deposit: bool) -> None:
+    def _end_accumulation(self) -> list[tuple[Tensor, Tensor]]:
+        """The prepared matrices in the graph, each with the gradient that was summed on it."""
         self._accumulating = False
         cache = self._cache
         if cache is None or cache.leaves is None:
-            return
-        (mixer, columns), cache.leaves = cache.leaves, None
-        if deposit and mixer.grad is not None:
-            d_columns = torch.zeros_like(columns) if columns.grad is None else columns.grad
-            torch.autograd.backward(attach(cache.prepared, [], self.adapter_parameters), [mixer.grad, d_columns])
+            return []
+        leaves, cache.leaves = cache.leaves, None
+        if all(leaf.grad is None for leaf in leaves):
+            return []
+        if cache.batch is not None and one_node():
+            attached = cache.batch.attached(cache.prepared)
+        else:
+            attached = attach(cache.prepared, [], self.adapter_parameters)
+        return [(t, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+                for t, leaf in zip(attached, leaves, strict=True)]
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def _check_input(self, x: Tensor, autocast: torch.dtype | None) -> None:
@@ -333,7 +360,7 @@ class SSVDOLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None, "_accumulating": False}
+        return {**self.__dict__, "_cache": None, "_accumulating": False, "_group": None}
 
     def extra_repr(self) -> str:
         s, c = self.shape, self.config
@@ -362,5 +389,6 @@ def gradient_accumulation(module: nn.Module) -> Iterator[None]:
         yield
         completed = True
     finally:
-        for layer in opened:
-            layer._end_accumulation(completed)
+        summed = [pair for layer in opened for pair in layer._end_accumulation()]
+        if completed and summed:
+            torch.autograd.backward([t for t, _ in summed], [g for _, g in summed])

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .config import LayerShape, SSVDOConfig
 from .factorize import check_weight
+from .group import Group
 from .linear import SSVDOLinear
 
 # Feed-forward layers: ESPnet (macaron too), Whisper / BART, wav2vec2 / BERT, LLaMA.
@@ -156,7 +157,19 @@ def apply_ssvdo(
             plan.linear, plan.config, name=f"{plan.name}.weight", cache_dir=cache_dir)
     exchange(model, adapted)
     freeze_rest(model)
+    group_layers(model)
     return model
+
+
+def group_layers(model: nn.Module) -> None:
+    """Lets layers of one shape be prepared together. For models that were not made by `apply_ssvdo`, or were copied."""
+    alike: dict[tuple[object, ...], list[SSVDOLinear]] = {}
+    for _, layer in adapted_layers(model):
+        alike.setdefault((layer.shape, layer.config), []).append(layer)
+    for layers in alike.values():
+        group = Group(layers) if len(layers) > 1 else None
+        for layer in layers:
+            layer._group = group
 
 
 def freeze_rest(model: nn.Module) -> None:

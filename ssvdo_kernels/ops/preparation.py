@@ -44,6 +44,13 @@ class State:
     X: Tensor  # R^-T, l x l, upper triangular
 
 
+def _check_pivot(info: int, name: str, config: SSVDOConfig) -> None:
+    if info:
+        raise ArithmeticError(
+            f"{name}: Cholesky of L^T L + tau I failed at pivot {info} with tau={config.tau}; "
+            "`outer` is not finite or too large for tau: use a larger tau or a smaller learning rate")
+
+
 class Prepared(Matrices):
     """The matrices of one layer made from its parameters, and the way back to the parameters' gradients."""
 
@@ -53,10 +60,12 @@ class Prepared(Matrices):
         self, parameters: Gradients, factors: Factors, shape: LayerShape, config: SSVDOConfig, name: str = "layer"
     ) -> None:
         self._read(parameters, factors, shape, config)
-        G, saved, mixer = self._inner_forward()
-        X, columns = self._outer_forward(name)
+        self._finish(self._inner_forward(), self._outer_forward(name))
+
+    def _finish(self, inner: tuple[Tensor, Tensor, Tensor], outer: tuple[Tensor, Tensor]) -> None:
+        (G, saved, mixer), (X, columns) = inner, outer
         self.state = State(G, saved, X)
-        super().__init__(shape, mixer, columns, factors.inner_basis)
+        super().__init__(self.shape, mixer, columns, self.factors.inner_basis)
         self.tokens = 0  # rows that have passed through this preparation: the planner's clock
         self.trained = 0  # those among them with gradients
         self.expected = 0  # rows with gradients that the preparation before this one served
@@ -109,23 +118,28 @@ class Prepared(Matrices):
         """Y and U_l in the dtype of the work."""
         return self.factors.reflector.to(self.dtype), self.factors.outer_basis.to(self.dtype)
 
-    def _outer_forward(self, name: str) -> tuple[Tensor, Tensor]:
-        l, config = self.shape.l, self.config  # noqa: E741
+    def _new_columns(self) -> Tensor:
+        """Room for F, its null-space columns filled in."""
+        l = self.shape.l  # noqa: E741
         columns = torch.empty(self.shape.large, l + self.null, dtype=self.dtype, device=self._outer.device)
         columns[:, l:] = self.factors.null_basis
+        return columns
+
+    def _outer_forward(self, name: str) -> tuple[Tensor, Tensor]:
+        l, config, columns = self.shape.l, self.config, self._new_columns()  # noqa: E741
         if not l:
             return self._outer.new_zeros(0, 0), columns
         Y, U = self._outer_factors()
         if self._host:
             (X,), (info,) = host.outer_forward([self._outer], [Y], [U], [columns], self.shape, config)
-            self._check_pivot(info, name)
+            _check_pivot(info, name, config)
             return X, columns
         L = self._outer * self.shape.outer_scale(config)
         gram = L.mT @ L
         gram.diagonal().add_(config.tau)
         R, status = torch.linalg.cholesky_ex(gram)
         if L.device.type == "cpu":  # on a GPU the test would stall the stream
-            self._check_pivot(int(status), name)
+            _check_pivot(int(status), name, config)
         identity = torch.eye(l, dtype=self.dtype, device=L.device)
         X = torch.linalg.solve_triangular(R, identity, upper=False).mT
         F = apply_complement(Y, L @ X)
@@ -133,12 +147,6 @@ class Prepared(Matrices):
             F.addmm_(U, X * config.tau**0.5 - identity)
         columns[:, :l] = F
         return X, columns
-
-    def _check_pivot(self, info: int, name: str) -> None:
-        if info:
-            raise ArithmeticError(
-                f"{name}: Cholesky of L^T L + tau I failed at pivot {info} with tau={self.config.tau}; "
-                "`outer` is not finite or too large for tau: use a larger tau or a smaller learning rate")
 
     # -- backward ----------------------------------------------------------------------------------------------------
     def wants_rows(self, tokens: int) -> bool:

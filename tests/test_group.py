@@ -1,0 +1,286 @@
+"""Layers prepared together give what they give alone, in every way of training that could tell the difference."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import assert_close, randomise
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation
+from ssvdo_kernels.linear import PARAMETER_NAMES
+from ssvdo_kernels.model import adapted_layers, group_layers
+from ssvdo_kernels.ops import host
+
+if not host.available():
+    pytest.skip("the compiled core was not built", allow_module_level=True)
+
+
+class Net(nn.Module):
+    """Four blocks up and down: two groups of four layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 8)) for _ in range(4))
+
+    def forward(self, x, skip=()):
+        for i, block in enumerate(self.blocks):
+            x = x if i in skip else x + block(x)
+        return x
+
+
+def nets(**options):
+    """(grouped, alone): equal models."""
+    torch.manual_seed(0)
+    net = Net().double()
+    apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2, **options))
+    for _, layer in adapted_layers(net):
+        randomise(layer)
+    alone = copy.deepcopy(net)  # a copy has no groups
+    assert all(layer._group is None for _, layer in adapted_layers(alone))
+    return net, alone
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers each call of the compiled core was for, by its name."""
+    found = {}
+    original = host._call
+
+    def counting(function, operands, build, **sizes):
+        found.setdefault(function, []).append(len(operands[0]))
+        return original(function, operands, build, **sizes)
+
+    monkeypatch.setattr(host, "_call", counting)
+    return found
+
+
+def x_of(*shape):
+    return torch.randn(*shape, 8, dtype=torch.float64)
+
+
+def agree(net, alone, tolerance=1e-11):
+    for (name, p), (_, q) in zip(net.named_parameters(), alone.named_parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            assert_close(name, p.grad, q.grad, tolerance)
+
+
+def train(net, x, forward=None, **options):
+    (forward or net)(x, **options).square().sum().backward()
+
+
+ALL = {"inner_forward": [4, 4], "outer_forward": [4, 4], "inner_backward": [4, 4], "outer_backward": [4, 4]}
+
+
+@pytest.mark.parametrize("options", [{}, {"rotation": "neumann"}, {"outer": "additive"}], ids=str)
+def test_one_call_a_group_each_way(calls, options):
+    net, alone = nets(**options)
+    x = x_of(3, 5)
+    train(net, x)
+    assert calls == ALL
+    train(alone, x)
+    agree(net, alone)
+
+
+def test_steps(calls):
+    net, alone = nets()
+    for model in net, alone:
+        optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        calls.clear()
+        torch.manual_seed(1)
+        for _ in range(3):
+            optimiser.zero_grad()
+            train(model, x_of(6))
+            optimiser.step()
+        if model is net:
+            assert {name: len(sizes) for name, sizes in calls.items()} == dict.fromkeys(ALL, 6)
+    for p, q in zip(net.parameters(), alone.parameters(), strict=True):
+        assert_close("parameter", p, q, 1e-10)
+
+
+def test_skipped_layers_get_no_gradient():
+    net, alone = nets()
+    for model in net, alone:
+        torch.manual_seed(1)
+        train(model, x_of(4), skip=(1, 2))
+    agree(net, alone)
+    assert net.blocks[1][0].outer.grad is None
+    for model in net, alone:  # the skipped ones come in later, on the same preparation
+        torch.manual_seed(2)
+        train(model, x_of(4), skip=(0,))
+    agree(net, alone)
+
+
+def test_frozen_parameters():
+    net, alone = nets()
+    for model in net, alone:
+        model.blocks[0][0].requires_grad_(False)
+        model.blocks[1][0].inner_rotation.requires_grad_(False)
+        torch.manual_seed(1)
+        train(model, x_of(4))
+    agree(net, alone)
+    for model in net, alone:  # thawed on the same preparation
+        model.blocks[0][0].outer.requires_grad_(True)
+        torch.manual_seed(2)
+        train(model, x_of(4))
+    agree(net, alone)
+    assert net.blocks[0][0].outer.grad is not None and net.blocks[0][0].inner_scale.grad is None
+
+
+def test_tied_layers():
+    net, alone = nets()
+    for model in net, alone:
+        model.blocks[2] = model.blocks[0]
+        torch.manual_seed(1)
+        train(model, x_of(4))
+    agree(net, alone)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    net, alone = nets()
+
+    def forward(model):
+        def run(x):
+            for block in model.blocks:
+                x = x + checkpoint(block, x, use_reentrant=reentrant)
+            return x
+
+        return run
+
+    for model in net, alone:
+        torch.manual_seed(1)
+        train(model, x_of(40).requires_grad_(), forward(model))
+        train(model, x_of(40).requires_grad_(), forward(model))
+    agree(net, alone)
+
+
+def test_micro_batches(calls):
+    net, alone = nets()
+    for model in net, alone:
+        torch.manual_seed(1)
+        for _ in range(3):
+            train(model, x_of(4))
+    agree(net, alone)
+    net.zero_grad()
+    calls.clear()
+    torch.manual_seed(1)
+    with gradient_accumulation(net):
+        for _ in range(3):
+            train(net, x_of(4))
+    assert calls == {"inner_backward": [4, 4], "outer_backward": [4, 4]}
+    agree(net, alone)
+
+
+def test_evaluation_first_and_graphs_used_twice():
+    net, alone = nets()
+    x = x_of(4)
+    with torch.no_grad():
+        assert_close("y", net(x), alone(x), 1e-12)
+    for model in net, alone:
+        loss = model(x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    agree(net, alone)
+    one = net.blocks[3][0].outer
+    (a,), (b,) = (torch.autograd.grad(m(x).sum(), m.blocks[3][0].outer) for m in (net, alone))
+    assert one.shape == a.shape
+    assert_close("grad", a, b, 1e-11)
+
+
+def test_edits_of_one_layer_prepare_that_layer(calls):
+    net, alone = nets()
+    x = x_of(4)
+    net(x)
+    calls.clear()
+    for model in net, alone:
+        model.blocks[1][0].outer.data.mul_(1.5)  # behind the version counter's back
+    assert_close("y", net(x), alone(x), 1e-12)
+    assert calls["outer_forward"][0] == 1
+
+
+def test_functional_call_and_compile():
+    net, alone = nets()
+    x = x_of(4)
+    other = {n: (p.detach() * 1.1).requires_grad_(p.requires_grad) for n, p in net.named_parameters()}
+    trained = [n for n in other if n.endswith(PARAMETER_NAMES)]
+    grads = [torch.autograd.grad(torch.func.functional_call(m, other, (x,)).sum(), [other[n] for n in trained])
+             for m in (net, alone)]  # fmt: skip
+    for name, a, b in zip(trained, *grads, strict=True):
+        assert_close(name, a, b, 1e-11)
+    torch._dynamo.reset()
+    assert_close("y", torch.compile(net, backend="aot_eager", fullgraph=True)(x), alone(x), 1e-12)
+
+
+def test_copies_are_alone_until_grouped(calls):
+    _, alone = nets()
+    loaded = pickle.loads(pickle.dumps(alone))
+    x = x_of(4)
+    loaded(x)
+    assert set(calls["inner_forward"]) == {1}
+    group_layers(loaded)
+    calls.clear()
+    with torch.no_grad():
+        for _, layer in adapted_layers(loaded):
+            layer.outer.mul_(1.1)
+    loaded(x)
+    assert calls["inner_forward"] == [4, 4]
+
+
+def test_a_bad_pivot_elsewhere_waits_for_its_own_forward():
+    net, _ = nets()
+    with torch.no_grad():
+        net.blocks[3][0].outer[0, 0] = float("nan")
+    x = x_of(4)
+    net(x, skip=(3,)).sum().backward()
+    with pytest.raises(ArithmeticError, match="failed at pivot 1"):
+        net(x)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel(one_process, calls):
+    """DDP marks layers unused by their own nodes: with a shared node it would wait for those that were skipped."""
+    net, alone = nets()
+    ddp = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    for skip in ((), (1,), (0, 3)):
+        net.zero_grad()
+        alone.zero_grad()
+        torch.manual_seed(1)
+        ddp(x_of(4), skip=skip).square().sum().backward()
+        torch.manual_seed(1)
+        train(alone, x_of(4), skip=skip)
+        for (name, p), (_, q) in zip(net.named_parameters(), alone.named_parameters(), strict=True):
+            if q.grad is not None:
+                assert_close(name, p.grad, q.grad, 1e-11)
+    assert calls["inner_forward"][:2] == [4, 4] and calls["inner_backward"][:2] == [1, 1]
+
+
+def test_fully_sharded(one_process):
+    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch was built without it")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this torch has no fully_shard")
+    net, alone = nets()
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for block in net.blocks:
+        fsdp.fully_shard(block, mesh=mesh)
+    fsdp.fully_shard(net, mesh=mesh)
+    for model in net, alone:
+        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for seed in range(2):
+            optimiser.zero_grad()
+            torch.manual_seed(seed)
+            train(model, x_of(4))
+            optimiser.step()
+    for (name, p), (_, q) in zip(net.named_parameters(), alone.named_parameters(), strict=True):
+        if q.grad is not None:
+            assert_close(name, p.grad.full_tensor(), q.grad, 1e-11)
+            assert_close(name, p.full_tensor(), q, 1e-11)

@@ -230,14 +230,55 @@ def test_copies_are_alone_until_grouped(calls):
     assert calls["inner_forward"] == [4, 4]
 
 
-def test_a_bad_pivot_elsewhere_waits_for_its_own_forward():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_pivot_elsewhere_waits_for_its_own_forward(value):
     net, _ = nets()
     with torch.no_grad():
-        net.blocks[3][0].outer[0, 0] = float("nan")
+        net.blocks[3][0].outer[0, 0] = value
     x = x_of(4)
     net(x, skip=(3,)).sum().backward()
     with pytest.raises(ArithmeticError, match="failed at pivot 1"):
         net(x)
+
+
+def test_what_is_being_accumulated_is_not_lost():
+    net, _ = nets()
+    first, second = net.blocks[0][0], net.blocks[1][0]
+    x = x_of(4)
+    with pytest.raises(RuntimeError, match="changed inside gradient_accumulation"), gradient_accumulation(net):
+        second(x).sum().backward()
+        with torch.no_grad():
+            first.outer.mul_(1.1)
+            second.outer.mul_(1.1)
+        first(x)
+        second(x)
+
+
+def test_rank_deficient_members():
+    torch.manual_seed(0)
+    net = Net().double()
+    with torch.no_grad():
+        net.blocks[2][0].weight[:, :4] = net.blocks[2][0].weight[:, 4:]
+    apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", inner_ratio=1.0, outer_rank=3, init_angle=0.2))
+    assert net.blocks[2][0].null_basis.shape[1] == 4
+    alone = copy.deepcopy(net)
+    x = x_of(5)
+    for model in net, alone:
+        train(model, x)
+    agree(net, alone)
+
+
+def test_replicas_prepare_for_themselves(calls):
+    """As nn.DataParallel makes them: the same dictionary, other parameters."""
+    net, _ = nets()
+    layer, x = net.blocks[0][0], x_of(4)
+    want = layer(x)
+    replica = layer._replicate_for_data_parallel()
+    for name, p in layer.named_parameters():
+        setattr(replica, name, p.detach().clone())
+    calls.clear()
+    assert_close("y", replica(x), want, 1e-12)
+    assert calls["inner_forward"] == [1]
 
 
 @pytest.fixture

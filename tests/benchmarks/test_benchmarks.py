@@ -9,7 +9,7 @@ from helpers import assert_close, make_layer
 from torch import nn
 
 pytest.importorskip("peft", reason="the peers need PEFT")
-from benchmarks import bench_kernels
+from benchmarks import bench_kernels, bench_preparation
 from benchmarks.ceiling import floors, measure
 from benchmarks.peers import DenseSSVDO, EspnetStyleSSVD, peers
 from benchmarks.report import markdown, plot
@@ -57,6 +57,16 @@ def test_dense_ssvdo_is_our_layer():
                 peer.get_parameter(name).copy_(p)
     x = torch.randn(3, 8, dtype=torch.float64)
     assert_close("y", peer(x), layer(x), 1e-12)
+
+
+def test_the_autograd_loop_prepares_the_same():
+    layer = make_layer(96, 24, outer_rank=4, dtype=torch.float32, spread=0.05)
+    made = layer.prepared()
+    d = torch.randn_like(made.mixer), torch.randn_like(made.columns)
+    parameters = tuple(p.detach() for p in layer.adapter_parameters)
+    got = bench_preparation.autograd(parameters, layer.factors(), layer.shape, layer.config, d)
+    for name, a, b in zip(("rotation", "scale", "outer"), got, made.backward(*d), strict=True):
+        assert_close(name, a, b, 1e-4)
 
 
 def test_ratios_come_from_interleaved_rounds():

@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+# Where there is no NVIDIA GPU, nothing could run the CUDA code; tests/ops/test_nvcc.py compiles it all the same.
+export SSVDO_CUDA_ARCHS ?= $(if $(shell command -v nvidia-smi),,none)
 
 .PHONY: demo test bench lint gpu clean
 
@@ -31,11 +33,13 @@ lint: $(STAMP)
 # Runs with the machine's own Python and torch: a GPU box has its build installed. Results go to $OUT.
 gpu: export PYTHONPATH := .
 gpu:
+	SSVDO_BUILD=1 SSVDO_CUDA_ARCHS=$${SSVDO_CUDA_ARCHS:-90a} $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m ssvdo_kernels.info
 	$(PYTHON) -m pytest -q -m gpu tests/gpu
 	for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 SSVDO_AUTOTUNE=0 timeout 100 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    --target-processes all $(PYTHON) -m pytest -q -m gpu tests/gpu/test_gpu_kernels.py -k every_kernel || exit 1; done
+	    --target-processes all $(PYTHON) -m pytest -q -m gpu tests/gpu -k every || exit 1; done
+	$(PYTHON) -m benchmarks.bench_preparation --device cuda --out $${OUT:-benchmarks/results}
 	$(PYTHON) -m benchmarks.bench_kernels --out $${OUT:-benchmarks/results}
 	$(PYTHON) -m benchmarks --quick --device cuda --dtype bfloat16 --out $${OUT:-benchmarks/results}
 

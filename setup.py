@@ -1,10 +1,14 @@
-"""Builds the compiled core where there is a compiler; metadata stands in pyproject.toml.
+"""Builds the compiled core where there is a compiler, its CUDA part where there is nvcc; metadata: pyproject.toml.
 
-SSVDO_BUILD=0 leaves it out; SSVDO_BUILD=1 makes a failed build an error instead of a pure-Python install.
+    SSVDO_BUILD=0       leaves it out; =1: what cannot be built is an error, not a smaller install
+    SSVDO_CUDA_ARCHS    for which GPUs, e.g. "80,90a"; "none": no CUDA part. Default: those of ARCHS that nvcc knows
+    SSVDO_CXXFLAGS      more flags for the host compiler
 """
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +21,55 @@ FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-g0", 
 FLAGS += os.environ.get("SSVDO_CXXFLAGS", "").split()
 ISA_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mfma"]}
 SOURCES = ["csrc/bindings.cpp", "csrc/cpu/host.cpp", "csrc/cpu/plain.cpp"]
+SOURCES += ["csrc/cuda/bindings.cpp", "csrc/cuda/emulate.cpp"]
 SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp"] if X86 else []
+ARCHS = ("80", "86", "89", "90a", "100", "120")
+STRICT = os.environ.get("SSVDO_BUILD") == "1"
+
+
+def say(text):
+    print(f"ssvdo_kernels: {text}. SSVDO_BUILD=1 makes this an error.", file=sys.stderr)
+
+
+class Cuda:
+    """nvcc, what it builds for, and the static runtime."""
+
+    def __init__(self):
+        home = os.environ.get("CUDA_HOME")
+        self.nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+        asked = os.environ.get("SSVDO_CUDA_ARCHS", "")
+        if asked == "none" or not self.nvcc:
+            self.archs = []
+        else:
+            known = subprocess.run([self.nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+            known = {line.removeprefix("compute_") for line in known.split()}
+            self.archs = asked.split(",") if asked else [a for a in ARCHS if a.rstrip("a") in known]
+
+    def compile(self, source, target):
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
+        portable = [a for a in self.archs if a.isdigit()]
+        codes += [f"-gencode=arch=compute_{portable[-1]},code=compute_{portable[-1]}"] if portable else []
+        command = [self.nvcc, "-std=c++17", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes,
+                   f"-DSSVDO_ARCHITECTURES={' '.join(self.archs)}", "-c", source, "-o", str(target)]  # fmt: skip
+        noted, newest = target.with_suffix(".command"), max(p.stat().st_mtime for p in Path("csrc").rglob("*.*"))
+        if noted.exists() and noted.stat().st_mtime > newest and noted.read_text() == str(command):
+            return
+        subprocess.run(command, check=True)
+        noted.write_text(str(command))
+
+    def runtime(self):
+        """libcudart_static.a of this nvcc, which says itself where its toolkit is."""
+        said = subprocess.run([self.nvcc, "--dryrun", "-c", "csrc/cuda/device.cu"], capture_output=True, text=True,
+                              check=True).stderr  # fmt: skip
+        root = Path(re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)[1]).resolve()
+        found = [*root.glob("lib*/libcudart_static.a"), *root.glob("targets/*/lib/libcudart_static.a")]
+        if not found:
+            raise FileNotFoundError(f"no libcudart_static.a below {root}")
+        return str(found[0])
 
 
 class Build(build_ext):
-    """Each instruction set's file gets its own flags; OpenMP where the compiler has it."""
+    """Each instruction set's file gets its own flags; OpenMP where the compiler has it; CUDA where there is nvcc."""
 
     def build_extensions(self):
         compiler = self.compiler
@@ -34,7 +82,23 @@ class Build(build_ext):
         compiler._compile = with_flags
         for ext in self.extensions:
             ext.extra_link_args += ["-fopenmp"] if openmp else []
+            self.add_cuda(ext)
         super().build_extensions()
+
+    def add_cuda(self, ext):
+        try:
+            cuda = Cuda()
+            if cuda.archs:
+                target = Path(self.build_temp) / "device.o"
+                runtime = cuda.runtime()
+                cuda.compile("csrc/cuda/device.cu", target)
+                ext.extra_objects += [str(target), runtime]
+                ext.libraries += ["rt", "dl", "pthread"]
+                ext.define_macros.append(("SSVDO_CUDA", "1"))
+        except (OSError, subprocess.CalledProcessError) as error:
+            if STRICT:
+                raise
+            say(f"the CUDA part was not built ({error})")
 
     def has_openmp(self):
         source = Path(self.build_temp) / "openmp.cpp"
@@ -47,10 +111,9 @@ class Build(build_ext):
         try:
             super().run()
         except Exception as error:
-            if os.environ.get("SSVDO_BUILD") == "1":
+            if STRICT:
                 raise
-            print(f"ssvdo_kernels: the compiled core was not built ({error}); the package runs on PyTorch alone. "
-                  "SSVDO_BUILD=1 makes this an error.", file=sys.stderr)
+            say(f"the compiled core was not built ({error}); the package runs on PyTorch alone")
 
 
 def extensions():
@@ -59,11 +122,12 @@ def extensions():
     try:
         import pybind11
     except ImportError:
-        if os.environ.get("SSVDO_BUILD") == "1":
+        if STRICT:
             raise
-        print("ssvdo_kernels: pybind11 is not installed, so the compiled core is left out", file=sys.stderr)
+        say("pybind11 is not installed, so the compiled core is left out")
         return []
-    depends = [str(p) for p in Path("csrc").rglob("*.h")]
+    depends = ["setup.py"]
+    depends += [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cu")]
     return [Extension("ssvdo_kernels._C", SOURCES, [pybind11.get_include()], extra_compile_args=FLAGS, depends=depends,
                       language="c++", optional=False)]
 

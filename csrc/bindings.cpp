@@ -1,45 +1,9 @@
-// The compiled core for Python: raw addresses, sizes and strides; checked here, computed in cpu/ (and cuda/).
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The compiled core for Python: raw addresses, sizes and strides; checked here, computed in cpu/.
+#include "bindings.h"
 
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "cpu/api.h"
-
-namespace py = pybind11;
 using namespace ssvdo;
-using Addresses = std::vector<std::vector<std::uintptr_t>>;
 
 namespace {
-
-[[noreturn]] void refuse(const std::string& name, long long value, const std::string& allowed) {
-    throw py::value_error(name + "=" + std::to_string(value) + " is out of range; allowed: " + allowed);
-}
-
-void at_least(const char* name, long long value, long long least) {
-    if (value < least) refuse(name, value, ">= " + std::to_string(least));
-}
-
-Rotation rotation_of(const std::string& name) {
-    if (name == "cayley") return Rotation::cayley;
-    if (name == "neumann") return Rotation::neumann;
-    if (name == "first_order") return Rotation::first_order;
-    throw py::value_error("rotation='" + name + "' is unknown; allowed: 'cayley', 'neumann', 'first_order'");
-}
-
-// Rows of addresses, one a layer: each of `count` non-null unless its bit in `optional` is set.
-void check(const Addresses& layers, size_t count, unsigned optional = 0) {
-    for (size_t i = 0; i < layers.size(); i++) {
-        if (layers[i].size() != count) refuse("addresses of layer " + std::to_string(i), (long long)layers[i].size(),
-                                              std::to_string(count));
-        for (size_t j = 0; j < count; j++)
-            if (!layers[i][j] && !(optional >> j & 1))
-                refuse("address " + std::to_string(j) + " of layer " + std::to_string(i), 0, "not null");
-    }
-}
 
 template <class T>
 const Host<T>& build(const std::string& name) {
@@ -47,15 +11,6 @@ const Host<T>& build(const std::string& name) {
     if (!found)
         throw py::value_error("build='" + name + "' does not run here; allowed: 'plain' to '" + host_name() + "'");
     return *found;
-}
-
-OuterShape outer_shape(int c, int l, int r, int large, double tau, double scale, bool rotation) {
-    at_least("l", l, 1);
-    at_least("c", c, l);
-    at_least("r", r, 0);
-    at_least("large", large, c + r);
-    if (!(tau > 0)) throw py::value_error("tau must be > 0");
-    return {c, l, r, large, tau, scale, rotation};
 }
 
 template <class T>
@@ -79,17 +34,7 @@ std::vector<int> outer(bool forward, const OuterShape& s, const Addresses& layer
     return info;
 }
 
-InnerShape inner_shape(int k, int l, int q, int width, int terms, const std::string& rotation) {
-    at_least("k", k, 1);
-    at_least("l", l, 0);
-    at_least("width", width, k > l ? k : l);
-    at_least("terms", terms, 1);
-    at_least("q", q, 0);
-    if (q > k) refuse("q", q, "<= k");
-    return {k, l, q, width, terms, rotation_of(rotation)};
-}
-
-// addresses: packed, scale, singular, G, saved, mixer; backward: d_packed, d_scale; from rows: left, right.
+// addresses: packed, shift, singular, G, saved, mixer; backward: d_packed, d_scale; from rows: left, right.
 template <class T>
 void inner(bool forward, const InnerShape& s, const Addresses& layers, int tokens, long long left_ld, long long right_ld,
            int threads, const std::string& name) {
@@ -108,7 +53,7 @@ void inner(bool forward, const InnerShape& s, const Addresses& layers, int token
     for (const auto& a : layers) {
         InnerLayer<T> one{};
         one.packed = reinterpret_cast<const T*>(a[0]);
-        one.scale = reinterpret_cast<const T*>(a[1]);
+        one.shift = reinterpret_cast<const T*>(a[1]);
         one.singular = reinterpret_cast<const T*>(a[2]);
         one.G = reinterpret_cast<T*>(a[3]);
         one.saved = reinterpret_cast<T*>(a[4]);
@@ -168,21 +113,8 @@ PYBIND11_MODULE(_C, m) {
             py::arg("dtype"), py::arg("layers"), py::kw_only(), py::arg("k"), py::arg("l"), py::arg("q"),
             py::arg("width"), py::arg("rotation"), py::arg("terms"), py::arg("tokens") = -1, py::arg("left_ld") = 0,
             py::arg("right_ld") = 0, py::arg("threads"), py::arg("build") = "",
-            "One row of addresses a layer: packed, scale, singular, G, saved, mixer (backward: and d_packed, d_scale, "
+            "One row of addresses a layer: packed, shift, singular, G, saved, mixer (backward: and d_packed, d_scale, "
             "left, right; with tokens >= 0 left and right stand for the mixer's gradient).");
     }
-    m.def(
-        "gram_gradient",
-        [](const std::string& dtype, std::uintptr_t dX, std::uintptr_t X, std::uintptr_t scratch, std::uintptr_t S,
-           int l) {
-            at_least("l", l, 1);
-            check({{dX, X, scratch, S}}, 4);
-            auto run = [&](auto* type) {
-                using T = std::remove_pointer_t<decltype(type)>;
-                host<T>()->gram_gradient(reinterpret_cast<const T*>(dX), reinterpret_cast<const T*>(X),
-                                         reinterpret_cast<T*>(scratch), reinterpret_cast<T*>(S), l);
-            };
-            by_dtype(dtype, [&] { run((float*)nullptr); }, [&] { run((double*)nullptr); });
-        },
-        "The device's adjoint of the Gram matrix (core/factor.h), by a team of one.");
+    bind_device(m);
 }

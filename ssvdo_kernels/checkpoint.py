@@ -175,7 +175,9 @@ def _layer_for(module: nn.Module | None, entry: _Entry, file: Path) -> tuple[SSV
     used = factorize(module.weight, entry.shape, name=f"{entry.name}.weight") if factors is None else factors
     if factors is None:
         _check_basis(used, entry, where)
-    return SSVDOLinear(module.weight, module.bias, used, entry.shape, entry.config).train(module.training), None
+    layer = SSVDOLinear(module.weight, module.bias, used, entry.shape, entry.config).train(module.training)
+    layer.name = entry.name
+    return layer, None
 
 
 def _formula(config: SSVDOConfig) -> dict[str, Any]:

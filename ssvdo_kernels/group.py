@@ -58,13 +58,14 @@ class Group:
         members = [layer for layer in (ref() for ref in self._members) if layer is not None]
         if not any(layer is first for layer in members) or not _plain(first):  # a replica, or sharded
             return []
-        if preparation(first.config.backend, first.weight.device)[0] != "host":
+        if preparation(first.config.backend, first.weight.device)[0] == "reference":
             return []
         todo = [first, *(x for x in members if x is not first and _alike(x, first) and x.out_of_date())]
         if len(todo) < 2:
             return []
         parameters = [layer.adapter_parameters for layer in todo]
-        found = prepare_batch(parameters, [layer.factors() for layer in todo], first.shape, first.config)
+        found = prepare_batch(parameters, [layer.factors() for layer in todo],
+                              [layer.name for layer in todo], first.shape, first.config)
         good = [(layer, made, p) for layer, made, p in zip(todo, found, parameters, strict=True) if made is not None]
         batch = Batch([made for _, made, _ in good], [p for _, _, p in good])
         return [(layer, made, batch) for layer, made, _ in good]

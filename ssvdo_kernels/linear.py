@@ -71,7 +71,8 @@ class SSVDOLinear(nn.Module):
         TypeError: x is not floating, or not of the weight's dtype outside autocast.
         ValueError: x has another last dimension or is on another device.
         RuntimeError: ``weight.requires_grad`` was switched on.
-        ArithmeticError: L^T L + tau I is not positive definite (non-finite or huge parameters; CPU).
+        ArithmeticError: L^T L + tau I is not positive definite (non-finite or huge parameters). On a GPU, a
+            later forward or the backward says so, before there are gradients.
     """
 
     weight: nn.Parameter
@@ -95,6 +96,7 @@ class SSVDOLinear(nn.Module):
         self.outer = nn.Parameter(zeros.new_zeros(shape.c, shape.l))
         for name, tensor in factors.tensors().items():
             self.register_buffer(name, tensor)
+        self.name = "layer"  # how errors call it
         self._merged = False
         self._cache: _Cache | None = None
         self._group: Group | None = None
@@ -130,7 +132,9 @@ class SSVDOLinear(nn.Module):
                             "torch.nn.Linear itself (quantised layers and subclasses compute something else)")
         shape = LayerShape.of(linear.out_features, linear.in_features, config)
         factors = factorize(linear.weight, shape, name=name, cache_dir=cache_dir)
-        return cls(linear.weight, linear.bias, factors, shape, config).train(linear.training)
+        layer = cls(linear.weight, linear.bias, factors, shape, config).train(linear.training)
+        layer.name = "layer" if name == "weight" else name.removesuffix(".weight")
+        return layer
 
     @property
     def in_features(self) -> int:
@@ -195,10 +199,11 @@ class SSVDOLinear(nn.Module):
         cache = self._cache
         on_cpu = self.weight.device.type == "cpu"
         if self._capturing():
-            return _Cache(Prepared(parameters, self.factors(), self.shape, self.config), stamp, ())
+            return _Cache(Prepared(parameters, self.factors(), self.shape, self.config, self.name), stamp, ())
         if cache is not None:
             same = all(map(torch.equal, cache.copies, parameters)) if on_cpu else cache.stamp[0] == stamp[0]
             if same and cache.stamp[1 + 3 * on_cpu :] == stamp[1 + 3 * on_cpu :]:
+                cache.prepared.verify(wait=False)
                 return cache
             if self._accumulating and cache.leaves is not None:
                 raise RuntimeError("the parameters of an SSVDOLinear changed inside gradient_accumulation; "
@@ -206,7 +211,7 @@ class SSVDOLinear(nn.Module):
         for layer, prepared, batch in self._group.prepare(self) if self._group else ():
             layer._keep(prepared, batch)
         if self._cache is cache or self._cache is None:
-            self._keep(Prepared(parameters, self.factors(), self.shape, self.config))
+            self._keep(Prepared(parameters, self.factors(), self.shape, self.config, self.name))
         assert self._cache is not None
         return self._cache
 

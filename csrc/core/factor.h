@@ -1,10 +1,10 @@
-// Cholesky factor, its transposed inverse and the adjoint of both, for one matrix of l x l by a team.
+// Cholesky factor and the inverse of it, for one matrix of l x l by a team. Row-major.
 //
 //     R R^T = Gram (lower)     X = R^-T (upper)     Q = L X,  C = sqrt(tau) X
 //
-// Adjoint: with dX given, Phi = -tril(dX^T X) with its diagonal halved, dGram = X Phi X^T, and what L receives is
-// L (dGram + dGram^T): the standard adjoint (Murray, "Differentiation of the Cholesky decomposition", 2016) with R^-1
-// at hand. Row-major.
+// Adjoint, as prepare.h and the kernels have it in products: with dX given, Phi = -tril(dX^T X) with its diagonal
+// halved, dGram = X Phi X^T, and what L receives is L (dGram + dGram^T): the standard adjoint (Murray, "Differentiation
+// of the Cholesky decomposition", 2016) with R^-1 at hand.
 #pragma once
 
 #include "team.h"
@@ -39,47 +39,23 @@ SSVDO_HD int cholesky(const Team& team, T* A, int l, ptrdiff_t ld) {
     return 0;
 }
 
-// X = R^-T (l x l, leading dimension l) from the lower triangle of R; zeros below its diagonal.
+// R^-1 from the lower triangle of R, element (i, j) at Y[i * row + j * column], zeros above its diagonal. A worker solves
+// for whole columns. row = 1: each lies in one piece, for one worker; column = 1: next to each other, for many.
 template <class Team, class T>
-SSVDO_HD void inverse_transposed(const Team& team, const T* R, ptrdiff_t ld, T* X, int l) {
-    for (int j = team.rank; j < l; j += team.size) {  // row j of X is column j of R^-1
-        T* y = X + ptrdiff_t(j) * l;
-        for (int i = 0; i < j; i++) y[i] = 0;
+SSVDO_HD void inverse_lower(const Team& team, const T* R, ptrdiff_t ld, T* Y, ptrdiff_t row, ptrdiff_t column, int l) {
+    for (int j = team.rank; j < l; j += team.size) {
+        T* y = Y + j * column;
+        for (int i = 0; i < j; i++) y[i * row] = 0;
         for (int i = j; i < l; i++) {
             const T* r = R + i * ld;
-            y[i] = ((i == j ? T(1) : T(0)) - dot(r + j, y + j, i - j)) / r[i];
+            T sum = i == j ? T(1) : T(0);
+            if (row == 1)
+                sum -= dot(r + j, y + j, i - j);
+            else
+                for (int k = j; k < i; k++) sum -= r[k] * y[k * row];
+            y[i * row] = sum / r[i];
         }
     }
-    team.sync();
-}
-
-// S = dGram + dGram^T from dX and X; P and S are l x l, P is scratch.
-template <class Team, class T>
-SSVDO_HD void gram_gradient(const Team& team, const T* dX, const T* X, T* P, T* S, int l) {
-    for (int i = team.rank; i < l; i += team.size)  // P = Phi
-        for (int j = 0; j < l; j++) {
-            T sum = 0;
-            if (j <= i)
-                for (int k = 0; k <= j; k++) sum -= dX[ptrdiff_t(k) * l + i] * X[ptrdiff_t(k) * l + j];
-            P[ptrdiff_t(i) * l + j] = i == j ? sum / 2 : sum;
-        }
-    team.sync();
-    for (int i = team.rank; i < l; i += team.size)  // S = X Phi; rows of X begin at their diagonal
-        for (int j = 0; j < l; j++) {
-            T sum = 0;
-            for (int k = i > j ? i : j; k < l; k++) sum += X[ptrdiff_t(i) * l + k] * P[ptrdiff_t(k) * l + j];
-            S[ptrdiff_t(i) * l + j] = sum;
-        }
-    team.sync();
-    for (int i = team.rank; i < l; i += team.size)  // P = (X Phi) X^T = dGram
-        for (int j = 0; j < l; j++) {
-            T sum = 0;
-            for (int k = j; k < l; k++) sum += S[ptrdiff_t(i) * l + k] * X[ptrdiff_t(j) * l + k];
-            P[ptrdiff_t(i) * l + j] = sum;
-        }
-    team.sync();
-    for (int i = team.rank; i < l; i += team.size)
-        for (int j = 0; j < l; j++) S[ptrdiff_t(i) * l + j] = P[ptrdiff_t(i) * l + j] + P[ptrdiff_t(j) * l + i];
     team.sync();
 }
 

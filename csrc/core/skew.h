@@ -22,20 +22,21 @@ struct MixerRow {
     T factor, value;
 };
 
-// S: singular values (width); scale: S_k + dS (k).
+// S: singular values (width); dS: k.
 template <class T>
-SSVDO_HD MixerRow<T> mixer_row(const MixerShape& s, const T* S, const T* scale, int row) {
+SSVDO_HD MixerRow<T> mixer_row(const MixerShape& s, const T* S, const T* dS, int row) {
+    const auto scale = [&](int i) { return S[i] + dS[i]; };
     if (row < s.width) {  // N = diag(1 / S) B - I; no row where S_i has no usable inverse, none beyond k
         if (row >= s.k - s.q) return {-1, 0, T(0), T(0)};
-        return {row, row, scale[row] / S[row], T(-1)};
+        return {row, row, scale(row) / S[row], T(-1)};
     }
     row -= s.width;
     if (row < s.l) {  // B[:l], padded with diag(S) where l > k
-        if (row < s.k) return {row, 0, scale[row], T(0)};
+        if (row < s.k) return {row, 0, scale(row), T(0)};
         return {-1, row, T(0), S[row]};
     }
     row += s.k - s.q - s.l;  // the null space's rows of B - diag(S)
-    return {row, row, scale[row], -S[row]};
+    return {row, row, scale(row), -S[row]};
 }
 
 // Element i < k of a column of dB from that column of dM: the adjoint of the above. dM: its first element; step: from

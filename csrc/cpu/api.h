@@ -34,7 +34,7 @@ struct InnerShape {
 template <class T>
 struct InnerLayer {
     const T* packed;    // k(k-1)/2
-    const T* scale;     // S_k + dS, k
+    const T* shift;     // dS, k
     const T* singular;  // S, width
     T* G;               // k x k
     T* saved;           // k x k
@@ -53,7 +53,6 @@ struct Host {
     void (*outer_backward)(const OuterShape&, OuterLayer<T>*, int count, int threads);
     void (*inner_forward)(const InnerShape&, InnerLayer<T>*, int count, int threads);
     void (*inner_backward)(const InnerShape&, InnerLayer<T>*, int count, int threads);
-    void (*gram_gradient)(const T* dX, const T* X, T* scratch, T* S, int l);
 };
 
 // The best build that this processor runs, and its name; `name`: that one, or null where it is missing or cannot run.

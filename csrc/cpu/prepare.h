@@ -31,7 +31,7 @@ inline void outer_forward_one(const OuterShape& s, OuterLayer<T>& layer, int thr
     for (int i = 0; i < l; i++) gram.data[ptrdiff_t(i) * l + i] += T(s.tau);
     layer.info = cholesky(Alone{}, gram.data, l, l);
     if (layer.info) return;
-    inverse_transposed(Alone{}, gram.data, l, layer.X, l);
+    inverse_lower(Alone{}, gram.data, l, layer.X, 1, l, l);
     const View<const T> X{layer.X, l, 1};
     gemm<T>(c, l, l, T(1), left, X, false, bottom, threads);  // Q
     gemm<T>(l, r, c, T(1), View<const T>(bottom).transposed(), Y.at(d, 0), false, View<T>{W.data, r, 1}, threads);
@@ -61,7 +61,7 @@ inline void outer_backward_one(const OuterShape& s, OuterLayer<T>& layer, int th
     gemm<T>(c, l, r, T(-1), Y.at(d, 0), View<const T>{W.data, 1, r}, true, dq, threads);
     gemm<T>(l, l, c, T(1), left.transposed(), dq, false, dx, threads);
     if (s.rotation) gemm<T>(l, l, s.large, root(T(s.tau)), U.transposed(), dF, true, dx, threads);
-    // S = dGram + dGram^T as gram_gradient of core/factor.h has it, by products
+    // S = dGram + dGram^T, the adjoint of core/factor.h
     gemm<T>(l, l, l, T(-1), View<const T>(dx).transposed(), X, false, p, 1);
     for (int i = 0; i < l; i++) {
         p(i, i) /= 2;
@@ -174,7 +174,7 @@ inline void inner_forward_one(const InnerShape& s, InnerLayer<T>& layer, int thr
     for (int i = 0; i < k; i++) layer.G[ptrdiff_t(i) * k + i] += diagonal;
     const MixerShape shape{k, s.l, s.q, s.width};
     for (int row = 0; row < shape.rows(); row++) {
-        const MixerRow<T> m = mixer_row(shape, layer.singular, layer.scale, row);
+        const MixerRow<T> m = mixer_row(shape, layer.singular, layer.shift, row);
         T* to = layer.mixer + ptrdiff_t(row) * s.width;
         int filled = m.source < 0 ? 0 : k;
         for (int j = 0; j < filled; j++) to[j] = m.factor * layer.G[ptrdiff_t(m.source) * k + j];
@@ -224,7 +224,7 @@ inline void inner_backward_one(const InnerShape& s, InnerLayer<T>& layer, int th
             for (int i = 0; i < k; i++) {
                 T value = inner_gradient(shape, layer.left + row * layer.left_ld, 1, layer.singular, i);
                 layer.d_scale[i] += value * (2 * hm(row, i) - h(row, i));  // h G^T = 2 h M^T - h
-                g.data[ptrdiff_t(row) * k + i] = value * layer.scale[i];
+                g.data[ptrdiff_t(row) * k + i] = value * (layer.singular[i] + layer.shift[i]);
             }
         gemm<T>(t, k, k, T(1), View<const T>{g.data, k, 1}, M, false, gm, threads);
         gemm<T>(k, k, t, T(-2), View<const T>(gm).transposed(), hm, false, View<T>{Z.data, k, 1}, threads);
@@ -236,7 +236,7 @@ inline void inner_backward_one(const InnerShape& s, InnerLayer<T>& layer, int th
         for (int j = 0; j < k; j++) {
             T value = inner_gradient(shape, layer.mixer + j, s.width, layer.singular, i);
             sum += value * layer.G[ptrdiff_t(i) * k + j];
-            dG.data[ptrdiff_t(i) * k + j] = value * layer.scale[i];
+            dG.data[ptrdiff_t(i) * k + j] = value * (layer.singular[i] + layer.shift[i]);
         }
         layer.d_scale[i] = sum;
     }
@@ -259,11 +259,8 @@ struct Build {
     static void inner_backward(const InnerShape& s, InnerLayer<T>* layers, int count, int threads) {
         each(layers, count, threads, [&](InnerLayer<T>& one, int t) { inner_backward_one(s, one, t); });
     }
-    static void gram(const T* dX, const T* X, T* scratch, T* S, int l) {
-        gram_gradient(Alone{}, dX, X, scratch, S, l);
-    }
     static const Host<T>* table() {
-        static const Host<T> found{outer_forward, outer_backward, inner_forward, inner_backward, gram};
+        static const Host<T> found{outer_forward, outer_backward, inner_forward, inner_backward};
         return &found;
     }
 };

@@ -1,4 +1,4 @@
-"""Preparation of several layers of one shape together: two calls of the compiled core, one autograd node."""
+"""Preparation of several layers of one shape together: one batch of work, one autograd node."""
 
 from __future__ import annotations
 
@@ -9,48 +9,23 @@ from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors
-from . import host, own_dtypes
+from . import own_dtypes
+from .engines import adjoint, prepare
 from .preparation import Gradients, Prepared
 
 
 def prepare_batch(
-    parameters: Sequence[Gradients], factors: Sequence[Factors], shape: LayerShape, config: SSVDOConfig
+    parameters: Sequence[Gradients],
+    factors: Sequence[Factors],
+    names: Sequence[str],
+    shape: LayerShape,
+    config: SSVDOConfig,
 ) -> list[Prepared | None]:
-    """Several layers of one shape, dtype and null space in two calls of the compiled core; None: bad pivot."""
+    """Several layers of one shape, dtype and null space together; None: bad pivot."""
     made = [Prepared.__new__(Prepared) for _ in parameters]
-    for one, p, f in zip(made, parameters, factors, strict=True):
-        one._read(p, f, shape, config)
-    fit = [one for one in made if host.invertible(one._rotation)]
-    many = host.inner_forward([p._rotation for p in fit], [p._scale for p in fit], [p._singular for p in fit],
-                              made[0].null, shape, config) if fit else []  # fmt: skip
-    inner = dict(zip(map(id, fit), many, strict=True))
-    columns, info = [p._new_columns() for p in made], [0] * len(made)
-    X = [p._outer.new_zeros(0, 0) for p in made]
-    if shape.l:
-        Y, U = zip(*(p._outer_factors() for p in made), strict=True)
-        X, info = host.outer_forward([p._outer for p in made], Y, U, columns, shape, config)
-    for i, one in enumerate(made):
-        one._finish(inner[id(one)] if id(one) in inner else one._inner_forward(), (X[i], columns[i]))
-    return [None if bad else one for one, bad in zip(made, info, strict=True)]
-
-
-def backward_batch(
-    prepared: Sequence[Prepared], d_mixer: Sequence[Tensor], d_columns: Sequence[Tensor]
-) -> list[Gradients]:
-    """`Prepared.backward` of several layers of one `prepare_batch`."""
-    one = prepared[0]
-    shape, config, dtype = one.shape, one.config, one.dtype
-    mixers, columns = ([d.to(dtype).contiguous() for d in ds] for ds in (d_mixer, d_columns))
-    inner = host.inner_backward(
-        [p._rotation for p in prepared], [p._scale for p in prepared], [p._singular for p in prepared],
-        [p.state.G.contiguous() for p in prepared], [p.state.saved.contiguous() for p in prepared], mixers, one.null,
-        shape, config)  # fmt: skip
-    if not shape.l:
-        return [(*pair, p._outer_backward(d)) for pair, p, d in zip(inner, prepared, columns, strict=True)]
-    Y, U = zip(*(p._outer_factors() for p in prepared), strict=True)
-    outer = host.outer_backward(
-        [p._outer for p in prepared], Y, U, [p.state.X.contiguous() for p in prepared], columns, shape, config)
-    return [(*pair, d) for pair, d in zip(inner, outer, strict=True)]
+    for one, p, f, name in zip(made, parameters, factors, names, strict=True):
+        one.read(p, f, shape, config, name)
+    return [None if bad else one for one, bad in zip(made, prepare(made), strict=True)]
 
 
 def _mixer(prepared: Prepared) -> Tensor:
@@ -84,7 +59,7 @@ class AttachMany(torch.autograd.Function):
              for i, p in zip(used, prepared, strict=True)]
             for part, like in enumerate((_mixer, _columns)))
         result: list[Tensor | None] = [None] * (3 * len(ctx.prepared))
-        for i, found in zip(used, backward_batch(prepared, d_mixer, d_columns) if used else [], strict=True):
+        for i, found in zip(used, adjoint(prepared, d_mixer, d_columns) if used else [], strict=True):
             for j, gradient in enumerate(found, 3 * i):
                 if ctx.needs_input_grad[1 + j]:
                     result[j] = gradient.to(ctx.dtypes[j])

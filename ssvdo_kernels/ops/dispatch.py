@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 from . import host
+from .device import architectures, obstacle
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -50,11 +51,12 @@ def token_path(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[
 
 
 def preparation(backend: str, device: torch.device) -> tuple[str, str]:
-    """("reference" or "host", the reason) for what depends on parameters alone. backend: the config's."""
+    """("reference", "host" or "cuda", the reason) for what depends on parameters alone. backend: the config's."""
     if backend == "reference":
         return "reference", "asked for by backend='reference'"
     if device.type != "cpu":
-        return "reference", "the compiled core is for the CPU; on a GPU, cuBLAS and cuSOLVER through PyTorch"
+        missing = obstacle(device)
+        return ("reference", missing) if missing else ("cuda", f"kernels for sm_{', '.join(architectures().split())}")
     if not host.available():
         return "reference", "the compiled core was not built (no C++ compiler at installation, or SSVDO_BUILD=0)"
     return "host", f"compiled core, {host.instruction_set()}"

@@ -93,24 +93,24 @@ def _inner_sizes(shape: LayerShape, config: SSVDOConfig, null: int) -> dict[str,
 
 def inner_forward(
     packed: Tensors,
-    scale: Tensors,
+    shift: Tensors,
     singular: Tensors,
     null: int,
     shape: LayerShape,
     config: SSVDOConfig,
     build: str = "",
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(G, saved, mixer) of each layer. scale: S_k + dS; singular: S (width); null: q."""
+    """(G, saved, mixer) of each layer. shift: dS; singular: S (width); null: q."""
     k, rows = shape.k, shape.width + shape.l + null
     G, saved = ([p.new_empty(k, k) for p in packed] for _ in range(2))
     mixer = [p.new_empty(rows, shape.width) for p in packed]
-    _call("inner_forward", (packed, scale, singular, G, saved, mixer), build, **_inner_sizes(shape, config, null))
+    _call("inner_forward", (packed, shift, singular, G, saved, mixer), build, **_inner_sizes(shape, config, null))
     return list(zip(G, saved, mixer, strict=True))
 
 
 def inner_backward(
     packed: Tensors,
-    scale: Tensors,
+    shift: Tensors,
     singular: Tensors,
     G: Tensors,
     saved: Tensors,
@@ -122,7 +122,7 @@ def inner_backward(
     build: str = "",
 ) -> list[tuple[Tensor, Tensor]]:
     """(d packed, d dS) of each layer from d mixer, or with rows = (left, right) from d mixer = left^T right."""
-    d_packed, d_scale = [torch.empty_like(p) for p in packed], [torch.empty_like(s) for s in scale]
+    d_packed, d_shift = [torch.empty_like(p) for p in packed], [torch.empty_like(s) for s in shift]
     sizes = _inner_sizes(shape, config, null)
     if rows is not None:
         left, right = rows
@@ -130,6 +130,6 @@ def inner_backward(
         d_mixer = left  # any address: it is not read
     else:
         left = right = d_mixer
-    operands = (packed, scale, singular, G, saved, d_mixer, d_packed, d_scale, left, right)
+    operands = (packed, shift, singular, G, saved, d_mixer, d_packed, d_shift, left, right)
     _call("inner_backward", operands, build, **sizes)
-    return list(zip(d_packed, d_scale, strict=True))
+    return list(zip(d_packed, d_shift, strict=True))

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, apply_complement, apply_complement_transposed, compute_dtype
-from . import host, own_dtypes
+from . import own_dtypes
+from .device import Verdict
 from .dispatch import preparation
+from .engines import Inner, adjoint, prepare
 from .matrices import Matrices
 from .rotation import cayley_backward_low_rank, rotation_backward, rotation_forward
 
@@ -42,9 +44,11 @@ class State:
     G: Tensor  # k x k
     saved: Tensor  # k x k: (I + K)^-1 for the Cayley form, else K
     X: Tensor  # R^-T, l x l, upper triangular
+    left: Tensor | None = None  # Y_bot^T L, r x l: the CUDA kernels' backward
 
 
-def _check_pivot(info: int, name: str, config: SSVDOConfig) -> None:
+def check_pivot(info: int, name: str, config: SSVDOConfig) -> None:
+    """Raises ArithmeticError where info, a bad pivot from 1, is not 0."""
     if info:
         raise ArithmeticError(
             f"{name}: Cholesky of L^T L + tau I failed at pivot {info} with tau={config.tau}; "
@@ -55,16 +59,20 @@ class Prepared(Matrices):
     """The matrices of one layer made from its parameters, and the way back to the parameters' gradients."""
 
     state: State
+    _verdict: tuple[Verdict, int] | None = None
 
     def __init__(
         self, parameters: Gradients, factors: Factors, shape: LayerShape, config: SSVDOConfig, name: str = "layer"
     ) -> None:
-        self._read(parameters, factors, shape, config)
-        self._finish(self._inner_forward(), self._outer_forward(name))
+        self.read(parameters, factors, shape, config, name)
+        check_pivot(prepare([self])[0], name, config)
 
-    def _finish(self, inner: tuple[Tensor, Tensor, Tensor], outer: tuple[Tensor, Tensor]) -> None:
-        (G, saved, mixer), (X, columns) = inner, outer
-        self.state = State(G, saved, X)
+    def finish(
+        self, inner: Inner, X: Tensor, columns: Tensor, left: Tensor | None, verdict: tuple[Verdict, int] | None
+    ) -> None:
+        """Takes what `engines.prepare` made of this layer."""
+        G, saved, mixer = inner
+        self.state, self._verdict = State(G, saved, X, left), verdict
         super().__init__(self.shape, mixer, columns, self.factors.inner_basis)
         self.tokens = 0  # rows that have passed through this preparation: the planner's clock
         self.trained = 0  # those among them with gradients
@@ -77,105 +85,114 @@ class Prepared(Matrices):
     ) -> Prepared:
         """For `backward` alone, from the state of an earlier preparation of the same parameters."""
         self = cls.__new__(cls)
-        self._read(parameters, factors, shape, config)
-        self.shape, self.state = shape, state
+        self.read(parameters, factors, shape, config, "layer")
+        self.state = state
         return self
 
-    def _read(self, parameters: Gradients, factors: Factors, shape: LayerShape, config: SSVDOConfig) -> None:
-        rotation, scale, outer = (p.detach().to(compute_dtype(p.dtype)).contiguous() for p in parameters)
-        self.shape, self.config, self.factors, self.dtype = shape, config, factors, rotation.dtype
-        self._rotation, self._outer = rotation, outer
-        self._host = preparation(config.backend, rotation.device)[0] == "host"
+    def read(
+        self, parameters: Gradients, factors: Factors, shape: LayerShape, config: SSVDOConfig, name: str
+    ) -> None:
+        """Takes the parameters, in the dtype of the work."""
+        rotation, shift, outer = (p.detach().to(compute_dtype(p.dtype)).contiguous() for p in parameters)
+        self.name, self.shape, self.config, self.factors, self.dtype = name, shape, config, factors, rotation.dtype
+        self.rotation, self.shift, self.outer = rotation, shift, outer
+        self.engine = preparation(config.backend, rotation.device)[0]
         self.null = factors.null_basis.shape[1]
-        self._singular = factors.singular_values.to(self.dtype)
-        self._scale, self._inverse = self._singular[: shape.k] + scale, 1 / self._singular[: shape.k - self.null]
+        self.singular = factors.singular_values.to(self.dtype)
+
+    @property
+    def _scale(self) -> Tensor:
+        """S_k + dS."""
+        return self.singular[: self.shape.k] + self.shift
+
+    @property
+    def _inverse(self) -> Tensor:
+        """1 / S where that is of use."""
+        return 1 / self.singular[: self.shape.k - self.null]
+
+    def verify(self, wait: bool = True) -> None:
+        """Raises ArithmeticError if a GPU has bad news of this preparation. wait: for news, where there is none yet."""
+        if self._verdict is None or not (wait or self._verdict[0].there()):
+            return
+        verdict, i = self._verdict
+        inverses, pivots = verdict.read()
+        check_pivot(pivots[i], self.name, self.config)
+        if inverses[i]:
+            raise ArithmeticError(f"{self.name}: found no inverse of I + K in {self.dtype}; `inner_rotation` is not "
+                                  "finite or too large: use a smaller learning rate")
+        self._verdict = None
 
     # -- forward -----------------------------------------------------------------------------------------------------
-    def _inner_forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        shape, config = self.shape, self.config
-        if self._host and host.invertible(self._rotation):
-            return host.inner_forward([self._rotation], [self._scale], [self._singular], self.null, shape, config)[0]
-        G, saved = rotation_forward(self._rotation, shape.k, config.rotation, config.neumann_terms)
+    def inner_reference(self) -> Inner:
+        """(G, saved, mixer) by PyTorch."""
+        G, saved = rotation_forward(self.rotation, self.shape.k, self.config.rotation, self.config.neumann_terms)
         return G, saved, self._mixer(G)
 
     def _mixer(self, G: Tensor) -> Tensor:
         k, l, q, width = self.shape.k, self.shape.l, self.null, self.shape.width  # noqa: E741
-        S = self._singular
+        S, scale = self.singular, self._scale
         mixer = G.new_zeros(width + l + q, width)
         N = mixer[: k - q, :k]
-        torch.mul(G[: k - q], (self._scale[: k - q] * self._inverse)[:, None], out=N)
+        torch.mul(G[: k - q], (scale[: k - q] * self._inverse)[:, None], out=N)
         N.diagonal().sub_(1)
         first = min(l, k)
-        torch.mul(G[:first], self._scale[:first, None], out=mixer[width : width + first, :k])
+        torch.mul(G[:first], scale[:first, None], out=mixer[width : width + first, :k])
         if l > k:
             mixer[width + k : width + l, k:].diagonal().copy_(S[k:])
         if q:
-            torch.mul(G[k - q :], self._scale[k - q :, None], out=mixer[width + l :, :k])
+            torch.mul(G[k - q :], scale[k - q :, None], out=mixer[width + l :, :k])
             mixer[width + l :, k - q : k].diagonal().sub_(S[k - q : k])  # A holds S_i u_i v_i^T already
         return mixer
 
-    def _outer_factors(self) -> tuple[Tensor, Tensor]:
-        """Y and U_l in the dtype of the work."""
-        return self.factors.reflector.to(self.dtype), self.factors.outer_basis.to(self.dtype)
+    def outer_factors(self) -> tuple[Tensor, Tensor]:
+        """Y and U_l in the dtype of the work; the CUDA kernels read half types as they are."""
+        both = self.factors.reflector, self.factors.outer_basis
+        halves = (torch.float16, torch.bfloat16)
+        if self.engine != "cuda" or self.dtype != torch.float32 or both[0].dtype not in halves:
+            both = both[0].to(self.dtype), both[1].to(self.dtype)
+        return both[0].contiguous(), both[1].contiguous()
 
-    def _new_columns(self) -> Tensor:
+    def new_columns(self) -> Tensor:
         """Room for F, its null-space columns filled in."""
         l = self.shape.l  # noqa: E741
-        columns = torch.empty(self.shape.large, l + self.null, dtype=self.dtype, device=self._outer.device)
-        columns[:, l:] = self.factors.null_basis
+        columns = torch.empty(self.shape.large, l + self.null, dtype=self.dtype, device=self.outer.device)
+        if self.null:
+            columns[:, l:] = self.factors.null_basis
         return columns
 
-    def _outer_forward(self, name: str) -> tuple[Tensor, Tensor]:
-        l, config, columns = self.shape.l, self.config, self._new_columns()  # noqa: E741
-        if not l:
-            return self._outer.new_zeros(0, 0), columns
-        Y, U = self._outer_factors()
-        if self._host:
-            (X,), (info,) = host.outer_forward([self._outer], [Y], [U], [columns], self.shape, config)
-            _check_pivot(info, name, config)
-            return X, columns
-        L = self._outer * self.shape.outer_scale(config)
+    def outer_reference(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """(X, info) by PyTorch; writes F."""
+        l, config = self.shape.l, self.config  # noqa: E741
+        Y, U = self.outer_factors()
+        L = self.outer * self.shape.outer_scale(config)
         gram = L.mT @ L
         gram.diagonal().add_(config.tau)
         R, status = torch.linalg.cholesky_ex(gram)
-        if L.device.type == "cpu":  # on a GPU the test would stall the stream
-            _check_pivot(int(status), name, config)
         identity = torch.eye(l, dtype=self.dtype, device=L.device)
         X = torch.linalg.solve_triangular(R, identity, upper=False).mT
         F = apply_complement(Y, L @ X)
         if config.outer == "rotation":
             F.addmm_(U, X * config.tau**0.5 - identity)
         columns[:, :l] = F
-        return X, columns
+        return X, status
 
     # -- backward ----------------------------------------------------------------------------------------------------
     def wants_rows(self, tokens: int) -> bool:
         """Whether `backward` is cheaper with the mixer's gradient given as `Rows`."""
-        return self.config.rotation == "cayley" and tokens < self.shape.k
+        return self.config.rotation == "cayley" and self.engine != "cuda" and tokens < self.shape.k
 
     def backward(self, d_mixer: Tensor | Rows, d_columns: Tensor) -> Gradients:
         """(d inner_rotation, d inner_scale, d outer) from the gradients of mixer and columns, in `self.dtype`."""
-        inner = self._inner_backward_on_host if self._host else self._inner_backward
-        return *inner(d_mixer), self._outer_backward(d_columns.to(self.dtype))
+        return adjoint([self], [d_mixer], [d_columns])[0]
 
-    def _inner_backward_on_host(self, d_mixer: Tensor | Rows) -> tuple[Tensor, Tensor]:
-        rows, dense = None, [self._rotation]
-        if isinstance(d_mixer, Rows):
-            rows = ([d_mixer.left.to(self.dtype).contiguous()], [d_mixer.right.to(self.dtype).contiguous()])
-        else:
-            dense = [d_mixer.to(self.dtype).contiguous()]
-        state = self.state
-        return host.inner_backward(
-            [self._rotation], [self._scale], [self._singular], [state.G.contiguous()], [state.saved.contiguous()],
-            dense, self.null, self.shape, self.config, rows)[0]
-
-    def _inner_backward(self, d_mixer: Tensor | Rows) -> tuple[Tensor, Tensor]:
+    def inner_reference_backward(self, d_mixer: Tensor | Rows) -> tuple[Tensor, Tensor]:
+        """(d inner_rotation, d inner_scale) by PyTorch."""
         if isinstance(d_mixer, Rows):  # dB = g^T h, dG = (g diag(S + dS))^T h
             k = self.shape.k
             g, h = self._to_b(d_mixer.left.mT.to(self.dtype)).mT, d_mixer.right[:, :k].to(self.dtype)
             d_rotation, hGt = cayley_backward_low_rank(g * self._scale, h, self.state.saved)
             return d_rotation, (g * hGt).sum(0)
-        dB = self._to_b(d_mixer[:, : self.shape.k])
+        dB = self._to_b(d_mixer[:, : self.shape.k].to(self.dtype))
         d_rotation = rotation_backward(
             dB * self._scale[:, None], self.state.saved, self.config.rotation, self.config.neumann_terms)
         return d_rotation, (dB * self.state.G).sum(1)
@@ -191,15 +208,11 @@ class Prepared(Matrices):
             dB[k - q :] += d_mixer[width + l :]
         return dB
 
-    def _outer_backward(self, d_columns: Tensor) -> Tensor:
+    def outer_reference_backward(self, d_columns: Tensor) -> Tensor:
+        """d outer by PyTorch."""
         shape, config, X = self.shape, self.config, self.state.X
-        if not shape.l:
-            return d_columns.new_zeros(shape.c, 0)
-        Y, U = self._outer_factors()
-        if self._host:
-            return host.outer_backward(
-                [self._outer], [Y], [U], [X.contiguous()], [d_columns.contiguous()], shape, config)[0]
-        L, dF = self._outer * shape.outer_scale(config), d_columns[:, : shape.l].contiguous()
+        Y, U = (f.to(self.dtype) for f in self.outer_factors())
+        L, dF = self.outer * shape.outer_scale(config), d_columns[:, : shape.l].contiguous()
         dQ = apply_complement_transposed(Y, dF, shape.d)
         dX = L.mT @ dQ
         if config.outer == "rotation":

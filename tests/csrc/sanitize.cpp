@@ -59,7 +59,7 @@ std::vector<T> inner(int k, int l, int q, Rotation rotation, int tokens, int cou
     for (int i = 0; i < count; i++) {
         InnerLayer<T> one{};
         one.packed = take(size_t(k) * (k - 1) / 2, 0.05);
-        one.scale = take(k, 1);
+        one.shift = take(k, 1);
         T* singular = take(width, 0);
         for (int j = 0; j < width; j++) singular[j] = T(1 + j);
         one.singular = singular;

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from cases import inner_cases, inner_layers, orthonormal, outer_cases, outer_layers, shifted, unprepared
 from helpers import assert_close, make_layer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +15,9 @@ from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear
 from ssvdo_kernels.config import LayerShape
-from ssvdo_kernels.factorize import Factors
 from ssvdo_kernels.ops import host
 from ssvdo_kernels.ops.dispatch import preparation
-from ssvdo_kernels.ops.preparation import Prepared, Rows
+from ssvdo_kernels.ops.preparation import Prepared, Rows, State
 
 if not host.available():
     pytest.skip("the compiled core was not built", allow_module_level=True)
@@ -27,61 +27,17 @@ ORDER = ("plain", "avx2", "avx512")
 BUILDS = ORDER[: ORDER.index(host.instruction_set()) + 1]
 
 
-def orthonormal(rows, columns):
-    return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64))[0].contiguous()
-
-
-def shifted(tensor, offset):
-    """The same numbers, contiguous, `offset` elements into another storage: of another alignment."""
-    storage = tensor.new_empty(tensor.numel() + offset)
-    storage[offset:] = tensor.flatten()
-    return storage[offset:].view(tensor.shape)
-
-
-KINDS = ("normal", "zero", "ill-conditioned", "duplicated", "one huge entry")
-
-
-def make_outer(kind, c, l):  # noqa: E741
-    if kind == "zero":
-        return torch.zeros(c, l, dtype=torch.float64)
-    L = torch.randn(c, l, dtype=torch.float64) / math.sqrt(c)
-    if kind == "ill-conditioned":
-        L = L * torch.logspace(0, -8, l, dtype=torch.float64)
-    elif kind == "duplicated":
-        L[:, -1] = L[:, 0]
-    elif kind == "one huge entry":
-        L[0, 0] = 1e4
-    return L
-
-
-@st.composite
-def outer_cases(draw):
-    d = draw(st.integers(1, 30))
-    c = draw(st.integers(1, 60))
-    return (d, c, draw(st.integers(1, min(c, d))), draw(st.sampled_from(KINDS)),
-            10 ** draw(st.floats(-8, 0)), draw(st.sampled_from(["rotation", "additive"])), draw(st.integers(0, 9)))
-
-
 @pytest.mark.parametrize("build", BUILDS)
 @given(case=outer_cases(), count=st.sampled_from([1, 3]))
 def test_outer_part(build, case, count):
-    d, c, l, kind, tau, outer, seed = case  # noqa: E741
-    torch.manual_seed(seed)
-    config = SSVDOConfig(outer_rank=l, tau=tau, outer=outer, outer_scale=1.0, backend="reference")
-    shape = LayerShape.of(c + d, d, config)
-    layers = []
-    for i in range(count):
-        basis = orthonormal(c + d, d)
-        factors = Factors(torch.eye(d, dtype=torch.float64)[:, : shape.width], torch.rand(shape.width).double() + 0.5,
-                          basis[:, :l].contiguous(), shifted(orthonormal(c + d, min(d, c)), i), basis[:, :0])
-        packed, scale = torch.zeros(shape.k * (shape.k - 1) // 2).double(), torch.zeros(shape.k).double()
-        layers.append(((packed, scale, shifted(make_outer(kind, c, l), i)), factors))
+    tau = case[4]
+    shape, config, layers = outer_layers(case, count)
     want = [Prepared(p, f, shape, config) for p, f in layers]
     outers, Y, U = [p[2] for p, _ in layers], [f.reflector for _, f in layers], [f.outer_basis for _, f in layers]
-    columns = [torch.full((c + d, l), float("nan"), dtype=torch.float64) for _ in layers]
+    columns = [torch.full((shape.large, shape.l), float("nan"), dtype=torch.float64) for _ in layers]
     X, info = host.outer_forward(outers, Y, U, columns, shape, config, build)
     assert info == [0] * count
-    dF = [shifted(torch.randn(c + d, l, dtype=torch.float64), i) for i in range(count)]
+    dF = [shifted(torch.randn(shape.large, shape.l, dtype=torch.float64), i) for i in range(count)]
     gradients = host.outer_backward(outers, Y, U, X, dF, shape, config, build)
     for i in range(count):
         # R^-1 and what is made of it err by the Gram matrix's condition
@@ -90,7 +46,7 @@ def test_outer_part(build, case, count):
         assert_close("X", X[i], want[i].state.X, tolerance)
         assert_close("F", columns[i], want[i].columns, tolerance)
         dX_norm = float(torch.linalg.matrix_norm(X[i], 2)) * condition  # the gradient's intermediate terms
-        reference = want[i]._outer_backward(dF[i])
+        reference = want[i].outer_reference_backward(dF[i])
         assert float((gradients[i] - reference).norm()) <= 64 * 2**-52 * condition * dX_norm * float(dF[i].norm())
 
 
@@ -114,60 +70,31 @@ def test_against_lapack(l, dtype):  # noqa: E741
     assert_close("X", X, torch.from_numpy(inverse).tril().mT, 2000 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("l", [1, 7, 40])
-def test_the_device_adjoint_by_a_team_of_one(l):  # noqa: E741
-    torch.manual_seed(0)
-    dX = torch.randn(l, l, dtype=torch.float64)
-    X = torch.triu(torch.randn(l, l, dtype=torch.float64) / math.sqrt(l)) + torch.eye(l, dtype=torch.float64)
-    phi = -torch.tril(dX.mT @ X)
-    phi.diagonal().mul_(0.5)
-    d_gram = X @ phi @ X.mT
-    scratch, S = torch.empty_like(X), torch.empty_like(X)
-    _C.gram_gradient("float64", dX.data_ptr(), X.data_ptr(), scratch.data_ptr(), S.data_ptr(), l)
-    assert_close("S", S, d_gram + d_gram.mT, 1e-13 * l)
-
-
-@st.composite
-def inner_cases(draw):
-    k = draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 130, 200])))
-    return (k, draw(st.integers(0, k + 5)), draw(st.integers(0, min(3, k))),
-            draw(st.sampled_from(["cayley", "neumann", "first_order"])), draw(st.sampled_from([0.0, 0.01, 0.3])),
-            draw(st.integers(0, 9)))
-
-
 @pytest.mark.parametrize("build", BUILDS)
 @given(case=inner_cases(), count=st.sampled_from([1, 3]))
 def test_inner_part(build, case, count):
     """Against the PyTorch path; sums of up to 200 terms a few deep, of numbers up to |1 / S| = 2."""
-    k, l, q, rotation, spread, seed = case  # noqa: E741
-    torch.manual_seed(seed)
-    spread /= max(1, k // 40)
-    config = SSVDOConfig(rotation=rotation, backend="reference")
-    shape = LayerShape(10 * k + 20, 10 * k, False, k, l)
-    draw = [torch.randn(n, dtype=torch.float64) for n in (k * (k - 1) // 2, k)]
-    packed = [shifted(spread * draw[0], i) for i in range(count)]
-    singular = [torch.rand(shape.width).double() + 0.5 for _ in range(count)]
-    scale = [s[:k] + spread * draw[1] for s in singular]
-    got = host.inner_forward(packed, scale, singular, q, shape, config, build)
+    k, l, q, rotation = case[:4]  # noqa: E741
+    shape, config, (packed, shift, singular) = inner_layers(case, count)
+    got = host.inner_forward(packed, shift, singular, q, shape, config, build)
     d_mixer = [torch.randn(shape.width + l + q, shape.width, dtype=torch.float64) for _ in range(count)]
-    arguments = packed, scale, singular, [g[0] for g in got], [g[1] for g in got]
+    arguments = packed, shift, singular, [g[0] for g in got], [g[1] for g in got]
     gradients = host.inner_backward(*arguments, d_mixer, q, shape, config, build=build)
     left, right = torch.randn(7, shape.width + l + q).double(), torch.randn(7, shape.width).double()
     for i in range(count):
-        made = Prepared.__new__(Prepared)
-        made.shape, made.config, made.null, made.dtype, made._host = shape, config, q, torch.float64, False
-        made._rotation, made._singular, made._scale = packed[i], singular[i], scale[i]
-        made._inverse = 1 / singular[i][: k - q]
-        G, saved, mixer = made._inner_forward()
-        made.state = type("State", (), {"G": G, "saved": saved})
+        made = unprepared(packed[i], shift[i], singular[i], q, shape, config)
+        G, saved, mixer = made.inner_reference()
+        made.state = State(G, saved, G)
         for name, a, b in zip(("G", "saved", "mixer"), got[i], (G, saved, mixer), strict=True):
             assert (a - b).abs().max() <= 1e-13 * (k + l), name  # entries of size 1, and N = 0 at K = 0
-        for name, a, b in zip(("packed", "scale"), gradients[i], made._inner_backward(d_mixer[i]), strict=True):
+        back = made.inner_reference_backward(d_mixer[i])
+        for name, a, b in zip(("packed", "scale"), gradients[i], back, strict=True):
             assert_close(name, a, b, 1e-11)
         if rotation == "cayley":
             rows = [left] * count, [right] * count
             few = host.inner_backward(*arguments, d_mixer, q, shape, config, rows, build)
-            for name, a, b in zip(("packed", "scale"), few[i], made._inner_backward(Rows(left, right)), strict=True):
+            back = made.inner_reference_backward(Rows(left, right))
+            for name, a, b in zip(("packed", "scale"), few[i], back, strict=True):
                 assert_close(name, a, b, 1e-11)
 
 

@@ -32,7 +32,7 @@ def test_everything_shipped_compiles_without_spills(dtype):
 
 
 def test_the_page_lists_what_is_shipped():
-    text = kernel_table.PAGE.read_text()
+    text = kernel_table.PAGE.read_text().split(kernel_table.END)[0]
     rows = re.findall(r"^\| (\w+) \| (\w+) \| ([^|]+) \|", text, re.M)
     want = {(kernel, dtype, kernel_table.describe(config)) for kernel, dtype, _, config
             in kernel_table.jobs([80], list(kernel_table.DTYPES))}  # fmt: skip

@@ -71,6 +71,17 @@ class Group:
         return [(layer, made, batch) for layer, made, _ in good]
 
 
+def group_alike(layers: Iterable[SSVDOLinear]) -> None:
+    """Puts layers of one shape and configuration into one group; a layer alone has none."""
+    alike: dict[tuple[object, ...], list[SSVDOLinear]] = {}
+    for layer in layers:
+        alike.setdefault((layer.shape, layer.config), []).append(layer)
+    for members in alike.values():
+        group = Group(members) if len(members) > 1 else None
+        for layer in members:
+            layer._group = group
+
+
 def one_node() -> bool:
     """Whether a batch's gradients may come from one node."""
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())

@@ -87,7 +87,7 @@ class SSVDOLinear(nn.Module):
         self, weight: Tensor, bias: nn.Parameter | None, factors: Factors, shape: LayerShape, config: SSVDOConfig
     ) -> None:
         super().__init__()
-        self.config, self.shape, self._spec = config, shape, encode(shape, config)
+        self._start(shape, config)
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
         k, zeros = shape.k, torch.zeros((), dtype=compute_dtype(weight.dtype), device=weight.device)
@@ -96,13 +96,17 @@ class SSVDOLinear(nn.Module):
         self.outer = nn.Parameter(zeros.new_zeros(shape.c, shape.l))
         for name, tensor in factors.tensors().items():
             self.register_buffer(name, tensor)
+        self.reset_parameters()
+
+    def _start(self, shape: LayerShape, config: SSVDOConfig) -> None:
+        """All state but tensors."""
+        self.config, self.shape, self._spec = config, shape, encode(shape, config)
         self.name = "layer"  # how errors call it
         self._merged = False
         self._cache: _Cache | None = None
         self._group: Group | None = None
         self._accumulating = False
         self._expected = 0
-        self.reset_parameters()
 
     @classmethod
     def from_linear(

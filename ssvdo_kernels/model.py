@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .config import LayerShape, SSVDOConfig
 from .factorize import check_weight
-from .group import Group
+from .group import group_alike
 from .linear import SSVDOLinear
 
 # Feed-forward layers: ESPnet (macaron too), Whisper / BART, wav2vec2 / BERT, LLaMA.
@@ -163,13 +163,7 @@ def apply_ssvdo(
 
 def group_layers(model: nn.Module) -> None:
     """Lets layers of one shape be prepared together. For models that were not made by `apply_ssvdo`, or were copied."""
-    alike: dict[tuple[object, ...], list[SSVDOLinear]] = {}
-    for _, layer in adapted_layers(model):
-        alike.setdefault((layer.shape, layer.config), []).append(layer)
-    for layers in alike.values():
-        group = Group(layers) if len(layers) > 1 else None
-        for layer in layers:
-            layer._group = group
+    group_alike(layer for _, layer in adapted_layers(model))
 
 
 def freeze_rest(model: nn.Module) -> None:

@@ -98,8 +98,7 @@ SSVDO_UNROLL
         };
         if (depth <= 0) return;
         fetch(0);
-        team.sync();  // nobody reads what `shared` held before
-        put(shared);
+        put(shared);  // which nobody reads any more: the last slice of an earlier `add` ended with a barrier
         team.sync();
         const int slices = (depth + K - 1) / K;
         for (int slice = 0; slice < slices; slice++) {

@@ -54,13 +54,12 @@ void run_outer(bool forward, const OuterShape& s, const Addresses& layers, const
             g.left[i] = reinterpret_cast<T*>(a[5]);
             g.d_outer[i] = forward ? nullptr : reinterpret_cast<T*>(a[6]);
         }
-        const auto at = [&](int index, ptrdiff_t size) { return reinterpret_cast<T*>(stacked[index]) + first * size; };
-        const ptrdiff_t square = ptrdiff_t(s.l) * s.l, tall = ptrdiff_t(s.r) * s.l;
-        g.gram = at(0, square), g.right = at(1, tall);
+        const auto at = [&](int index) { return reinterpret_cast<T*>(stacked[index]); };  // scratch: launches take turns
+        g.gram = at(0), g.right = at(1);
         if (forward)
             g.info = reinterpret_cast<int*>(stacked[2]) + first;
         else
-            g.more = at(2, square), g.pull = at(3, ptrdiff_t(s.c) * s.l);
+            g.more = at(2), g.pull = at(3);
         on_device(device, [&] { (forward ? table->forward : table->backward)(g, reinterpret_cast<void*>(stream)); });
     }
 }
@@ -87,9 +86,9 @@ void run_inner(bool forward, const InnerShape& s, const Addresses& layers, const
             g.d_packed[i] = forward ? nullptr : reinterpret_cast<T*>(a[6]);
             g.d_shift[i] = forward ? nullptr : reinterpret_cast<T*>(a[7]);
         }
-        g.work = reinterpret_cast<T*>(stacked[0]) + first * (forward ? 2 : 1) * ptrdiff_t(s.k) * s.k;
+        g.work = reinterpret_cast<T*>(stacked[0]);
         if (forward) {
-            g.norms = reinterpret_cast<T*>(stacked[1]) + first * max_blocks;
+            g.norms = reinterpret_cast<T*>(stacked[1]);
             g.gate = reinterpret_cast<unsigned*>(stacked[2]) + first;
             g.info = reinterpret_cast<int*>(stacked[3]) + first;
         }
@@ -134,6 +133,7 @@ void inner(bool forward, const std::string& dtype, const Addresses& layers, cons
 
 void bind_device(py::module_& m) {
     m.attr("max_blocks") = max_blocks;
+    m.attr("max_layers") = max_layers;
 #ifdef SSVDO_CUDA
     m.def("device_architectures", &device::architectures, "What the CUDA code was built for; \"\": not built.");
 #else

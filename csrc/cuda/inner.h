@@ -211,8 +211,7 @@ struct InvertKernel : InnerKernel<T> {
         }
         meet();
         T sum = 0;
-        for (int i = 0; i < blocks; i++) sum += norms[i];
-        meet();  // nobody writes the next norms before all have read these
+        for (int i = 0; i < blocks; i++) sum += norms[i];  // written again after the meeting that ends Newton's step
         return root(sum);
     }
 };

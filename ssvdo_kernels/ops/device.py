@@ -50,6 +50,11 @@ def _call(
     getattr(_C, function)(*names, rows, [t.data_ptr() for t in stacked], **where, **sizes)
 
 
+def _scratch(like: Tensor, layers: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Room for one launch's layers; the next launch on the stream may use it again."""
+    return [like.new_empty(min(layers, _C.max_layers), *shape) for shape in shapes]
+
+
 def _sizes(shape: LayerShape, config: SSVDOConfig, reflector: Tensor, ld: int) -> dict[str, Any]:
     return {"c": shape.c, "l": shape.l, "r": reflector.shape[1], "large": shape.large, "tau": config.tau, "ld": ld,
             "scale": shape.outer_scale(config), "rotation": config.outer == "rotation"}  # fmt: skip
@@ -73,7 +78,7 @@ def outer_forward(
     r = reflector[0].shape[1]
     inverse, left = like.new_empty(n, l, l), like.new_empty(n, r, l)
     _call("device_outer_forward", (outer, reflector, basis, columns, list(inverse), list(left)),
-          (like.new_empty(n, l, l), like.new_empty(n, r, l), info), like.dtype, reflector[0].dtype,
+          (*_scratch(like, n, (l, l), (r, l)), info), like.dtype, reflector[0].dtype,
           **_sizes(shape, config, reflector[0], columns[0].shape[1]))  # fmt: skip
     return inverse, left
 
@@ -91,7 +96,7 @@ def outer_backward(
     """d outer (c x l) from the gradient of `columns`, of which the first l columns count."""
     n, l, like = len(outer), shape.l, outer[0]  # noqa: E741
     d_outer, r = [torch.empty_like(p) for p in outer], reflector[0].shape[1]
-    scratch = [like.new_empty(n, rows, l) for rows in (l, r, l, shape.c)]
+    scratch = _scratch(like, n, (l, l), (r, l), (l, l), (shape.c, l))
     _call("device_outer_backward", (outer, reflector, basis, d_columns, inverse, left, d_outer), scratch, like.dtype,
           reflector[0].dtype, **_sizes(shape, config, reflector[0], d_columns[0].shape[1]))  # fmt: skip
     return d_outer
@@ -121,7 +126,7 @@ def inner_forward(
     G, saved = like.new_empty(n, k, k), like.new_empty(n, k, k)
     mixer = like.new_empty(n, shape.width + shape.l + null, shape.width)
     cayley = config.rotation == "cayley"
-    work = like.new_empty(n, 2 * k * k if cayley else 1), like.new_empty(n, _C.max_blocks)
+    work = _scratch(like, n, (2 * k * k if cayley else 1,), (_C.max_blocks,))
     outputs = [list(t) for t in (mixer, G, saved)]
     _call("device_inner_forward", (packed, shift, singular, *outputs), (*work, gate, info), like.dtype,
           **_inner_sizes(shape, config, null))  # fmt: skip
@@ -141,7 +146,7 @@ def inner_backward(
 ) -> list[tuple[Tensor, Tensor]]:
     """(d packed, d dS) of each layer from d mixer."""
     d_packed, d_shift = [torch.empty_like(p) for p in packed], [torch.empty_like(s) for s in shift]
-    work = shift[0].new_empty(len(packed), shape.k if config.rotation == "cayley" else 1, shape.k)
+    (work,) = _scratch(shift[0], len(packed), (shape.k if config.rotation == "cayley" else 1, shape.k))
     _call("device_inner_backward", (packed, shift, singular, d_mixer, G, saved, d_packed, d_shift), (work,),
           shift[0].dtype, **_inner_sizes(shape, config, null))  # fmt: skip
     return list(zip(d_packed, d_shift, strict=True))

@@ -1,0 +1,309 @@
+"""SSVD-O as a method of Hugging Face PEFT: after `import ssvdo_kernels.integrations.peft`,
+
+    model = peft.get_peft_model(model, peft.SSVDOConfig(target_modules=["fc1", "fc2"]))
+
+and `save_pretrained`, `PeftModel.from_pretrained`, `set_adapter`, `merge_and_unload` and their like work as for any
+other method. docs/peft.md lists what was tried. The factors of W0 are not saved: they are computed again from the base
+weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import peft
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import PeftType, register_peft_method
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from ..config import LayerShape
+from ..config import SSVDOConfig as CoreConfig
+from ..factorize import Factors, compute_dtype, factorize
+from ..group import group_alike
+from ..linear import SSVDOLinear
+
+_FC = ["fc1", "fc2"]
+_GATED = ["gate_proj", "up_proj", "down_proj"]
+_DENSE = ["intermediate_dense", "output_dense"]
+TARGETS = {
+    **dict.fromkeys(("whisper", "bart", "mbart", "opt", "speech_to_text", "marian", "m2m_100"), _FC),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"), _GATED),
+    **dict.fromkeys(("wav2vec2", "hubert", "wavlm", "unispeech"), _DENSE),
+    "t5": ["wi", "wo", "wi_0", "wi_1"],
+}  # model_type -> the feed-forward layers, where target_modules is None
+
+
+def _register_type() -> None:
+    """Adds SSVDO to PeftType, an enum that PEFT means to be closed."""
+    if "SSVDO" in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, "SSVDO")
+    member._name_, member._value_ = "SSVDO", "SSVDO"
+    type.__setattr__(PeftType, "SSVDO", member)
+    PeftType._member_names_.append("SSVDO")
+    PeftType._member_map_["SSVDO"] = PeftType._value2member_map_["SSVDO"] = member
+
+
+_register_type()
+
+
+@dataclass
+class SSVDOConfig(PeftConfig):  # type: ignore[misc]
+    """SSVD-O's hyper-parameters for PEFT; those of `ssvdo_kernels.SSVDOConfig`, and PEFT's ways of choosing layers.
+
+    Args:
+        inner_ratio, outer_rank, tau, rotation, outer, outer_scale, neumann_terms, backend: see
+            `ssvdo_kernels.SSVDOConfig`. A square layer has no complement and gets outer_rank 0.
+        init_angle: radians; the default, 0, starts at the base model exactly, as PEFT's methods do.
+        target_modules: list of suffixes, one regular expression or "all-linear"; None: the feed-forward layers of a
+            model type that is known.
+        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in LoraConfig.
+        inner_ratio_pattern, outer_rank_pattern: other values for single layers, by suffix or regular expression.
+        init_weights: False draws random adapters (for tests).
+        factor_cache: a folder in which factorisations are kept by weight content; None: none.
+
+    Raises:
+        ValueError: a value is out of range; the message names the argument, the value and what is allowed.
+    """
+
+    inner_ratio: float = field(default=0.5, metadata={"help": "share of the singular vectors that G rotates"})
+    outer_rank: int = field(default=64, metadata={"help": "how many vectors of the large side turn"})
+    tau: float = field(default=1e-2, metadata={"help": "regulariser of the Cholesky factor"})
+    rotation: str = field(default="cayley", metadata={"help": "cayley, neumann or first_order"})
+    outer: str = field(default="rotation", metadata={"help": "rotation or additive"})
+    outer_scale: str | float = field(default="balanced", metadata={"help": "balanced, or a number"})
+    init_angle: float = field(default=0.0, metadata={"help": "radians that outer vectors are turned by at first"})
+    neumann_terms: int = field(default=4, metadata={"help": "terms of rotation='neumann'"})
+    backend: str = field(default="auto", metadata={"help": "auto, reference or triton"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave alone"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained whole"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of layers to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
+    inner_ratio_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "by layer"})
+    outer_rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "by layer"})
+    init_weights: bool = field(default=True, metadata={"help": "start at the base model"})
+    factor_cache: str | None = field(default=None, metadata={"help": "folder for factorisations"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SSVDO
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform cannot be used when target_modules is a str; "
+                             "put the layers into the regular expression")  # fmt: skip
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform")
+        self.core("")
+
+    def core(self, key: str) -> CoreConfig:
+        """The configuration of the layer called `key`."""
+        ratios, ranks = self.inner_ratio_pattern or {}, self.outer_rank_pattern or {}
+        return CoreConfig(
+            inner_ratio=ratios.get(get_pattern_key(ratios.keys(), key), self.inner_ratio),
+            outer_rank=ranks.get(get_pattern_key(ranks.keys(), key), self.outer_rank), tau=self.tau,
+            rotation=self.rotation, outer=self.outer, outer_scale=self.outer_scale, init_angle=self.init_angle,
+            neumann_terms=self.neumann_terms, backend=self.backend)  # fmt: skip
+
+
+class _Engine(SSVDOLinear):
+    """The layer's arithmetic on weight, bias and parameters that a PEFT layer holds."""
+
+    _owner: Linear
+
+    def __init__(self, owner: Linear, adapter: str, factors: Factors, shape: LayerShape, config: CoreConfig) -> None:
+        nn.Module.__init__(self)
+        self._start(shape, config)
+        self.__dict__["_owner"], self._adapter = owner, adapter  # no child of this module: it is the parent
+        for name, tensor in factors.tensors().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        original = self._owner.ssvdo_original
+        return self._owner.get_base_layer().weight if original is None else original  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self._owner.get_base_layer().bias
+
+    @property
+    def inner_rotation(self) -> nn.Parameter:  # type: ignore[override]
+        return cast(nn.Parameter, self._owner.ssvdo_inner_rotation[self._adapter])
+
+    @property
+    def inner_scale(self) -> nn.Parameter:  # type: ignore[override]
+        return cast(nn.Parameter, self._owner.ssvdo_inner_scale[self._adapter])
+
+    @property
+    def outer(self) -> nn.Parameter:  # type: ignore[override]
+        return cast(nn.Parameter, self._owner.ssvdo_outer[self._adapter])
+
+
+class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A linear layer with any number of SSVD-O adapters. Several active ones add their changes of W0."""
+
+    adapter_layer_names = ("ssvdo_inner_rotation", "ssvdo_inner_scale", "ssvdo_outer")
+    other_param_names = ()
+
+    ssvdo_inner_rotation: nn.ParameterDict
+    ssvdo_inner_scale: nn.ParameterDict
+    ssvdo_outer: nn.ParameterDict
+    ssvdo_original: Tensor | None
+    base_layer: nn.Linear
+    if TYPE_CHECKING:  # what BaseTunerLayer has
+        weight: Tensor
+        merged: bool
+        disable_adapters: bool
+        active_adapters: list[str]
+        get_base_layer: Callable[[], nn.Linear]
+        set_adapter: Callable[..., None]
+        _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: SSVDOConfig, key: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.ssvdo_engines = nn.ModuleDict()
+        self.register_buffer("ssvdo_original", None, persistent=False)  # W0, while adapters are merged
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, key)
+
+    def update_layer(self, adapter_name: str, config: SSVDOConfig, key: str) -> None:
+        """Adds an adapter.
+
+        Raises:
+            ValueError: the sizes do not fit this layer, or its weight is on the meta device or not finite.
+        """
+        weight = self.get_base_layer().weight if self.ssvdo_original is None else self.ssvdo_original
+        own = config.core(key)
+        if self.in_features == self.out_features:
+            own = CoreConfig(**{**own.to_dict(), "outer_rank": 0})
+        try:
+            shape = LayerShape.of(self.out_features, self.in_features, own)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}; see outer_rank_pattern") from None
+        factors = factorize(weight, shape, name=f"{key}.weight", cache_dir=config.factor_cache)
+        dtype, k = compute_dtype(weight.dtype), shape.k
+        for name, size in zip(self.adapter_layer_names, ((k * (k - 1) // 2,), (k,), (shape.c, shape.l)), strict=True):
+            getattr(self, name)[adapter_name] = nn.Parameter(torch.zeros(size, dtype=dtype, device=weight.device))
+        engine = _Engine(self, adapter_name, factors, shape, own)
+        engine.name = key
+        self.ssvdo_engines[adapter_name] = engine
+        self._initialise(engine, config)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def _initialise(self, engine: _Engine, config: SSVDOConfig) -> None:
+        if engine.outer.is_meta:  # PEFT fills in what it loads
+            return
+        if config.init_weights:
+            return engine.reset_parameters()
+        shape = engine.shape
+        engine.inner_rotation.normal_(0, 0.3 / shape.k**0.5)
+        engine.inner_scale.normal_(0, 0.05 * float(engine.singular_values[0]))
+        if shape.l:
+            engine.outer.normal_(0, 0.3 * (engine.config.tau / shape.c) ** 0.5 / shape.outer_scale(engine.config))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.ssvdo_engines:
+            del self.ssvdo_engines[adapter_name]
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts the adapted weight into the base layer; W0 is kept beside it.
+
+        Raises:
+            ValueError: safe_merge, and the adapted weight is not finite; nothing is changed.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.ssvdo_engines]
+        if not names:
+            return
+        base = self.get_base_layer()
+        original = base.weight.data if self.ssvdo_original is None else self.ssvdo_original
+        made = base.weight.data
+        for name in names:
+            adapted = cast(_Engine, self.ssvdo_engines[name]).adapted_weight()
+            made = adapted if made is original else made + (adapted - original)
+            if safe_merge and not torch.isfinite(made).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.ssvdo_original, base.weight.data = original, made
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Gives the base layer the bits of W0 back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        assert self.ssvdo_original is not None
+        self.get_base_layer().weight.data, self.ssvdo_original = self.ssvdo_original, None
+        self.merged_adapters.clear()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y = x W'^T + b."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [n for n in self.active_adapters if n in self.ssvdo_engines]
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        kind, given = self.weight.device.type, x.dtype
+        autocast = torch.is_autocast_enabled(kind)
+        if not autocast:
+            x = self._cast_input_dtype(x, self.weight.dtype)
+        y: Tensor = self.ssvdo_engines[names[0]](x)
+        for name in names[1:]:
+            y = y + (self.ssvdo_engines[name](x) - self.base_layer(x))
+        return y if autocast else y.to(given)
+
+    def __repr__(self) -> str:
+        return "ssvdo." + super().__repr__()
+
+
+class SSVDOModel(BaseTuner):  # type: ignore[misc]
+    """The adapted model, as `get_peft_model` makes it."""
+
+    prefix = "ssvdo_"
+    tuner_layer_cls = Linear
+    target_module_mapping = TARGETS
+
+    def _create_and_replace(
+        self,
+        peft_config: SSVDOConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, Linear):
+            return target.update_layer(adapter_name, peft_config, current_key)
+        if type(target) is not nn.Linear:
+            raise ValueError(f"Target module {current_key} is a {type(target).__module__}.{type(target).__qualname__}, "
+                             "which is not supported; allowed: torch.nn.Linear itself (not quantised, no subclass)")
+        made = Linear(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            made.requires_grad_(False)
+        self._replace_module(parent, target_name, made, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = [m for m in model.modules() if isinstance(m, Linear) and adapter_name in m.ssvdo_engines]
+        group_alike(cast(_Engine, layer.ssvdo_engines[adapter_name]) for layer in layers)
+
+
+if "SSVDO" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name="ssvdo", config_cls=SSVDOConfig, model_cls=SSVDOModel, prefix="ssvdo_")
+    peft.SSVDOConfig, peft.SSVDOModel = SSVDOConfig, SSVDOModel

@@ -1,0 +1,339 @@
+"""PEFT's own cases for custom models (its tests/test_custom_models.py and testing_common.py), rewritten for SSVD-O."""
+
+import copy
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft", reason="peft is not installed")
+import peft
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import ssvdo_kernels.integrations.peft as integration
+from ssvdo_kernels import SSVDOConfig as CoreConfig
+from ssvdo_kernels import gradient_accumulation, reference
+from ssvdo_kernels.integrations.peft import Linear, SSVDOConfig
+
+
+class MLP(nn.Module):
+    def __init__(self, bias=True):
+        super().__init__()
+        self.lin0 = nn.Linear(10, 24, bias=bias)
+        self.relu = nn.ReLU()
+        self.lin1 = nn.Linear(24, 8, bias=bias)
+        self.square = nn.Linear(8, 8, bias=bias)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.square(self.lin1(self.relu(self.lin0(x)))))
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 20), "down": nn.Linear(20, 8)}) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer["down"](torch.relu(layer["up"](x)))
+        return x
+
+
+CASES = {
+    "lin0": {"target_modules": "lin0"},
+    "list": {"target_modules": ["lin0", "lin1"]},
+    "regex": {"target_modules": r"lin\d"},
+    "all-linear": {"target_modules": "all-linear"},
+    "square": {"target_modules": ["square"]},
+    "first order": {"target_modules": ["lin0", "lin1"], "rotation": "first_order", "outer": "additive"},
+    "ssvd": {"target_modules": ["lin0"], "outer_rank": 0},
+    "modules_to_save": {"target_modules": ["lin0"], "modules_to_save": ["head"]},
+    "angle": {"target_modules": ["lin0", "lin1"], "init_angle": 0.1},
+}
+cases = pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+
+
+def base(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return MLP().to(dtype).eval()
+
+
+def adapt(model, adapter="default", **options):
+    options.setdefault("outer_rank", 3)
+    return get_peft_model(model, SSVDOConfig(**options), adapter_name=adapter)
+
+
+def x_of(dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(7, 10).to(dtype)
+
+
+def same(a, b):
+    """To rounding: the planner may take another form of the layer once more tokens have passed."""
+    return torch.allclose(a, b, atol=1e-6)
+
+
+def train(model, x, steps=3, lr=0.01):
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        model(x).square().sum().backward()
+        optimiser.step()
+
+
+@cases
+def test_starts_at_the_base_model_and_trains_the_adapter_alone(options):
+    plain, model = base(), adapt(base(), **options)
+    if "init_angle" not in options:
+        assert torch.allclose(model(x_of()), plain(x_of()), atol=1e-5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, x_of())
+    for name, p in model.named_parameters():
+        trained = "ssvdo_" in name or "modules_to_save" in name
+        assert p.requires_grad == trained, name
+        if trained and p.numel():
+            assert not torch.equal(p, before[name]), name
+        elif not trained:
+            assert torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_output_is_the_equations(dtype):
+    model = adapt(base(dtype), target_modules=["lin0"], init_weights=False)
+    layer = model.base_model.model.lin0
+    engine = layer.ssvdo_engines["default"]
+    x = x_of(dtype)
+    wide = [p.detach().double() for p in engine.adapter_parameters]
+    with torch.no_grad():
+        want = reference.linear(x.double(), layer.weight.double(), layer.bias.double(), *wide, config=engine.config)
+    tolerance = (64 if dtype.itemsize > 2 else 8) * torch.finfo(dtype).eps * float(want.abs().max())
+    assert float((layer(x).double() - want).detach().abs().max()) <= tolerance
+    assert float((want - layer.base_layer(x).double()).abs().max()) > 100 * tolerance or dtype.itemsize == 2
+
+
+@cases
+def test_save_and_load(options, tmp_path):
+    model = adapt(base(), init_weights=False, **options)
+    train(model, x_of())
+    want = model(x_of())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "SSVDO" and config["outer_rank"] == options.get("outer_rank", 3)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors and all("ssvdo_" in name or "head" in name for name in tensors)
+    for low in (False, True):
+        loaded = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=low)
+        assert torch.equal(loaded(x_of()), want)
+        assert not any(p.requires_grad for p in loaded.parameters())
+    trainable = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    assert any(p.requires_grad for p in trainable.parameters())
+    renamed = PeftModel.from_pretrained(base(), tmp_path, adapter_name="other")
+    assert torch.equal(renamed(x_of()), want)
+
+
+@cases
+def test_merging(options):
+    model = adapt(base(), init_weights=False, **options)
+    x, plain = x_of(), base()
+    want, bits = model(x), model.base_model.model.lin0.weight.detach().clone()
+    model.merge_adapter()
+    assert torch.allclose(model(x), want, atol=1e-4)
+    model.merge_adapter()  # once merged, merging again changes nothing
+    assert torch.allclose(model(x), want, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model.lin0.weight, bits) and same(model(x), want)
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    assert torch.allclose(merged(x), want, atol=1e-4)
+    assert not any(isinstance(m, Linear) for m in merged.modules())
+    assert {type(m) for m in merged.modules()} == {type(m) for m in plain.modules()}
+    unloaded = model.unload()
+    assert torch.equal(unloaded.lin0.weight, plain.lin0.weight)
+    if "modules_to_save" not in options:
+        assert torch.equal(unloaded(x), plain(x))
+
+
+def test_safe_merge_of_a_broken_adapter_changes_nothing():
+    model = adapt(base(), target_modules=["lin0"])
+    layer, bits = model.base_model.model.lin0, base().lin0.weight
+    with torch.no_grad():
+        layer.ssvdo_inner_scale["default"][0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_and_unload(safe_merge=True)
+    assert torch.equal(layer.weight, bits) and not layer.merged
+
+
+@cases
+def test_disabled_adapters_are_the_base_model(options):
+    plain, model, x = base()(x_of()), adapt(base(), init_weights=False, **options), x_of()
+    adapted = model(x)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain)
+    assert same(model(x), adapted)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain)
+
+
+def test_several_adapters():
+    x, plain = x_of(), base()(x_of())
+    model = adapt(base(), target_modules=["lin0"], init_weights=False)
+    first = model(x)
+    model.add_adapter("second", SSVDOConfig(target_modules=["lin0", "lin1"], outer_rank=2, inner_ratio=1.0,
+                                            init_weights=False))  # fmt: skip
+    assert same(model(x), first)  # not active yet
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "second" in n)
+    model.set_adapter("second")
+    second = model(x)
+    assert not torch.allclose(second, first, atol=1e-3)
+    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad} == {"second"}
+    model.base_model.set_adapter(["default", "second"])
+    both, layer = model.base_model.model.lin0(x), model.base_model.model.lin0
+    alone = [layer.ssvdo_engines[n](x) for n in ("default", "second")]
+    assert torch.allclose(both, alone[0] + alone[1] - layer.base_layer(x), atol=1e-5)
+    want = model(x)
+    model.merge_adapter()
+    assert torch.allclose(model(x), want, atol=1e-4)
+    model.unmerge_adapter()
+    model.base_model.merge_adapter(["second"])
+    assert layer.merged_adapters == ["second"]
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    assert same(model(x), first)
+    with pytest.raises(ValueError, match="not found"):
+        model.set_adapter("third")
+    model.delete_adapter("second")
+    assert set(layer.ssvdo_engines) == {"default"} == set(layer.ssvdo_outer)
+    assert not any("second" in name for name in model.state_dict()) and same(model(x), first)
+    model.add_adapter("third", SSVDOConfig(target_modules=["lin0"], outer_rank=1))
+    with pytest.warns(UserWarning, match="Setting active adapter to third"):
+        model.delete_adapter("default")
+    assert same(model(x), plain) and layer.active_adapters == ["third"]
+
+
+def test_adapters_of_other_names_are_saved_side_by_side(tmp_path):
+    model = adapt(base(), "one", target_modules=["lin0"], init_weights=False)
+    model.add_adapter("two", SSVDOConfig(target_modules=["lin1"], outer_rank=1, init_weights=False))
+    model.set_adapter("two")
+    want = model(x_of())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "one", adapter_name="one")
+    loaded.load_adapter(tmp_path / "two", adapter_name="two")
+    loaded.set_adapter("two")
+    assert torch.equal(loaded(x_of()), want)
+
+
+def test_choosing_layers():
+    def found(**options):
+        model = get_peft_model(Deep(), SSVDOConfig(**{"outer_rank": 3, **options}))
+        return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, Linear)}
+
+    everything = {f"layers.{i}.{n}" for i in range(4) for n in ("up", "down")}
+    assert set(found(target_modules="all-linear")) == everything
+    assert set(found(target_modules=["up"])) == {n for n in everything if n.endswith("up")}
+    assert set(found(target_modules=["up", "down"], exclude_modules=["layers.0.up"])) == everything - {"layers.0.up"}
+    assert set(found(target_modules=["up"], layers_to_transform=[1, 3], layers_pattern="layers")) == {
+        "layers.1.up", "layers.3.up"}
+    by_layer = found(target_modules=["up", "down"], outer_rank_pattern={"up": 5, r"layers\.2\.down": 0},
+                     inner_ratio_pattern={r"layers\.1\.up": 1.0})  # fmt: skip
+    engines = {n: m.ssvdo_engines["default"].shape for n, m in by_layer.items()}
+    assert (engines["layers.0.up"].l, engines["layers.2.down"].l, engines["layers.3.down"].l) == (5, 0, 3)
+    assert (engines["layers.1.up"].k, engines["layers.0.up"].k) == (8, 4)
+
+
+def test_trainable_parameters_are_counted(capsys):
+    model = adapt(base(), target_modules=["lin0", "square"], inner_ratio=0.5, outer_rank=3)
+    k, ks = 5, 4
+    assert model.get_nb_trainable_parameters()[0] == k * (k + 1) // 2 + 14 * 3 + ks * (ks + 1) // 2
+    model.print_trainable_parameters()
+    assert "trainable params: 67" in capsys.readouterr().out
+
+
+BAD = [
+    ({"inner_ratio": 0.0}, "inner_ratio=0.0"), ({"outer_rank": -1}, "outer_rank=-1"),
+    ({"rotation": "x"}, "rotation='x'"),
+    ({"target_modules": "lin0", "layers_to_transform": [0]}, "layers_to_transform"),
+    ({"layers_pattern": "layers", "target_modules": ["lin0"]}, "layers_pattern"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, message", BAD)
+def test_a_bad_config_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SSVDOConfig(**options)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"lin0: outer_rank=11 is too large .* outer_rank_pattern"):
+        adapt(base(), target_modules=["lin0"], outer_rank=11)
+    with pytest.raises(ValueError, match=r"Target module relu is a torch\.nn\.modules\.activation\.ReLU"):
+        adapt(base(), target_modules=["relu"])
+    with pytest.raises(ValueError, match=r"lin0\.weight"), torch.device("meta"):
+        adapt(MLP(), target_modules=["lin0"])
+    with pytest.raises(ValueError, match="target_modules"):
+        adapt(base())
+
+
+def test_copies_and_pickles():
+    model = adapt(base(), target_modules=["lin0", "lin1"], init_weights=False)
+    want = model(x_of())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x_of()), want)
+        train(twin, x_of())
+        assert not torch.allclose(twin(x_of()), want, atol=1e-4)
+        assert torch.allclose(model(x_of()), want, atol=1e-6)
+
+
+def test_gradients_flow_in_groups_with_checkpointing_and_accumulation():
+    torch.manual_seed(0)
+    model = get_peft_model(Deep(), SSVDOConfig(target_modules="all-linear", outer_rank=3, init_weights=False))
+    groups = {id(m.ssvdo_engines["default"]._group) for m in model.modules() if isinstance(m, Linear)}
+    assert len(groups) == 2
+    x = torch.randn(5, 8)
+    model(x).square().sum().backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    for how in ("checkpoint", "accumulate"):
+        model.zero_grad()
+        if how == "checkpoint":
+            torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).square().sum().backward()
+        else:
+            with gradient_accumulation(model):
+                model(x).square().sum().backward()
+        for n, p in model.named_parameters():
+            assert not p.requires_grad or torch.allclose(p.grad, want[n], atol=1e-5), (how, n)
+
+
+def test_autocast_and_half_precision():
+    model = adapt(base(torch.bfloat16), target_modules=["lin0"], init_weights=False)
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "ssvdo_" in n)
+    assert model(x_of(torch.bfloat16)).dtype == torch.bfloat16
+    model = adapt(base(), target_modules=["lin0"], init_weights=False)
+    want = model(x_of())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(model(x_of()).float(), want, atol=0.1)
+
+
+def test_a_change_of_dtype_takes_the_engines_along():
+    model = adapt(base(), target_modules=["lin0"], init_weights=False)
+    want = model(x_of())
+    assert torch.allclose(model.double()(x_of(torch.float64)).float(), want, atol=1e-5)
+
+
+def test_the_core_config_is_the_same():
+    fields = set(CoreConfig.__dataclass_fields__) - {"orientation", "path", "target_modules", "exclude_modules"}
+    ours, defaults = SSVDOConfig(), CoreConfig()
+    assert all(getattr(ours, f) == getattr(defaults, f) for f in fields - {"init_angle"}) and ours.init_angle == 0
+
+
+def test_importing_twice_registers_once():
+    import importlib
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importlib.reload(integration)
+    assert peft.PeftType.SSVDO == "SSVDO" and peft.PeftType("SSVDO") is peft.PeftType.SSVDO

@@ -1,11 +1,12 @@
-"""Whisper, wav2vec2 and a LLaMA-type model (random weights): trained by Trainer, saved, resumed, merged, generated from."""
+"""Whisper, wav2vec2 and a LLaMA-type model (random weights): trained by Trainer, saved, resumed, merged; generation."""
 
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
+import transformers
 from peft import PeftModel, get_peft_model
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, load_ssvdo, merge_ssvdo, save_ssvdo
@@ -28,7 +29,8 @@ def wav2vec2():
         vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
         conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
         num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, mask_time_prob=0.0, ctc_zero_infinity=True,
-        hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0)
+        hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0,
+        layerdrop=0.0)
     row = {"input_values": torch.randn(400), "labels": torch.randint(1, 20, (5,))}
     return transformers.Wav2Vec2ForCTC(config), row
 

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, compute_dtype, factorize
 from .group import Batch, Group, one_node
-from .ops import own_dtypes
+from .ops import lasting, own_dtypes
 from .ops.dispatch import token_path
 from .ops.library import encode, functional_linear
 from .ops.linear import adapted_linear
@@ -168,6 +168,7 @@ class SSVDOLinear(nn.Module):
         """The buffers as one `Factors`."""
         return Factors(*(getattr(self, name) for name in FACTOR_NAMES))
 
+    @lasting
     def prepared(self) -> Prepared:
         """The prepared matrices for the current parameters (kept until a parameter changes)."""
         return self._current().prepared
@@ -299,6 +300,7 @@ class SSVDOLinear(nn.Module):
         alike = ("factored", "folded")
         return form if form == first or (form in alike and first in alike) else first
 
+    @lasting
     def forward(self, x: Tensor) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features)."""
         kind = self.weight.device.type
@@ -325,6 +327,7 @@ class SSVDOLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     # -- the dense weight --------------------------------------------------------------------------------------------
+    @lasting
     @torch.no_grad()
     @own_dtypes()
     def adapted_weight(self) -> Tensor:

@@ -36,6 +36,21 @@ def counted(monkeypatch):
 X = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("forwards", [1, 40])
+def test_inference_mode_leaves_nothing_that_training_cannot_use(forwards):
+    layer = make_layer(24, 8, outer_rank=3)
+    x = torch.randn(50, 8, dtype=torch.float64)
+    want = layer(x).detach()
+    layer.refresh()
+    with torch.inference_mode():
+        for _ in range(forwards):  # later ones build the folded matrices
+            assert_close("y", layer(x), want, 1e-12)
+        layer.merge()
+        layer.unmerge()
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.adapter_parameters)
+
+
 def test_prepared_once_for_accumulation_evaluation_and_generation(counted):
     layer = make_layer(24, 8, outer_rank=3)
     for _ in range(3):

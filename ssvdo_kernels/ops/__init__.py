@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,3 +18,19 @@ def own_dtypes() -> Iterator[None]:
     """
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def lasting(function: _Function) -> _Function:
+    """Runs `function` outside of inference mode, where called inside: training may use what it keeps."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]

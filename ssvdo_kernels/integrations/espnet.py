@@ -1,0 +1,293 @@
+"""SSVD-O in ESPnet: after `import ssvdo_kernels.integrations.espnet`, a recipe's
+
+    use_adapter: true
+    adapter: lora
+    adapter_conf: {adapter_type: ssvdo, inner_ratio: 0.5, outer_rank: 64, target_modules: [feed_forward.w_1]}
+
+adapts those layers. ESPnet builds the model, then the adapter and the optimiser, and loads the pretrained weights last;
+so a layer is factorised at its first forward, and again where its weight has become another. W0 is never written to:
+what ESPnet saves is W0 and the adapter (save_strategy all), or the adapter alone (adapter_only, required_grad_only); with
+"all" and "adapter_only" also the singular values it was trained on, by which a wrong base is recognised. Names contain
+"lora_", by which ESPnet chooses what to train and save.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LayerShape, SSVDOConfig
+from ..factorize import Factors, compute_dtype, content_key, factorize
+from ..group import group_alike
+from ..linear import SSVDOLinear, _stamp
+from ..model import exchange, matches
+from ..ops import lasting
+
+FEED_FORWARD = ("feed_forward.w_1", "feed_forward.w_2")
+_FACTORS = ("inner_basis", "outer_basis", "reflector", "null_basis")
+_log = logging.getLogger(__name__)
+
+
+class DeferredSSVDOLinear(SSVDOLinear):
+    """An SSVDOLinear made before its pretrained weight is there; arguments as ESPnet's adapter classes have them.
+
+    Args:
+        in_features, out_features, bias: as nn.Linear.
+        r, lora_alpha: ignored; outer_rank and inner_ratio say how much is trained.
+        lora_dropout: must be 0.
+        cache_dir: see `factorize`.
+        options: fields of SSVDOConfig. A square layer gets outer_rank 0.
+
+    Raises:
+        ValueError: a size does not fit. (Forward) RuntimeError: the adapter was trained on another weight.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        r: int = 0,
+        lora_alpha: int = 1,
+        lora_dropout: float = 0.0,
+        cache_dir: str | None = None,
+        **options: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        if lora_dropout:
+            raise ValueError(f"lora_dropout={lora_dropout} is not supported; allowed: 0")
+        if in_features == out_features:
+            options = {"outer_rank": 0, **{k: v for k, v in options.items() if k != "outer_rank"}}
+        config = SSVDOConfig(**options)
+        shape = LayerShape.of(out_features, in_features, config)
+        self._start(shape, config)
+        plain = nn.Linear(in_features, out_features, bias)
+        self.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
+        self.register_parameter("bias", plain.bias)
+        self.lora_inner_rotation = nn.Parameter(torch.zeros(shape.k * (shape.k - 1) // 2))
+        self.lora_inner_scale = nn.Parameter(torch.zeros(shape.k))
+        self.lora_outer = nn.Parameter(torch.zeros(shape.c, shape.l))
+        self.register_buffer("lora_singular_values", torch.zeros(shape.width))  # those trained on; 0: not known yet
+        self.register_buffer("own_singular_values", torch.zeros(shape.width), persistent=False)
+        for name in _FACTORS:
+            self.register_buffer(name, torch.zeros(0), persistent=False)
+        self._cache_dir, self._key, self._made_for = cache_dir, "", None
+        self.reset_parameters()
+
+    lora_singular_values: Tensor
+    own_singular_values: Tensor
+    _made_for: tuple[object, ...] | None
+
+    @property
+    def inner_rotation(self) -> nn.Parameter:  # type: ignore[override]
+        return self.lora_inner_rotation
+
+    @property
+    def inner_scale(self) -> nn.Parameter:  # type: ignore[override]
+        return self.lora_inner_scale
+
+    @property
+    def outer(self) -> nn.Parameter:  # type: ignore[override]
+        return self.lora_outer
+
+    @property
+    def singular_values(self) -> Tensor:  # type: ignore[override]
+        return self.own_singular_values
+
+    def factors(self) -> Factors:
+        self._factorise()
+        return super().factors()
+
+    @lasting
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x W'^T + b."""
+        if not torch.compiler.is_compiling():  # compile after one eager forward
+            self._factorise()
+        return super().forward(x)
+
+    def _factorise(self) -> None:
+        stamp = _stamp(self.weight)
+        if stamp != self._made_for:
+            self._make_factors(stamp)
+
+    @lasting
+    @torch.no_grad()
+    def _make_factors(self, stamp: tuple[object, ...]) -> None:
+        """Makes the factors of the weight if it is another than that of the factors at hand."""
+        key = content_key(self.weight, self.shape)
+        if key != self._key:
+            found = factorize(self.weight, self.shape, name=f"{self.name}.weight", cache_dir=self._cache_dir)
+            for name in _FACTORS:
+                setattr(self, name, getattr(found, name))
+            self.own_singular_values = found.singular_values
+        trained, own = self.lora_singular_values, self.own_singular_values
+        if bool(trained.any()) and float((trained - own).abs().max()) > 4e-3 * float(own.max()):  # bf16's rounding
+            raise RuntimeError(
+                f"{self.name}: this adapter was trained on another base weight (largest singular value "
+                f"{float(trained.max()):.6g}, the weight's {float(own.max()):.6g}); load the base that it belongs to")
+        trained.copy_(own)
+        self._key, self._made_for = key, stamp
+        self.weight.requires_grad_(False)
+        self.refresh()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        base, known = (prefix + name in state_dict for name in ("weight", "lora_singular_values"))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._made_for = None
+        if base and not known:
+            self.lora_singular_values.zero_()
+            _log.info("%s: the checkpoint holds a weight and no SSVD-O adapter; the adapter stays as it is", self.name)
+
+
+def create_ssvdo_adapter(
+    model: nn.Module,
+    target_modules: Sequence[str] = FEED_FORWARD,
+    bias_type: str | None = "none",
+    cache_dir: str | None = None,
+    **options: Any,
+) -> None:
+    """Adapts the layers named in `target_modules`, in place, freezes the rest and ends in eval(), as ESPnet does.
+
+    Args:
+        model: any module; its pretrained weights may be loaded before or afterwards.
+        target_modules: suffixes of linear layers' names. Whisper in ESPnet: query, key, value, attn.out, mlp.0, mlp.2.
+        bias_type: "none" trains no bias, "all" every bias of the model, "lora_only" those of adapted layers.
+        cache_dir: a folder in which factorisations are kept by weight content.
+        options: fields of SSVDOConfig: inner_ratio, outer_rank, tau, rotation, ...
+
+    Raises:
+        ValueError: nothing matches, a value is out of range, or a layer is adapted already; nothing is changed.
+        TypeError: a named layer is no plain nn.Linear.
+    """
+    if bias_type not in ("none", "all", "lora_only", None):
+        raise ValueError(f"bias_type={bias_type!r} is unknown; allowed: 'none', 'all', 'lora_only'")
+    known = {f.name for f in fields(SSVDOConfig)} - {"target_modules", "exclude_modules", "orientation"}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"unknown options {unknown}; allowed: {sorted(known)}")
+    found = {name: m for name, m in model.named_modules() if matches(name, tuple(target_modules))}
+    if not found:
+        raise ValueError(f"Target modules {list(target_modules)} not found in the base model.")
+    made: dict[int, nn.Module] = {}
+    for name, linear in found.items():
+        if isinstance(linear, SSVDOLinear):
+            raise ValueError(f"{name} is adapted already; one adapter is enough")
+        if type(linear) is not nn.Linear:
+            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+            raise TypeError(f"{name} is a {kind}; allowed: torch.nn.Linear")
+        made[id(linear)] = _deferred(name, linear, cache_dir, options)
+    exchange(model, made)
+    layers = [m for m in model.modules() if isinstance(m, DeferredSSVDOLinear)]
+    own = {id(layer.bias) for layer in layers}
+    for name, parameter in model.named_parameters():
+        biases = name.rsplit(".", 1)[-1] == "bias" if bias_type == "all" else id(parameter) in own
+        parameter.requires_grad_("lora_" in name or (bias_type in ("all", "lora_only") and biases))
+    group_alike(layers)
+    model.eval()
+
+
+def _deferred(name: str, linear: nn.Linear, cache_dir: str | None, options: Mapping[str, Any]) -> DeferredSSVDOLinear:
+    try:
+        layer = DeferredSSVDOLinear(linear.in_features, linear.out_features, linear.bias is not None,
+                                    cache_dir=cache_dir, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    layer.name = name
+    weight = linear.weight
+    layer.to(device=weight.device, dtype=compute_dtype(weight.dtype))
+    layer.weight = cast(nn.Parameter, linear.weight)
+    layer.bias = cast("nn.Parameter | None", linear.bias)
+    return layer
+
+
+def from_espnet_ssvd(state_dict: Mapping[str, Tensor]) -> dict[str, SSVDOLinear]:
+    """Layers of a trained ESPnet SSVD checkpoint, by name.
+
+    W' = U diag(s_pre + s sigmoid(gate)) blockdiag(I - 2K, I) V^T, of W'^T where in_features > out_features. The base
+    weight is made from the checkpoint's own factors, as ESPnet saves the merged one under `weight`.
+
+    Args:
+        state_dict: with `u`, `v`, `s_pre`, `s`, `gate`, `K_vec`, and `bias` if there is one, below each layer's name.
+
+    Raises:
+        ValueError: no such layer, or one that lacks a tensor or was never factorised.
+    """
+    names = [key.removesuffix("K_vec") for key in state_dict if key == "K_vec" or key.endswith(".K_vec")]
+    if not names:
+        raise ValueError("state_dict holds no ESPnet SSVD layer (no key ends in 'K_vec')")
+    return {name.removesuffix("."): _from_ssvd(name, state_dict) for name in names}
+
+
+@torch.no_grad()
+def _from_ssvd(prefix: str, state_dict: Mapping[str, Tensor]) -> SSVDOLinear:
+    missing = [n for n in ("u", "v", "s_pre", "s", "gate", "weight") if prefix + n not in state_dict]
+    if missing:
+        raise ValueError(f"{prefix}K_vec stands without {missing}")
+    u, v, singular, s, gate, saved, packed = (
+        state_dict[prefix + n] for n in ("u", "v", "s_pre", "s", "gate", "weight", "K_vec"))
+    if not bool(state_dict.get(prefix + "svd_initialized", torch.tensor(True))):
+        raise ValueError(f"{prefix}svd_initialized is False: the checkpoint was saved before the layer was factorised")
+    (rows, columns), k, d = saved.shape, s.numel(), singular.numel()
+    shape = LayerShape(rows, columns, rows < columns, k, 0)
+    config = SSVDOConfig(inner_ratio=min(1.0, (k + 0.5) / d), outer_rank=0, rotation="first_order")
+    dtype = compute_dtype(saved.dtype)
+    info = torch.finfo(dtype)
+    floor = max(float(singular.max()) * info.eps * shape.large, info.tiny / info.eps)
+    q = int((singular[:k] <= floor).sum())
+    tall = (u.double() * singular.double()) @ v.double()
+    weight = (tall.mT if shape.transposed else tall).to(saved.dtype).contiguous()
+    factors = Factors(v[:k].mT.to(saved.dtype).contiguous(), singular[:k].to(dtype, copy=True),
+                      u[:, :0].to(saved.dtype).contiguous(), u[:, :0].to(saved.dtype).contiguous(),
+                      u[:, k - q : k].to(saved.dtype).contiguous())  # fmt: skip
+    bias = state_dict.get(prefix + "bias")
+    layer = SSVDOLinear(weight, None if bias is None else nn.Parameter(bias.clone()), factors, shape, config)
+    layer.name = prefix.removesuffix(".") or "layer"
+    layer.inner_rotation.copy_(packed)
+    layer.inner_scale.copy_(s * torch.sigmoid(gate))
+    return layer
+
+
+# -- ESPnet's own tables ----------------------------------------------------------------------------------------------
+def _module(name: str) -> Any:
+    """An ESPnet module, or None where this ESPnet has none or cannot import it."""
+    try:
+        return importlib.import_module(name) if importlib.util.find_spec(name) else None
+    except ImportError as error:
+        _log.info("%s cannot be imported (%s)", name, error)
+        return None
+
+
+def register() -> list[str]:
+    """Makes `adapter_type: ssvdo` known to the ESPnet that is installed. Returns what was registered; may run again."""
+    done = []
+    lora = _module("espnet2.layers.lora") if _module("espnet2") else None
+    if lora is not None and hasattr(lora, "LINEAR_BACKENDS"):
+        lora.LINEAR_BACKENDS["ssvdo"] = DeferredSSVDOLinear
+        done.append("espnet2.layers.lora.LINEAR_BACKENDS")
+    create = _module("espnet2.layers.create_adapter") if _module("espnet2") else None
+    if create is not None:
+        table = cast(dict[str, Callable[..., None]], create.create_adapter_fn_table)
+        table["ssvdo"] = create_ssvdo_adapter
+        if not getattr(table["lora"], "knows_ssvdo", False):
+            table["lora"] = _choosing(table["lora"])
+        done.append("espnet2.layers.create_adapter.create_adapter_fn_table")
+    return done
+
+
+def _choosing(original: Callable[..., None]) -> Callable[..., None]:
+    def create(model: nn.Module, adapter_type: str = "lora", **conf: Any) -> None:
+        if adapter_type.lower() == "ssvdo":
+            return create_ssvdo_adapter(model, **{k: v for k, v in conf.items() if k not in ("rank", "alpha")})
+        return original(model=model, **(conf if adapter_type == "lora" else {**conf, "adapter_type": adapter_type}))
+
+    create.knows_ssvdo = True  # type: ignore[attr-defined]
+    return create
+
+
+registered = register()

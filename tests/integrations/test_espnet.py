@@ -1,0 +1,323 @@
+"""ESPnet's real encoders and decoder, its adapter table, its order: build, adapt, optimiser, load, train, save."""
+
+import copy
+import io
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("espnet2", reason="espnet is not installed")
+pytest.importorskip("typeguard", reason="typeguard is not installed")
+if "espnet2.asr.frontend.s3prl" not in sys.modules:  # needs torchaudio; only its class is asked for
+    stub = types.ModuleType("espnet2.asr.frontend.s3prl")
+    stub.S3prlFrontend = type("S3prlFrontend", (nn.Module,), {})
+    sys.modules[stub.__name__] = stub
+from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
+from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
+from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
+from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
+from espnet2.layers import create_adapter as table
+
+import ssvdo_kernels.integrations.espnet as integration
+from ssvdo_kernels import SSVDOLinear, gradient_accumulation, reference
+from ssvdo_kernels.integrations.espnet import DeferredSSVDOLinear, create_ssvdo_adapter, from_espnet_ssvd
+
+CONF = {"adapter_type": "ssvdo", "inner_ratio": 0.5, "outer_rank": 4,
+        "target_modules": ["feed_forward.w_1", "feed_forward.w_2"]}  # fmt: skip
+SIZES = {"input_size": 20, "output_size": 16, "attention_heads": 2, "linear_units": 40, "num_blocks": 2}
+ENCODERS = {
+    "transformer": lambda: TransformerEncoder(**SIZES),
+    "conformer": lambda: ConformerEncoder(**SIZES, cnn_module_kernel=3, rel_pos_type="latest"),
+    "e_branchformer": lambda: EBranchformerEncoder(
+        20, output_size=16, attention_heads=2, linear_units=40, num_blocks=2, cgmlp_linear_units=32,
+        use_ffn=True, macaron_ffn=True, rel_pos_type="latest"),
+}  # fmt: skip
+encoders = pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS.keys())
+
+
+class Model(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.encoder = make()
+        self.decoder = TransformerDecoder(11, 16, attention_heads=2, linear_units=40, num_blocks=1, dropout_rate=0.0,
+                                          positional_dropout_rate=0.0)  # fmt: skip
+
+    def forward(self, x, tokens):
+        lengths = torch.full((len(x),), x.shape[1])
+        hidden, hidden_lengths, _ = self.encoder(x, lengths)
+        return self.decoder(hidden, hidden_lengths, tokens, torch.full((len(tokens),), tokens.shape[1]))[0]
+
+
+def build(make, seed):
+    torch.manual_seed(seed)
+    model = Model(make)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def batch():
+    torch.manual_seed(9)
+    return torch.randn(2, 60, 20), torch.randint(0, 11, (2, 5))
+
+
+def run(model, train=False):
+    model.train(train)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):  # the Conformer's: train and eval are to differ in nothing
+            module.eval()
+    return model(*batch())
+
+
+def fit(model, optimiser, steps=3):
+    for _ in range(steps):
+        optimiser.zero_grad()
+        run(model, True).log_softmax(-1)[..., 0].mean().neg().backward()
+        optimiser.step()
+
+
+def adam(model):
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+
+
+def saved(state):
+    """Through a file, as ESPnet does."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer)
+
+
+@encoders
+def test_espnets_order(make):
+    pretrained = build(make, 1).eval()
+    want = run(pretrained)
+    model = build(make, 2)
+    table.create_adapter(model, "lora", dict(CONF))
+    assert not model.training
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, SSVDOLinear)}
+    assert {n.rsplit(".", 2)[-2] for n in layers} == {"feed_forward"} and len(layers) == 6
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in n for n in trained)
+    optimiser = adam(model)  # before the weights are there
+    model.load_state_dict(saved(pretrained.state_dict()), strict=False)
+    assert torch.allclose(run(model), want, atol=2e-3) and torch.allclose(run(model, True), want, atol=2e-3)
+    bases = {n: m.weight.detach().clone() for n, m in layers.items()}
+    for _ in range(2):
+        fit(model, optimiser)
+        after = run(model)
+        assert torch.equal(run(model), after) and torch.allclose(run(model, True), after, atol=1e-5)
+        epochs = saved(model.state_dict())
+    assert not torch.allclose(after, want, atol=1e-2)
+    assert all(torch.equal(m.weight, bases[n]) for n, m in layers.items())  # W0 is never merged into
+    assert not any(t.dtype in (torch.bool, torch.int64) for n, t in epochs.items() if "feed_forward" in n)
+
+    inference = build(make, 3)  # inference: build, adapt, load
+    table.create_adapter(inference, "lora", dict(CONF))
+    missing = inference.load_state_dict(epochs, strict=False)
+    assert not missing.missing_keys and not missing.unexpected_keys
+    with torch.inference_mode():
+        assert torch.allclose(run(inference), after, atol=1e-5)
+    fit(inference, adam(inference), 1)  # and on with training after a first forward in inference mode
+    assert not torch.allclose(run(inference), after, atol=1e-5)
+
+
+def adapted(seed=1, **options):
+    model = build(ENCODERS["transformer"], seed)
+    create_ssvdo_adapter(model, **{"outer_rank": 4, "init_angle": 0.2, **options})
+    return model
+
+
+def adapter_only(model):
+    return {k: v for k, v in model.state_dict().items() if "lora_" in k}
+
+
+def test_an_adapter_alone_finds_its_base_or_is_refused():
+    model = adapted()
+    fit(model, adam(model))
+    want, alone = run(model), saved(adapter_only(model))
+    assert len(alone) == 6 * 4
+    same_base = adapted()
+    assert not same_base.load_state_dict(alone, strict=False).unexpected_keys
+    assert torch.allclose(run(same_base), want, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"encoders\.0\.feed_forward\.w_1: this adapter was trained on another base"):
+        other = adapted(seed=2)
+        other.load_state_dict(alone, strict=False)
+        run(other)
+    late = adapted(seed=2)  # the adapter first, the base later
+    late.load_state_dict(alone, strict=False)
+    late.load_state_dict({k: v for k, v in saved(model.state_dict()).items() if "lora_" not in k}, strict=False)
+    for name, value in alone.items():
+        if "singular" not in name:
+            assert torch.equal(late.state_dict()[name], value)
+    assert torch.allclose(run(late), want, atol=1e-5)
+    warm = adapted(seed=2)  # a forward on the wrong base before the load changes nothing
+    run(warm)
+    with pytest.raises(RuntimeError, match="another base"):
+        warm.load_state_dict(alone, strict=False)
+        run(warm)
+
+
+def test_another_base_is_factorised_anew_and_the_same_one_is_not(monkeypatch):
+    calls = []
+    original = integration.factorize
+    monkeypatch.setattr(integration, "factorize", lambda *a, **k: calls.append(k["name"]) or original(*a, **k))
+    model = adapted()
+    with torch.no_grad():  # ESPnet's attention keeps its weights, which in a graph could not be copied
+        run(model)
+        assert len(calls) == 6
+        run(model, True)
+    model.load_state_dict(saved(model.state_dict()))
+    with torch.no_grad():
+        run(model)
+        run(copy.deepcopy(model))
+        run(pickle.loads(pickle.dumps(model)))
+    assert len(calls) == 6
+    model.load_state_dict(build(ENCODERS["transformer"], 5).state_dict(), strict=False)
+    run(model)
+    assert len(calls) == 12
+
+
+def test_checkpoints_may_be_averaged():
+    model = adapted()
+    optimiser, states = adam(model), []
+    for _ in range(3):
+        fit(model, optimiser, 1)
+        states.append(saved(model.state_dict()))
+    average = {k: sum(s[k] for s in states) / 3 for k in states[0]}
+    model.load_state_dict(average)
+    assert bool(run(model).isfinite().all())
+
+
+@pytest.mark.parametrize("options, error, message", [
+    ({"target_modules": ["nothing"]}, ValueError, "not found in the base model"),
+    ({"outer_rank": 99}, ValueError, r"w_1: outer_rank=99"), ({"rank": 8}, ValueError, r"unknown options \['rank'\]"),
+    ({"bias_type": "some"}, ValueError, "bias_type='some'"), ({"target_modules": ["norm1"]}, TypeError, "LayerNorm"),
+])  # fmt: skip
+def test_bad_input_changes_nothing(options, error, message):
+    model = build(ENCODERS["transformer"], 1)
+    with pytest.raises(error, match=message):
+        create_ssvdo_adapter(model, **{"outer_rank": 4, **options})
+    assert not any(isinstance(m, SSVDOLinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_twice_is_refused():
+    model = adapted()
+    with pytest.raises(ValueError, match="adapted already"):
+        create_ssvdo_adapter(model, outer_rank=4)
+
+
+@pytest.mark.parametrize("bias_type, count", [("none", 0), ("lora_only", 6)])
+def test_biases(bias_type, count):
+    model = adapted(bias_type=bias_type)
+    assert sum(p.requires_grad for n, p in model.named_parameters() if n.endswith("bias")) == count
+    everything = adapted(bias_type="all")
+    assert all(p.requires_grad for n, p in everything.named_parameters() if n.endswith(".bias"))
+
+
+def test_groups_and_accumulation():
+    model = adapted()
+    run(model, True).square().sum().backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    with gradient_accumulation(model):
+        run(model, True).square().sum().backward()
+    for n, p in model.named_parameters():
+        assert not p.requires_grad or torch.allclose(p.grad, want[n], atol=1e-4), n
+
+
+def test_square_layers_whisper_names_and_half_precision():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.ModuleDict({n: nn.Linear(8, 8) for n in ("query", "key", "value", "out")})
+            self.mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+    model = Block().to(torch.bfloat16)
+    create_ssvdo_adapter(model, ["query", "key", "value", "attn.out", "mlp.0", "mlp.2"], outer_rank=3)
+    shapes = {n: m.shape.l for n, m in model.named_modules() if isinstance(m, DeferredSSVDOLinear)}
+    assert shapes == {"attn.query": 0, "attn.key": 0, "attn.value": 0, "attn.out": 0, "mlp.0": 3, "mlp.2": 3}
+    layer = model.mlp[0]
+    assert layer.weight.dtype == torch.bfloat16 and layer.lora_outer.dtype == torch.float32
+    x = torch.randn(5, 8).to(torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16 and layer.own_singular_values.dtype == torch.float32
+
+
+def test_newer_espnets_way_of_building():
+    """LINEAR_BACKENDS' classes get r, lora_alpha, lora_dropout and the rest of adapter_conf, then weight and bias."""
+    linear = nn.Linear(8, 24)
+    layer = DeferredSSVDOLinear(8, 24, bias=True, r=8, lora_alpha=8, lora_dropout=0.0, inner_ratio=0.5, outer_rank=3)
+    layer.weight, layer.bias = linear.weight, linear.bias
+    x = torch.randn(4, 8)
+    wide = [p.detach().double() for p in layer.adapter_parameters]
+    with torch.no_grad():
+        want = reference.linear(x.double(), linear.weight.double(), linear.bias.double(), *wide, config=layer.config)
+        assert torch.allclose(layer(x).double(), want, atol=1e-5)
+    with pytest.raises(ValueError, match="lora_dropout"):
+        DeferredSSVDOLinear(8, 24, lora_dropout=0.1)
+    fake = types.ModuleType("espnet2.layers.lora")
+    fake.LINEAR_BACKENDS = {}
+    fake.__spec__ = types.SimpleNamespace(name="espnet2.layers.lora")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "espnet2.layers.lora", fake)
+        assert len(integration.register()) == 2
+    assert {"ssvdo": DeferredSSVDOLinear} == fake.LINEAR_BACKENDS
+
+
+def test_lora_is_left_to_espnet():
+    pytest.importorskip("loralib", reason="loralib is not installed")
+    model = build(ENCODERS["transformer"], 1)
+    table.create_adapter(model, "lora", {"rank": 2, "target_modules": ["feed_forward.w_1"]})
+    assert any("lora_A" in n for n, _ in model.named_parameters())
+
+
+# -- trained SSVD checkpoints ------------------------------------------------------------------------------------------
+def ssvd_checkpoint(rows, columns, k, merged):
+    """A checkpoint by ESPnet's formula, and the weight that it means."""
+    torch.manual_seed(0)
+    tall = torch.randn(max(rows, columns), min(rows, columns), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(tall, full_matrices=False)
+    delta, gate, packed = torch.randn(k) * 0.3, torch.tensor([0.7]), 0.1 * torch.randn(k * (k - 1) // 2)
+    i, j = torch.triu_indices(k, k, 1)
+    A = torch.eye(k, dtype=torch.float64)
+    A[i, j] -= 2 * packed.double()
+    A[j, i] += 2 * packed.double()
+    sigma = s.clone()
+    sigma[:k] += (delta * torch.sigmoid(gate)).double()
+    turned = torch.cat([A @ v[:k], v[k:]])
+    meant, base = (u * sigma) @ turned, tall
+    if rows < columns:
+        meant, base = meant.mT, base.mT
+    tensors = {"u": u.float(), "v": v.float(), "s_pre": s.float(), "s": delta, "gate": gate, "K_vec": packed,
+               "weight": (meant if merged else base).float().contiguous(), "bias": torch.randn(rows),
+               "svd_initialized": torch.tensor(True), "K_triu_idx": torch.stack([i, j])}  # fmt: skip
+    return {f"encoder.w.{name}": t for name, t in tensors.items()}, meant
+
+
+@pytest.mark.parametrize("rows, columns, k", [(24, 8, 4), (8, 24, 4), (10, 10, 10), (24, 8, 1)])
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_trained_ssvd_checkpoint_gives_the_same_outputs(rows, columns, k, merged):
+    state, meant = ssvd_checkpoint(rows, columns, k, merged)
+    made = from_espnet_ssvd(state)
+    assert set(made) == {"encoder.w"} and made["encoder.w"].shape.k == k
+    x = torch.randn(5, columns)
+    want = x.double() @ meant.mT + state["encoder.w.bias"].double()
+    assert torch.allclose(made["encoder.w"](x).double(), want, atol=1e-4)
+    made["encoder.w"].merge()
+    assert torch.allclose(made["encoder.w"](x).double(), want, atol=1e-4)
+
+
+def test_what_is_no_ssvd_checkpoint_is_refused():
+    state, _ = ssvd_checkpoint(24, 8, 4, True)
+    with pytest.raises(ValueError, match="no ESPnet SSVD layer"):
+        from_espnet_ssvd({"weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match=r"stands without \['gate'\]"):
+        from_espnet_ssvd({k: v for k, v in state.items() if "gate" not in k})
+    with pytest.raises(ValueError, match="before the layer was factorised"):
+        from_espnet_ssvd({**state, "encoder.w.svd_initialized": torch.tensor(False)})

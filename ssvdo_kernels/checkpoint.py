@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, apply_complement, as_bytes, check_weight, factorize, write_atomically
 from .linear import FACTOR_NAMES, PARAMETER_NAMES, SSVDOLinear
-from .model import exchange, freeze_rest, require_adapted
+from .model import exchange, freeze_rest, group_layers, require_adapted
 
 FORMAT, VERSION = "ssvdo", 1
 MODEL_FILE, CONFIG_FILE = "ssvdo_model.safetensors", "ssvdo_config.json"
@@ -69,6 +69,8 @@ def _basis_sketch(factors: Factors) -> Tensor:
 def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_factors: bool = False) -> Path:
     """Writes the adapters of `model` into the folder `path` and returns it. The files are replaced atomically.
 
+    Where FSDP has sharded the model, every rank calls this: the tensors are gathered, and rank 0 writes.
+
     Args:
         include_factors: also writes the singular bases, so that the adapter loads where a factorisation comes out
             otherwise; about as large as the adapted weights themselves.
@@ -78,22 +80,40 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_factor
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
-    for name, layer in require_adapted(model).items():
+    adapted = require_adapted(model)
+    for name, layer in adapted.items():
         for part in PARAMETER_NAMES:
-            tensors[f"{name}.{part}"] = getattr(layer, part)
-        tensors[f"{name}.weight_sketch"] = _weight_sketch(layer.weight)
-        tensors[f"{name}.basis_sketch"] = _basis_sketch(layer.factors()).to(torch.float32)
+            tensors[f"{name}.{part}"] = _whole(getattr(layer, part))
+        weight, factors = _whole(layer.weight), Factors(*(_whole(getattr(layer, part)) for part in FACTOR_NAMES))
+        tensors[f"{name}.weight_sketch"] = _weight_sketch(weight)
+        tensors[f"{name}.basis_sketch"] = _basis_sketch(factors).to(torch.float32)
         if include_factors:
-            tensors |= {f"{name}.{part}": getattr(layer, part) for part in FACTOR_NAMES}
+            tensors |= {f"{name}.{part}": tensor for part, tensor in factors.tensors().items()}
         layers[name] = {
             "out_features": layer.out_features, "in_features": layer.in_features, "config": layer.config.to_dict(),
-            "dtype": str(layer.weight.dtype), "sha256": _sha256(layer.weight),
+            "dtype": str(weight.dtype), "sha256": _sha256(weight),
         }
     header = {"format": FORMAT, "version": VERSION, "include_factors": include_factors, "layers": layers}
-    folder = Path(path)
-    write_atomically(folder / MODEL_FILE, tensors, {"ssvdo": json.dumps(header, sort_keys=True)})
-    (folder / CONFIG_FILE).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+    folder, sharded = Path(path), any(_is_sharded(layer) for layer in adapted.values())
+    if not sharded or torch.distributed.get_rank() == 0:
+        write_atomically(folder / MODEL_FILE, tensors, {"ssvdo": json.dumps(header, sort_keys=True)})
+        (folder / CONFIG_FILE).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+    if sharded:
+        torch.distributed.barrier()
     return folder
+
+
+def _is_sharded(layer: SSVDOLinear) -> bool:
+    return hasattr(layer.outer, "full_tensor")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A DTensor gathered from all ranks; any other tensor as it is."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    if not tensor.numel():  # full_tensor fails
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.full_tensor()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -135,13 +155,14 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 getattr(layer, part).copy_(entry.tensors[part])
             if layer is old and factors is not None:
                 for part, tensor in factors.tensors().items():
-                    setattr(layer, part, tensor)
+                    setattr(layer, part, nn.Parameter(tensor, requires_grad=False))
             layer.refresh()
             if layer is not old:
                 replacements[id(old)] = layer
     exchange(model, replacements)
     if replacements:
         freeze_rest(model)
+        group_layers(model)
     return model
 
 
@@ -159,6 +180,8 @@ def _layer_for(module: nn.Module | None, entry: _Entry, file: Path) -> tuple[SSV
     want = (entry.shape.out_features, entry.shape.in_features)
     if have != want:
         raise CheckpointError(f"{where}: saved for a weight of {_by(want)}, the model's is {_by(have)}")
+    if isinstance(module, SSVDOLinear) and _is_sharded(module):
+        raise CheckpointError(f"{where}: the model is sharded; load the adapter before fully_shard")
     if isinstance(module, SSVDOLinear) and _formula(module.config) != _formula(entry.config):
         ours, theirs = _formula(module.config), _formula(entry.config)
         differ = {k: (theirs[k], ours[k]) for k in ours if ours[k] != theirs[k]}

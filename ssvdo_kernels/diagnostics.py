@@ -177,7 +177,8 @@ def trainable_summary(model: nn.Module, *, console: Console | None = None, quiet
     inner = sum(x.inner_rotation.numel() + x.inner_scale.numel() for x in layers)
     outer = sum(x.outer.numel() for x in layers)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = sum(p.numel() for p in model.parameters()) - inner - outer
+    factors = {id(t): t.numel() for layer in layers for t in layer.factors().tensors().values()}
+    base = sum(p.numel() for p in model.parameters() if id(p) not in factors) - inner - outer
     summary = TrainableSummary(inner, outer, trainable, base, len(layers))
     if not quiet:
         (console or Console()).print(str(summary), highlight=False)

@@ -59,7 +59,7 @@ class SSVDOLinear(nn.Module):
     The trained numbers are three parameters: ``inner_rotation`` (k(k-1)/2, the strict upper triangle of the skew K),
     ``inner_scale`` (k, dS) and ``outer`` (c x l, L / s). They are float32 where the weight is of half precision.
     ``weight`` (out_features x in_features) is W0: frozen, never written to, merged or not. What W0 is factorised into
-    are buffers, so that a state_dict holds all that the layer is.
+    are frozen parameters: a state_dict holds all that the layer is, FSDP shards them, and DDP sends them once.
 
     The matrices that depend on parameters alone are prepared once and kept until a parameter changes. On the CPU the
     parameters are compared by value, so that no edit goes unseen; on a GPU by version, storage and optimiser step:
@@ -95,7 +95,7 @@ class SSVDOLinear(nn.Module):
         self.inner_scale = nn.Parameter(zeros.new_zeros(k))
         self.outer = nn.Parameter(zeros.new_zeros(shape.c, shape.l))
         for name, tensor in factors.tensors().items():
-            self.register_buffer(name, tensor)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.reset_parameters()
 
     def _start(self, shape: LayerShape, config: SSVDOConfig) -> None:
@@ -165,7 +165,7 @@ class SSVDOLinear(nn.Module):
         return self.inner_rotation, self.inner_scale, self.outer
 
     def factors(self) -> Factors:
-        """The buffers as one `Factors`."""
+        """The frozen factors as one `Factors`."""
         return Factors(*(getattr(self, name) for name in FACTOR_NAMES))
 
     @lasting
@@ -367,8 +367,9 @@ class SSVDOLinear(nn.Module):
         # The number of rank-deficient directions belongs to the weight, so a checkpoint may bring another one.
         incoming = state_dict.get(prefix + "null_basis")
         size = tuple(getattr(incoming, "shape", ()))
-        if len(size) == 2 and size[0] == self.shape.large and size[1] <= self.shape.k:
-            self.null_basis = self.null_basis.new_empty(size)
+        differs = size != tuple(self.null_basis.shape)
+        if differs and len(size) == 2 and size[0] == self.shape.large and size[1] <= self.shape.k:
+            self.null_basis = nn.Parameter(self.null_basis.new_empty(size), requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

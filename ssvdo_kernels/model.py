@@ -14,7 +14,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import LayerShape, SSVDOConfig
-from .factorize import check_weight
+from .distributed import factorize_together
+from .factorize import Factors, check_weight, factorize
 from .group import group_alike
 from .linear import SSVDOLinear
 
@@ -107,13 +108,30 @@ def _nothing_found(config: SSVDOConfig, names: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """A layer to adapt."""
+
     name: str
     linear: nn.Linear
     config: SSVDOConfig
 
+    @property
+    def shape(self) -> LayerShape:
+        """Its sizes."""
+        return LayerShape.of(self.linear.out_features, self.linear.in_features, self.config)
 
-def _plan_layers(model: nn.Module, config: SSVDOConfig) -> list[_Plan]:
+    def factorize(self, cache_dir: str | os.PathLike[str] | None) -> Factors:
+        """Its weight's factors."""
+        return factorize(self.linear.weight, self.shape, name=f"{self.name}.weight", cache_dir=cache_dir)
+
+    def adapt(self, factors: Factors) -> SSVDOLinear:
+        """The layer that takes its place."""
+        layer = SSVDOLinear(self.linear.weight, self.linear.bias, factors, self.shape, self.config)
+        layer.name = self.name
+        return layer.train(self.linear.training)
+
+
+def _plan_layers(model: nn.Module, config: SSVDOConfig) -> list[Plan]:
     """Checks every layer before any is changed."""
     plans, square = [], []
     for name, linear in find_targets(model, config).items():
@@ -126,7 +144,7 @@ def _plan_layers(model: nn.Module, config: SSVDOConfig) -> list[_Plan]:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         check_weight(linear.weight, f"{name}.weight")
-        plans.append(_Plan(name, linear, own))
+        plans.append(Plan(name, linear, own))
     if square:
         warnings.warn(
             f"{len(square)} square layers have no complement and get outer_rank=0 (inner part only): "
@@ -135,7 +153,11 @@ def _plan_layers(model: nn.Module, config: SSVDOConfig) -> list[_Plan]:
 
 
 def apply_ssvdo(
-    model: nn.Module, config: SSVDOConfig | None = None, *, cache_dir: str | os.PathLike[str] | None = None
+    model: nn.Module,
+    config: SSVDOConfig | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> nn.Module:
     """Adapts the layers that `config` names, in place, and freezes all the rest of the model. Returns the model.
 
@@ -144,6 +166,8 @@ def apply_ssvdo(
 
     Args:
         config: None takes `SSVDOConfig()`. cache_dir: a folder in which factorisations are kept by weight content.
+        process_group: processes that all hold the same weights and all call this (torch.distributed.group.WORLD):
+            each factorises its share of the layers and sends it to the others. None: every process works alone.
 
     Raises:
         ValueError: nothing matches, a size does not fit, or a weight is on the meta device or not finite.
@@ -151,10 +175,12 @@ def apply_ssvdo(
     """
     config = SSVDOConfig() if config is None else config
     plans = _plan_layers(model, config)
-    adapted: dict[int, SSVDOLinear] = {}
-    for plan in tqdm(plans, desc="factorising", unit="layer", delay=2, leave=False):
-        adapted[id(plan.linear)] = SSVDOLinear.from_linear(
-            plan.linear, plan.config, name=f"{plan.name}.weight", cache_dir=cache_dir)
+    if process_group is None:
+        steps = tqdm(plans, desc="factorising", unit="layer", delay=2, leave=False)
+        factors = [plan.factorize(cache_dir) for plan in steps]
+    else:
+        factors = factorize_together(plans, cache_dir, process_group)
+    adapted = {id(plan.linear): plan.adapt(found) for plan, found in zip(plans, factors, strict=True)}
     exchange(model, adapted)
     freeze_rest(model)
     group_layers(model)

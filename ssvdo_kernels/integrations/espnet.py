@@ -6,9 +6,9 @@
 
 adapts those layers. ESPnet builds the model, then the adapter and the optimiser, and loads the pretrained weights last;
 so a layer is factorised at its first forward, and again where its weight has become another. W0 is never written to:
-what ESPnet saves is W0 and the adapter (save_strategy all), or the adapter alone (adapter_only, required_grad_only); with
-"all" and "adapter_only" also the singular values it was trained on, by which a wrong base is recognised. Names contain
-"lora_", by which ESPnet chooses what to train and save.
+what ESPnet saves is W0 and the adapter (save_strategy all), or the adapter alone (adapter_only, required_grad_only),
+with the singular values it was trained on, by which a wrong base is recognised. Names contain "lora_", by which ESPnet
+chooses what to train and save.
 """
 
 from __future__ import annotations

@@ -1,0 +1,212 @@
+"""DDP and FSDP2 with two processes (gloo): one process's losses, adapters from sharded state, shared factorisation."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import nn
+
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, load_ssvdo, save_ssvdo
+from ssvdo_kernels import model as model_module
+from ssvdo_kernels.checkpoint import CheckpointError
+from ssvdo_kernels.linear import FACTOR_NAMES, PARAMETER_NAMES, gradient_accumulation
+from ssvdo_kernels.model import adapted_layers
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("torch has no gloo", allow_module_level=True)
+CONFIG = SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2)
+STEPS = 20
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 8)) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def base():
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def batches():
+    torch.manual_seed(1)
+    return torch.randn(STEPS, 4, 8, dtype=torch.float64), torch.randn(STEPS, 4, 8, dtype=torch.float64)
+
+
+def fit(model, rows=slice(None)):
+    """The losses of 20 steps."""
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for x, y in zip(*batches(), strict=True):
+        optimiser.zero_grad()
+        loss = (model(x[rows]) - y[rows]).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def close(a, b, what):
+    assert torch.allclose(a, b, atol=1e-9, rtol=1e-9), f"{what}: {(a - b).abs().max()}"
+
+
+def start(rank, folder):
+    """A fresh adapter, drawn as everywhere: each process has the same seed."""
+    model = base()
+    calls = []
+    original = model_module.factorize
+    model_module.factorize = lambda *a, **k: calls.append(k["name"]) or original(*a, **k)
+    torch.manual_seed(2)
+    apply_ssvdo(model, CONFIG, process_group=dist.group.WORLD)
+    model_module.factorize = original
+    assert len(calls) == 3, calls  # six layers, two processes
+    return model
+
+
+def check_shared_factors(model, alone):
+    for (name, a), (_, b) in zip(adapted_layers(model), adapted_layers(alone), strict=True):
+        assert a.name == name
+        for part in FACTOR_NAMES:
+            assert torch.equal(getattr(a, part), getattr(b, part)), (name, part)
+
+
+def mean_loss(losses):
+    dist.all_reduce(losses)
+    return losses / dist.get_world_size()
+
+
+def ddp(rank, folder, alone, want):
+    model = start(rank, folder)
+    check_shared_factors(model, alone)
+    model.load_state_dict(alone.state_dict())
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    assert not list(model.buffers())  # nothing to send in every forward
+    close(mean_loss(fit(wrapped, slice(2 * rank, 2 * rank + 2))), want, "DDP")
+    if rank == 0:
+        save_ssvdo(model, folder / "ddp")
+    x, y = (t[0][2 * rank : 2 * rank + 2] for t in batches())
+    wrapped.zero_grad()
+    with wrapped.no_sync():
+        (wrapped(x) - y).square().mean().backward()
+    (wrapped(x) - y).square().mean().backward()
+    summed = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    wrapped.zero_grad()
+    (wrapped(x) - y).square().mean().backward()
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            close(p.grad * 2, summed[n], f"no_sync {n}")
+
+
+def ddp_failure(rank, folder, alone, want):
+    """One process fails: all say so, none is left waiting."""
+    model, original = base(), model_module.factorize
+
+    def failing(*a, **k):
+        if rank == 1:
+            raise ValueError("disk full")
+        return original(*a, **k)
+
+    model_module.factorize = failing
+    with pytest.raises(RuntimeError, match="process 1: ValueError: disk full"):
+        apply_ssvdo(model, CONFIG, process_group=dist.group.WORLD)
+    model_module.factorize = original
+    assert not any(True for _ in adapted_layers(model))
+    other = nn.ModuleDict({"fc1": nn.Linear(4, 8 + rank)})
+    with pytest.raises(RuntimeError, match="do not hold the same layers"):
+        apply_ssvdo(other, SSVDOConfig(outer_rank=1), process_group=dist.group.WORLD)
+
+
+def shard(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def fsdp(rank, folder, alone, want):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model = start(rank, folder)
+    model.load_state_dict(alone.state_dict())
+    whole = {n: p.numel() for n, p in model.named_parameters()}
+    shard(model)
+    for n, p in model.named_parameters():  # frozen factors too
+        assert p.to_local().numel() <= (whole[n] + 1) // 2 + 64, n
+    close(mean_loss(fit(model, slice(2 * rank, 2 * rank + 2))), want, "FSDP2")
+    x = batches()[0][0]
+    y = model(x).detach()
+    save_ssvdo(model, folder / "fsdp")
+    fresh = load_ssvdo(base(), folder / "fsdp")
+    close(fresh(x), y, "saved from shards")
+    with pytest.raises(CheckpointError, match="load the adapter before fully_shard"):
+        load_ssvdo(model, folder / "fsdp")
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=str(folder / "dcp"))
+    again = shard(apply_ssvdo(base(), CONFIG))
+    state = get_model_state_dict(again)
+    dcp.load({"model": state}, checkpoint_id=str(folder / "dcp"))
+    set_model_state_dict(again, state)
+    close(again(x), y, "distributed checkpoint")
+
+
+def run(rank, folder, work, state, want, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    alone = apply_ssvdo(base(), CONFIG)
+    alone.load_state_dict(state)
+    try:
+        work(rank, folder, alone, want)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("work", [ddp, ddp_failure, fsdp])
+def test_two_processes_give_what_one_gives(work, tmp_path):
+    if work is fsdp:
+        found = pytest.importorskip("torch.distributed.fsdp", reason="torch was built without it")
+        if not hasattr(found, "fully_shard"):
+            pytest.skip("this torch has no fully_shard")
+    torch.manual_seed(2)
+    alone = apply_ssvdo(base(), CONFIG)
+    state = copy.deepcopy(alone.state_dict())
+    want = fit(alone)
+    assert (alone.state_dict()["blocks.0.0.outer"] - state["blocks.0.0.outer"]).abs().max() > 0.05  # it learns
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(run, (tmp_path, work, state, want, port), nprocs=2)
+    if work is not ddp_failure:
+        fresh = load_ssvdo(base(), tmp_path / work.__name__)
+        x = batches()[0][0]
+        close(fresh(x), alone(x), "loaded by one process")
+
+
+def test_accumulation_in_one_context():
+    model = apply_ssvdo(base(), CONFIG)
+    x, y = (t[0] for t in batches())
+    (model(x) - y).square().mean().backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    with gradient_accumulation(model):
+        for rows in (slice(0, 2), slice(2, 4)):
+            ((model(x[rows]) - y[rows]).square().mean() / 2).backward()
+    for _, layer in adapted_layers(model):
+        for part in PARAMETER_NAMES:
+            assert getattr(layer, part).grad is not None
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            close(p.grad, want[n], n)

@@ -117,7 +117,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """One layer's adapter in a file."""
+
     name: str
     shape: LayerShape
     config: SSVDOConfig
@@ -138,15 +140,13 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             does not have, or the model is adapted otherwise.
         BaseMismatchError: it was trained on other base weights or in another singular basis.
     """
-    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no adapter at {file}; expected a folder with {MODEL_FILE}, as save_ssvdo writes it")
-    entries = _read(file)
+    file = adapter_file(path)
+    entries = read_adapter(file)
     modules = dict(model.named_modules())
     extra = sorted(n for n, m in modules.items() if isinstance(m, SSVDOLinear) and n not in {e.name for e in entries})
     if extra:
         raise CheckpointError(f"{file}: holds no adapter for {extra[:4]}, which the model has adapted")
-    loaded = {entry.name: _layer_for(modules.get(entry.name), entry, file) for entry in entries}
+    loaded = {entry.name: layer_for(modules.get(entry.name), entry, file) for entry in entries}
     replacements: dict[int, nn.Module] = {}
     with torch.no_grad():
         for entry in entries:
@@ -170,7 +170,7 @@ def _by(sizes: tuple[int, ...]) -> str:
     return " x ".join(map(str, sizes))
 
 
-def _layer_for(module: nn.Module | None, entry: _Entry, file: Path) -> tuple[SSVDOLinear, Factors | None]:
+def layer_for(module: nn.Module | None, entry: Entry, file: Path) -> tuple[SSVDOLinear, Factors | None]:
     """The layer that will hold the entry (a new one for a plain nn.Linear), checked against it."""
     where = f"{file}: layer {entry.name}"
     if not isinstance(module, SSVDOLinear) and type(module) is not nn.Linear:
@@ -209,7 +209,7 @@ def _formula(config: SSVDOConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _check_base(weight: Tensor, entry: _Entry, where: str) -> None:
+def _check_base(weight: Tensor, entry: Entry, where: str) -> None:
     if str(weight.dtype) == entry.dtype:
         same = _sha256(weight) == entry.sha256
     else:
@@ -222,7 +222,7 @@ def _check_base(weight: Tensor, entry: _Entry, where: str) -> None:
             f"{where}: trained on other base weights than this model's; load the base that it was made for")
 
 
-def _check_basis(factors: Factors, entry: _Entry, where: str) -> None:
+def _check_basis(factors: Factors, entry: Entry, where: str) -> None:
     now, saved = _basis_sketch(factors), entry.tensors["basis_sketch"].double()
     worst = float("inf")
     if now.shape == saved.shape:
@@ -235,7 +235,20 @@ def _check_basis(factors: Factors, entry: _Entry, where: str) -> None:
             "save_ssvdo(..., include_factors=True) where it was trained, and load that file")
 
 
-def _read(file: Path) -> list[_Entry]:
+def adapter_file(path: str | os.PathLike[str]) -> Path:
+    """The adapter's file in the folder `path`, or `path` itself.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter at {file}; expected a folder with {MODEL_FILE}, as save_ssvdo writes it")
+    return file
+
+
+def read_adapter(file: Path) -> list[Entry]:
+    """What the file holds, checked for wholeness. CheckpointError where it does not hold."""
     try:
         with safe_open(file, "pt") as source:
             metadata = source.metadata() or {}
@@ -259,7 +272,7 @@ def _read(file: Path) -> list[_Entry]:
     return entries
 
 
-def _entry(name: str, values: dict[str, Any], with_factors: bool, tensors: dict[str, Tensor], file: Path) -> _Entry:
+def _entry(name: str, values: dict[str, Any], with_factors: bool, tensors: dict[str, Tensor], file: Path) -> Entry:
     config = SSVDOConfig.from_dict(values["config"])
     shape = LayerShape.of(values["out_features"], values["in_features"], config)
     k, c, l, w = shape.k, shape.c, shape.l, shape.width  # noqa: E741
@@ -286,4 +299,4 @@ def _entry(name: str, values: dict[str, Any], with_factors: bool, tensors: dict[
     factors = Factors(**{part: found.pop(part) for part in FACTOR_NAMES}) if with_factors else None
     if not isinstance(values["sha256"], str) or not hasattr(torch, str(values["dtype"]).removeprefix("torch.")):
         raise CheckpointError(f"{file}: layer {name} has no valid fingerprint")
-    return _Entry(name, shape, config, values["dtype"], values["sha256"], found, factors)
+    return Entry(name, shape, config, values["dtype"], values["sha256"], found, factors)

@@ -42,7 +42,8 @@ def _attention_output_dense(name: str) -> bool:
     return name.endswith("attention.output.dense")
 
 
-def _wanted(name: str, config: SSVDOConfig) -> bool:
+def wanted(name: str, config: SSVDOConfig) -> bool:
+    """Whether `config` means the layer of this name."""
     if matches(name, config.exclude_modules):
         return False
     if config.target_modules is None:
@@ -77,7 +78,7 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, nn.Linear]:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, SSVDOLinear)):
             linear_names.append(name)
-        if not name or not _wanted(name, config):
+        if not name or not wanted(name, config):
             continue
         if isinstance(module, SSVDOLinear):
             raise TypeError(f"{name} is adapted already; call remove_ssvdo(model) first")

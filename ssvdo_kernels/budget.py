@@ -1,0 +1,138 @@
+"""What an adapter would cost, from layer sizes alone: parameters, memory, time; and sizes of an equal budget."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .config import LayerShape, SSVDOConfig
+from .model import wanted
+from .planner import plan
+
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+SVD_RATE = 3.0e9  # large x d^2 a second: 48 layers of 1024 x 4096 in 70 s on 2 CPU cores (AMD EPYC)
+HEADER_LIMIT = 100_000_000  # bytes: safetensors' own bound
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight of a model file: out_features x in_features, bytes a number."""
+
+    out_features: int
+    in_features: int
+    size: int
+
+
+def read_header(file: Path) -> tuple[dict[str, dict[str, object]], int]:
+    """A safetensors file's header (without its metadata), and where its data begins.
+
+    Raises:
+        ValueError: this is no safetensors file.
+    """
+    with file.open("rb") as source:
+        head = source.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, file.stat().st_size - 8):
+            raise ValueError(f"{file} is no safetensors file")
+        try:
+            header = json.loads(source.read(length))
+            header.pop("__metadata__", None)
+            assert all(isinstance(v, dict) and {"dtype", "shape", "data_offsets"} <= set(v) for v in header.values())
+        except (ValueError, TypeError, AttributeError, AssertionError):
+            raise ValueError(f"{file} is no safetensors file") from None
+    return header, 8 + length
+
+
+def model_files(path: Path) -> list[Path]:
+    """The safetensors files of a model: the file itself, or those of the folder (not adapters).
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if path.is_file():
+        return [path]
+    found = sorted(f for f in path.glob("*.safetensors") if not f.name.startswith(("adapter", "ssvdo")))
+    if not found:
+        raise FileNotFoundError(f"{path} has no .safetensors file; name a file, or a folder with model*.safetensors")
+    return found
+
+
+def matrices(path: Path) -> dict[str, Matrix]:
+    """Layer name -> size, of every two-dimensional `*.weight`, from the files' headers alone.
+
+    Files do not tell linear layers from embeddings; names with "embed", "lm_head" or "proj_out" are left out.
+    """
+    found = {}
+    for file in model_files(path):
+        for name, values in read_header(file)[0].items():
+            shape = values["shape"]
+            known = values["dtype"] in _SIZES and isinstance(shape, list) and len(shape) == 2
+            if name.endswith(".weight") and known and not re.search("embed|lm_head|proj_out", name):
+                found[name.removesuffix(".weight")] = Matrix(*shape, _SIZES[str(values["dtype"])])  # type: ignore[misc, call-arg]
+    return found
+
+
+def chosen(layers: Mapping[str, Matrix], config: SSVDOConfig) -> dict[str, tuple[Matrix, LayerShape]]:
+    """The layers that `config` names, with their shapes; square ones get outer_rank 0.
+
+    Raises:
+        ValueError: nothing matches, or a size does not fit.
+    """
+    found = {}
+    for name, m in layers.items():
+        if not wanted(name, config):
+            continue
+        own = replace(config, outer_rank=0) if m.out_features == m.in_features else config
+        try:
+            found[name] = (m, LayerShape.of(m.out_features, m.in_features, own))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    if not found:
+        raise ValueError(f"target_modules={config.target_modules!r} matches none of {len(layers)} matrices, such as "
+                         f"{', '.join(list(layers)[:4])}")  # fmt: skip
+    return found
+
+
+def factor_numbers(shape: LayerShape) -> int:
+    """How many numbers a layer's frozen factors hold."""
+    reflector = min(shape.d, shape.c) if shape.l else 0
+    return shape.d * shape.width + shape.width + shape.large * (shape.l + reflector)
+
+
+def prepared_numbers(shape: LayerShape) -> int:
+    """How many float32 numbers one preparation of a layer holds: M, F, G, its inverse, and the folded pair."""
+    k, l, w = shape.k, shape.l, shape.width  # noqa: E741
+    return (w + l) * w + shape.large * l + 2 * k * k + l * l + 2 * shape.d * (w + l)
+
+
+def factor_seconds(shape: LayerShape) -> float:
+    """About how long factorising takes on 2 CPU cores."""
+    return shape.large * shape.d**2 / SVD_RATE
+
+
+def lora_budget(layers: Mapping[str, tuple[Matrix, LayerShape]], rank: int) -> int:
+    """Trained numbers of LoRA of this rank on the same layers."""
+    return sum(rank * (m.out_features + m.in_features) for m, _ in layers.values())
+
+
+def equal_budgets(layers: Mapping[str, tuple[Matrix, LayerShape]], budget: int) -> list[tuple[float, int, int]]:
+    """(p, l, trained numbers) for p = 0.125 to 1, l the nearest to `budget`; none where l = 0 is too much."""
+    found = []
+    for p in (0.125, 0.25, 0.5, 0.75, 1.0):
+        inner = sum(k * (k + 1) // 2 for k in (max(1, int(p * s.d)) for _, s in layers.values()))
+        complement = sum(s.c for _, s in layers.values())
+        limit = min((min(s.d, s.c) for _, s in layers.values() if s.c), default=0)
+        if inner > budget * 1.05 or not complement:
+            continue
+        l = min(limit, round((budget - inner) / complement)) if budget > inner else 0  # noqa: E741
+        found.append((p, l, inner + l * complement))
+    return found
+
+
+def forms(shape: LayerShape, tokens: list[int]) -> list[str]:
+    """The form that the CPU planner takes for training with so many tokens a forward, in the long run."""
+    return [plan(shape, shape.l, t, 100 * t, True, frozenset()) for t in tokens]

@@ -1,0 +1,160 @@
+"""The command line: plans from headers alone, adapters shown, adapters merged into model files."""
+
+import json
+import math
+import struct
+import time
+
+import pytest
+import torch
+from helpers import randomise
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, budget, merge_ssvdo, remove_ssvdo, save_ssvdo
+from ssvdo_kernels.cli import main
+from ssvdo_kernels.model import adapted_layers
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 8)
+        self.fc1, self.fc2, self.out = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.fc2(torch.relu(self.fc1(x))))
+
+
+def trained(folder, dtype=torch.float32, **options):
+    """(base folder, adapter folder, adapted model)."""
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    (folder / "base").mkdir()
+    state = model.state_dict()
+    for file, second in (("model-1.safetensors", False), ("model-2.safetensors", True)):
+        save_file({n: t for n, t in state.items() if ("fc2" in n) == second}, folder / "base" / file, {"format": "pt"})
+    apply_ssvdo(model, SSVDOConfig(**{"outer_rank": 3, **options}))
+    for _, layer in adapted_layers(model):
+        randomise(layer)
+    save_ssvdo(model, folder / "adapter")
+    return folder / "base", folder / "adapter", model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merge_writes_what_merging_computes(tmp_path, dtype, capsys):
+    base, adapter, model = trained(tmp_path, dtype)
+    before = {f.name: f.read_bytes() for f in base.iterdir()}
+    assert main(["merge", str(base), str(adapter), "--out", str(tmp_path / "merged")]) == 0
+    assert "model-2.safetensors" in capsys.readouterr().out
+    merged = {}
+    for file in sorted((tmp_path / "merged").iterdir()):
+        merged |= load_file(file)
+    fresh = Net().to(dtype)
+    fresh.load_state_dict(merged)
+    x = torch.randn(5, 8).to(dtype)
+    merge_ssvdo(model)
+    assert torch.equal(fresh(x), remove_ssvdo(model, merge=True)(x))
+    assert torch.equal(fresh.out.weight, load_file(base / "model-1.safetensors")["out.weight"])
+    assert before == {f.name: f.read_bytes() for f in base.iterdir()}
+    assert {f.name for f in (tmp_path / "merged").iterdir()} == set(before)
+
+
+def test_merge_refuses_and_leaves_nothing(tmp_path, capsys):
+    base, adapter, _ = trained(tmp_path)
+    out = tmp_path / "out"
+    assert main(["merge", str(base), str(adapter), "--out", str(base)]) == 1
+    assert "own folder" in capsys.readouterr().err
+    assert main(["merge", str(base / "model-1.safetensors"), str(adapter), "--out", str(out)]) == 1
+    assert "has no tensor ['fc2.weight']" in capsys.readouterr().err
+    other = {n: t + 1 for n, t in load_file(base / "model-2.safetensors").items()}
+    save_file(other, base / "model-2.safetensors")
+    assert main(["merge", str(base), str(adapter), "--out", str(out)]) == 1
+    assert "other base weights" in capsys.readouterr().err
+    assert [f.name for f in out.iterdir()] == ["model-1.safetensors"]  # whole; of the other file nothing
+    assert main(["merge", str(tmp_path / "none"), str(adapter), "--out", str(out)]) == 1
+    assert main(["merge", str(base), str(tmp_path / "none"), "--out", str(out)]) == 1
+    assert "no adapter at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("include_factors", [False, True])
+def test_inspect(tmp_path, capsys, include_factors):
+    _, adapter, model = trained(tmp_path)
+    save_ssvdo(model, adapter, include_factors=include_factors)
+    assert main(["inspect", str(adapter)]) == 0
+    shown = capsys.readouterr().out
+    parameters = sum(layer.shape.parameters for _, layer in adapted_layers(model))
+    assert f"2 layers, {parameters:,} trained numbers" in shown and "fc1" in shown
+    assert ("with factors" in shown) == include_factors
+    (adapter / "broken").mkdir()
+    assert main(["inspect", str(adapter / "broken")]) == 1
+    assert "ssvdo: no adapter at" in capsys.readouterr().err
+
+
+def header_file(path, shapes, dtype="BF16"):
+    """A safetensors file of these sizes whose data are a hole."""
+    at, header = 0, {"__metadata__": {"format": "pt"}}
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+
+
+def test_plan_of_two_billion_parameters_reads_headers_alone(tmp_path, capsys):
+    shapes = {"embed_tokens.weight": (50000, 2048)}
+    for i in range(60):
+        shapes |= {f"layers.{i}.fc1.weight": (8192, 2048), f"layers.{i}.fc2.weight": (2048, 8192),
+                   f"layers.{i}.fc1.bias": (8192,), f"layers.{i}.q_proj.weight": (2048, 2048)}  # fmt: skip
+    header_file(tmp_path / "model.safetensors", shapes)
+    assert sum(math.prod(s) for s in shapes.values()) > 2e9
+    start = time.perf_counter()
+    assert main(["plan", str(tmp_path), "--inner-ratio", "0.25"]) == 0
+    assert time.perf_counter() - start < 5
+    shown = capsys.readouterr().out
+    k = 512
+    total = 120 * (k * (k + 1) // 2 + 6144 * 64)
+    assert f"{total:,} trained numbers" in shown
+    assert f"LoRA r = 64 on the same layers: {120 * 64 * 10240:,}" in shown
+
+
+def test_equal_budgets_meet_the_paper_s(tmp_path):
+    header_file(tmp_path / "m.safetensors", {"a.fc1.weight": (4096, 1024)})
+    layers = budget.chosen(budget.matrices(tmp_path), SSVDOConfig())
+    lora = budget.lora_budget(layers, 64)
+    assert lora == 327_680
+    found = {p: (rank, numbers) for p, rank, numbers in budget.equal_budgets(layers, lora)}
+    assert found[0.5] == (64, 327_936) and 1.0 not in found
+    assert all(abs(n - lora) <= 3072 / 2 for _, n in found.values())
+
+
+def test_the_plan_s_parameters_are_the_model_s(tmp_path, capsys):
+    base, _, model = trained(tmp_path)
+    assert main(["plan", str(base), "--outer-rank", "3"]) == 0
+    want = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"{want:,} trained numbers" in capsys.readouterr().out
+    numbers = sum(budget.factor_numbers(layer.shape) for _, layer in adapted_layers(model))
+    assert numbers == sum(t.numel() for _, layer in adapted_layers(model) for t in layer.factors().tensors().values())
+    assert main(["plan", str(base), "--outer-rank", "3", "--target-modules", "all-linear"]) == 0
+    assert "8 -> 8" in capsys.readouterr().out
+    assert main(["plan", str(base), "--outer-rank", "3", "--target-modules", r"fc\d"]) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 8 + b"x" * 20, struct.pack("<Q", 4) + b"null",
+                                     struct.pack("<Q", 9) + b'{"a": 1}x', struct.pack("<Q", 2) + b"[]"])
+def test_what_is_no_model_file_is_refused(tmp_path, content, capsys):
+    (tmp_path / "m.safetensors").write_bytes(content)
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "is no safetensors file" in capsys.readouterr().err
+
+
+def test_bad_choices_are_refused(tmp_path, capsys):
+    base, _, _ = trained(tmp_path)
+    for given, message in ((["--outer-rank", "99"], "outer_rank=99 is too large"),
+                           (["--target-modules", "nothing"], "matches none"), (["--inner-ratio", "2"], "inner_ratio")):
+        assert main(["plan", str(base), *given]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "adapter")]) == 1

@@ -1,6 +1,6 @@
 """Factorising 24 feed-forward pairs (1024 / 4096, float32, random weights): seconds, peak memory, reload from a cache.
 
-`python -m benchmarks.bench_factorize [--pairs 24] [--out DIR]`; each run in a process of its own, so that its peak counts.
+`python -m benchmarks.bench_factorize [--pairs 24] [--out DIR]`; each run in a process of its own, for its own peak.
 """
 
 from __future__ import annotations

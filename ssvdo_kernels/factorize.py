@@ -50,6 +50,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_weight(weight: Tensor, name: str) -> None:
     """Raises what `factorize` would raise for this weight."""
+    kind = type(weight.data)
+    if kind is not Tensor:
+        raise TypeError(f"{name} is a {kind.__module__}.{kind.__qualname__}; allowed: a plain torch.Tensor (give a "
+                        "quantised layer its dequantised weight first; adapt a model before fully_shard)")
     if weight.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}; a matrix (out_features x in_features) is needed")
     if weight.is_meta:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from helpers import assert_close, error
+from torch import nn
 
 import ssvdo_kernels.factorize as module
-from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, reference
 from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.factorize import apply_complement, apply_complement_transposed, factorize, thin_svd
 
@@ -167,3 +168,23 @@ def test_two_runs_agree():
     weight = draw(24, 8)
     a, b = factorize(weight, shape_of(weight)), factorize(weight, shape_of(weight))
     assert all(error(x, y) == 0 for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
+
+
+def test_a_weight_of_another_kind_is_refused_with_the_remedy():
+    class Quantised(torch.Tensor):
+        """What torchao puts into an nn.Linear."""
+
+    linear = nn.Linear(4, 12)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised), requires_grad=False)
+    model = nn.ModuleDict({"fc1": linear})
+    with pytest.raises(TypeError, match=r"fc1\.weight is a .*Quantised; allowed: a plain torch\.Tensor .*dequantised"):
+        apply_ssvdo(model, SSVDOConfig(outer_rank=1))
+    assert model["fc1"] is linear
+
+
+def test_torchao_weights_are_refused():
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = nn.ModuleDict({"fc1": nn.Linear(32, 96)})
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(TypeError, match="allowed: a plain torch"):
+        apply_ssvdo(model, SSVDOConfig(outer_rank=1))

@@ -8,13 +8,13 @@ ARGS ?=
 # Where there is no NVIDIA GPU, nothing could run the CUDA code; tests/ops/test_nvcc.py compiles it all the same.
 export SSVDO_CUDA_ARCHS ?= $(if $(shell command -v nvidia-smi),,none)
 
-.PHONY: demo test bench lint gpu clean
+.PHONY: demo test bench lint docs gpu clean
 
 $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "setuptools>=77" "pybind11>=2.13"
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[triton,peft,asr,bench,dev]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[triton,peft,asr,bench,docs,dev]"
 	$(BIN)/pip install --quiet --no-deps "espnet==202511" loralib torch_complex  # tests use a few of its files alone
 	touch $@
 
@@ -30,6 +30,9 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 # Runs with the machine's own Python and torch: a GPU box has its build installed. Results go to $OUT.
 gpu: export PYTHONPATH := .

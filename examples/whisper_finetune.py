@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     arguments = TrainingArguments(
         output_dir=str(options.out / "checkpoints"), max_steps=options.steps, learning_rate=options.lr,
         weight_decay=0.0, per_device_train_batch_size=options.batch, warmup_steps=options.steps // 10, logging_steps=1,
-        report_to=[], save_strategy="no", remove_unused_columns=False, seed=options.seed, dataloader_pin_memory=False)  # fmt: skip
+        report_to=[], save_strategy="no", remove_unused_columns=False, seed=options.seed,
+        dataloader_pin_memory=False)
     trainer = Trainer(model=model, args=arguments, train_dataset=utterances, data_collator=collator)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -4,7 +4,7 @@ from .checkpoint import BaseMismatchError, CheckpointError, load_ssvdo, save_ssv
 from .config import SSVDOConfig
 from .diagnostics import diagnose, orthogonality, trainable_summary
 from .linear import SSVDOLinear, gradient_accumulation
-from .model import apply_ssvdo, merge_ssvdo, remove_ssvdo, unmerge_ssvdo
+from .model import apply_ssvdo, group_layers, merge_ssvdo, remove_ssvdo, unmerge_ssvdo
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "apply_ssvdo",
     "diagnose",
     "gradient_accumulation",
+    "group_layers",
     "load_ssvdo",
     "merge_ssvdo",
     "orthogonality",

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from .config import LayerShape, SSVDOConfig
 from .model import wanted
 from .planner import plan
@@ -62,10 +65,12 @@ def model_files(path: Path) -> list[Path]:
 
 
 def matrices(path: Path) -> dict[str, Matrix]:
-    """Layer name -> size, of every two-dimensional `*.weight`, from the files' headers alone.
+    """Layer name -> size, of every two-dimensional `*.weight`, from the files' headers alone, or from a config.json.
 
     Files do not tell linear layers from embeddings; names with "embed", "lm_head" or "proj_out" are left out.
     """
+    if path.name == "config.json":
+        return _from_config(path)
     found = {}
     for file in model_files(path):
         for name, values in read_header(file)[0].items():
@@ -74,6 +79,18 @@ def matrices(path: Path) -> dict[str, Matrix]:
             if name.endswith(".weight") and known and not re.search("embed|lm_head|proj_out", name):
                 found[name.removesuffix(".weight")] = Matrix(*shape, _SIZES[str(values["dtype"])])  # type: ignore[misc, call-arg]
     return found
+
+
+def _from_config(path: Path) -> dict[str, Matrix]:
+    """The linear layers of a model of Transformers, built on the meta device."""
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError:
+        raise ValueError(f"{path}: a config.json needs the package transformers; a safetensors file does not") from None
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(path.parent, local_files_only=True))
+    return {name: Matrix(m.out_features, m.in_features, m.weight.element_size())
+            for name, m in model.named_modules() if isinstance(m, nn.Linear)}  # fmt: skip
 
 
 def chosen(layers: Mapping[str, Matrix], config: SSVDOConfig) -> dict[str, tuple[Matrix, LayerShape]]:

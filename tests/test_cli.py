@@ -158,3 +158,11 @@ def test_bad_choices_are_refused(tmp_path, capsys):
         assert main(["plan", str(base), *given]) == 1
         assert message in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "adapter")]) == 1
+
+
+def test_plan_of_a_configuration_allocates_nothing(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers.LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path / "config.json")]) == 0
+    k, c = 2048, 11008 - 4096
+    assert f"{96 * (k * (k + 1) // 2 + c * 64):,} trained numbers" in capsys.readouterr().out

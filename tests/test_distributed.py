@@ -159,6 +159,28 @@ def fsdp(rank, folder, alone, want):
     close(again(x), y, "distributed checkpoint")
 
 
+def fsdp_half(rank, folder, alone, want):
+    """bf16 parameters and float32 reductions: the losses to bf16's rounding, a few products deep."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = start(rank, folder)
+    model.load_state_dict(alone.state_dict())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    model = fully_shard(model.float(), mp_policy=policy)
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for x, y in zip(*(t.float() for t in batches()), strict=True):
+        rows = slice(2 * rank, 2 * rank + 2)
+        optimiser.zero_grad()
+        loss = (model(x[rows]) - y[rows]).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.detach().double())
+    losses = mean_loss(torch.stack(losses))
+    assert torch.allclose(losses, want, rtol=8 * 2**-8), (losses - want).abs().max()
+    save_ssvdo(model, folder / "fsdp_half")
+
+
 def run(rank, folder, work, state, want, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -172,9 +194,9 @@ def run(rank, folder, work, state, want, port):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("work", [ddp, ddp_failure, fsdp])
+@pytest.mark.parametrize("work", [ddp, ddp_failure, fsdp, fsdp_half])
 def test_two_processes_give_what_one_gives(work, tmp_path):
-    if work is fsdp:
+    if work in (fsdp, fsdp_half):
         found = pytest.importorskip("torch.distributed.fsdp", reason="torch was built without it")
         if not hasattr(found, "fully_shard"):
             pytest.skip("this torch has no fully_shard")
@@ -189,7 +211,7 @@ def test_two_processes_give_what_one_gives(work, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     multiprocessing.spawn(run, (tmp_path, work, state, want, port), nprocs=2)
-    if work is not ddp_failure:
+    if work in (ddp, fsdp):
         fresh = load_ssvdo(base(), tmp_path / work.__name__)
         x = batches()[0][0]
         close(fresh(x), alone(x), "loaded by one process")

@@ -127,6 +127,24 @@ def test_espnets_order(make):
     assert not torch.allclose(run(inference), after, atol=1e-5)
 
 
+def test_owsm_shapes():
+    """One E-Branchformer block of OWSM-1B's sizes, random weights."""
+    torch.manual_seed(0)
+    encoder = EBranchformerEncoder(80, output_size=1024, attention_heads=16, linear_units=4096, num_blocks=1,
+                                   cgmlp_linear_units=4096, use_ffn=True, macaron_ffn=True, dropout_rate=0.0,
+                                   positional_dropout_rate=0.0, attention_dropout_rate=0.0)  # fmt: skip
+    x, lengths = torch.randn(1, 80, 80), torch.tensor([80])
+    with torch.no_grad():
+        want = encoder.eval()(x, lengths)[0]
+    targets = [f"feed_forward{m}.w_{i}" for m in ("", "_macaron") for i in (1, 2)]
+    create_ssvdo_adapter(encoder, targets, inner_ratio=0.5, outer_rank=64, init_angle=0.0)
+    assert sum(p.numel() for p in encoder.parameters() if p.requires_grad) == 4 * 327_936
+    got = encoder(x, lengths)[0]
+    assert torch.allclose(got, want, atol=1e-4)
+    got.square().mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in encoder.parameters() if p.requires_grad)
+
+
 def adapted(seed=1, **options):
     model = build(ENCODERS["transformer"], seed)
     create_ssvdo_adapter(model, **{"outer_rank": 4, "init_angle": 0.2, **options})

@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ssvdo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="what an adapter of a model would train, need and cost")
-    plan.add_argument("model", type=Path, help="safetensors file, or a folder of them (headers are read), or config.json")
+    plan.add_argument("model", type=Path, help="a safetensors file, a folder of them, or a config.json")
     plan.add_argument("--inner-ratio", type=float, default=0.5)
     plan.add_argument("--outer-rank", type=int, default=64)
     plan.add_argument("--target-modules", nargs="+", help="name suffixes, one regular expression, or all-linear")

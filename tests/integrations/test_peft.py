@@ -36,10 +36,12 @@ class MLP(nn.Module):
 class Deep(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 20), "down": nn.Linear(20, 8)}) for _ in range(4))
+        self.body = nn.Module()
+        self.body.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(8, 20), "down": nn.Linear(20, 8)}) for _ in range(4))
 
     def forward(self, x):
-        for layer in self.layers:
+        for layer in self.body.layers:
             x = x + layer["down"](torch.relu(layer["up"](x)))
         return x
 
@@ -231,7 +233,7 @@ def test_adapters_of_other_names_are_saved_side_by_side(tmp_path):
 def test_choosing_layers():
     def found(**options):
         model = get_peft_model(Deep(), SSVDOConfig(**{"outer_rank": 3, **options}))
-        return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, Linear)}
+        return {n.removeprefix("base_model.model.body."): m for n, m in model.named_modules() if isinstance(m, Linear)}
 
     everything = {f"layers.{i}.{n}" for i in range(4) for n in ("up", "down")}
     assert set(found(target_modules="all-linear")) == everything

@@ -9,7 +9,7 @@ from helpers import assert_close, randomise
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, load_ssvdo, save_ssvdo
 from ssvdo_kernels.linear import PARAMETER_NAMES
 from ssvdo_kernels.model import adapted_layers, group_layers
 from ssvdo_kernels.ops import host
@@ -325,3 +325,13 @@ def test_fully_sharded(one_process):
         if q.grad is not None:
             assert_close(name, p.grad.full_tensor(), q.grad, 1e-11)
             assert_close(name, p.full_tensor(), q, 1e-11)
+
+
+def test_loaded_adapters_are_grouped(calls, tmp_path):
+    net, _ = nets()
+    save_ssvdo(net, tmp_path)
+    torch.manual_seed(0)
+    fresh = load_ssvdo(Net().double(), tmp_path)
+    calls.clear()
+    fresh(x_of(4))
+    assert calls["inner_forward"] == [4, 4]

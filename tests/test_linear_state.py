@@ -45,8 +45,6 @@ def test_inference_mode_leaves_nothing_that_training_cannot_use(forwards):
     with torch.inference_mode():
         for _ in range(forwards):  # later ones build the folded matrices
             assert_close("y", layer(x), want, 1e-12)
-        layer.merge()
-        layer.unmerge()
     layer(x).sum().backward()
     assert all(p.grad is not None for p in layer.adapter_parameters)
 

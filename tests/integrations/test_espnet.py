@@ -201,6 +201,15 @@ def test_another_base_is_factorised_anew_and_the_same_one_is_not(monkeypatch):
     assert len(calls) == 12
 
 
+def test_a_weight_edited_under_the_adapter_is_noticed():
+    model = adapted()
+    run(model)
+    with torch.no_grad():
+        model.encoder.encoders[0].feed_forward.w_1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="another base"):
+        run(model)
+
+
 def test_checkpoints_may_be_averaged():
     model = adapted()
     optimiser, states = adam(model), []

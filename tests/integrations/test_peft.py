@@ -204,6 +204,8 @@ def test_several_adapters():
     model.unmerge_adapter()
     model.base_model.merge_adapter(["second"])
     assert layer.merged_adapters == ["second"]
+    model.base_model.merge_adapter(["default"])  # one after the other: each still turns W0, not what is merged already
+    assert torch.allclose(model(x), want, atol=1e-4)
     model.unmerge_adapter()
     model.set_adapter("default")
     assert same(model(x), first)

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from . import __version__
+from .ops.device import architectures
 from .ops.dispatch import preparation, token_path
 from .traffic import machine
 
@@ -29,6 +30,7 @@ def info() -> dict[str, str]:
         "ssvdo_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__,
         "triton": _version("triton"), "cpu threads": str(torch.get_num_threads()),
         "cuda device": torch.cuda.get_device_name() if cuda else "none",
+        "cuda kernels": f"built for sm_{', '.join(architectures().split())}" if architectures() else "not built",
     }
     tf32 = torch.backends.cuda.matmul.allow_tf32
     if cuda:

@@ -123,6 +123,8 @@ def _factorize(weight: Tensor, shape: LayerShape) -> Factors:
     floor = max(float(s[0]) * info.eps * shape.large, info.tiny / info.eps)
     q = int((s[: shape.k] <= floor).sum())
     def stored(tensor: Tensor) -> Tensor:
+        if not tensor.numel():  # contiguous() would keep its odd strides, which DeepSpeed cannot view as bytes
+            return torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
         return tensor.to(weight.dtype, copy=True).contiguous()
 
     return Factors(

@@ -188,3 +188,11 @@ def test_torchao_weights_are_refused():
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     with pytest.raises(TypeError, match="allowed: a plain torch"):
         apply_ssvdo(model, SSVDOConfig(outer_rank=1))
+
+
+@pytest.mark.parametrize("m, n, l", [(12, 4, 0), (4, 12, 3), (8, 8, 0)])
+def test_every_factor_may_be_viewed_as_bytes(m, n, l):  # noqa: E741
+    """Empty ones too: DeepSpeed does so with every parameter."""
+    shape = LayerShape.of(m, n, SSVDOConfig(outer_rank=l))
+    for tensor in factorize(torch.randn(m, n), shape).tensors().values():
+        assert tensor.stride(-1) == 1 and tensor.view(torch.uint8).shape[-1] == 4 * tensor.shape[-1]

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+from .kernel_table import PAGE, put
+
 BEGIN, END = "<!-- cuda: begin -->", "<!-- cuda: end -->"
 ARCHS = ["80", "90a", "100"]
 TYPES = {"f": "fp32", "d": "fp64", "7Float16": "fp16", "8Bfloat16": "bf16"}
@@ -81,9 +81,7 @@ def main() -> int:
     print("\n".join(f"{r.kernel} {r.types} sm_{r.arch}: {r.spill_bytes} bytes spilled" for r in spilled)
           or f"{len(results)} kernels, no spills")  # fmt: skip
     if options.write and not spilled:
-        text = PAGE.read_text()
-        head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-        PAGE.write_text(f"{head}\n{markdown(results)}{tail}")
+        put(markdown(results), BEGIN, END)
     return 1 if spilled else 0
 
 

@@ -147,6 +147,12 @@ def markdown(results: list[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def put(table: str, begin: str, end: str) -> None:
+    """Writes the table between its two marks on the page."""
+    text = PAGE.read_text()
+    PAGE.write_text(f"{text[: text.index(begin) + len(begin)]}\n{table}{text[text.index(end) :]}")
+
+
 def main() -> int:
     """Compiles, prints the table, and with --write puts it into docs/kernels.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,9 +169,7 @@ def main() -> int:
     print(markdown(good))
     print("\n".join(wrong) or f"{len(good)} compiled, no spills")
     if options.write and not wrong:
-        text = PAGE.read_text()
-        head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-        PAGE.write_text(f"{head}\n{markdown(good)}{tail}")
+        put(markdown(good), BEGIN, END)
     return 1 if wrong else 0
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -103,7 +103,7 @@ def chosen(layers: Mapping[str, Matrix], config: SSVDOConfig) -> dict[str, tuple
     for name, m in layers.items():
         if not wanted(name, config):
             continue
-        own = replace(config, outer_rank=0) if m.out_features == m.in_features else config
+        own = config.fitting(m.out_features, m.in_features)
         try:
             found[name] = (m, LayerShape.of(m.out_features, m.in_features, own))
         except ValueError as error:

@@ -82,7 +82,10 @@ def merge(base: Path, adapter: Path, out: Path) -> list[Path]:
         raise ValueError(f"--out {out} is the base model's own folder; allowed: another one")
     file = adapter_file(adapter)
     entries = {f"{e.name}.weight": e for e in read_adapter(file)}
-    where = {name: f for f in files for name in budget.read_header(f)[0]}
+    where: dict[str, tuple[Path, int]] = {}  # tensor -> its file, and where its bytes begin
+    for source in files:
+        header, begin = budget.read_header(source)
+        where |= {name: (source, begin + values["data_offsets"][0]) for name, values in header.items()}  # type: ignore[index]
     missing = sorted(set(entries) - set(where))
     if missing:
         raise ValueError(f"{base} has no tensor {missing[:4]}; the adapter's names must be the model file's")
@@ -94,8 +97,8 @@ def merge(base: Path, adapter: Path, out: Path) -> list[Path]:
             os.close(handle)
             try:
                 shutil.copyfile(source, temporary)
-                for name in [n for n in entries if where[n] == source]:
-                    _merge_one(source, Path(temporary), entries[name], file)
+                for name in [n for n in entries if where[n][0] == source]:
+                    _merge_one(source, Path(temporary), where[name][1], entries[name], file)
                     bar.update()
                 with open(temporary, "rb+") as target:
                     os.fsync(target.fileno())
@@ -108,8 +111,8 @@ def merge(base: Path, adapter: Path, out: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def _merge_one(source: Path, target: Path, entry: Entry, file: Path) -> None:
-    """Overwrites one weight's bytes by W' in its own dtype: the header stays as it is."""
+def _merge_one(source: Path, target: Path, begin: int, entry: Entry, file: Path) -> None:
+    """Overwrites one weight's bytes, from `begin` on, by W' in its own dtype: the header stays as it is."""
     from safetensors import safe_open
 
     name = f"{entry.name}.weight"
@@ -120,13 +123,9 @@ def _merge_one(source: Path, target: Path, entry: Entry, file: Path) -> None:
     layer, _ = layer_for(linear, entry, file)
     for part in PARAMETER_NAMES:
         getattr(layer, part).copy_(entry.tensors[part])
-    header, begin = budget.read_header(source)
-    start, end = header[name]["data_offsets"]  # type: ignore[misc]
-    data = as_bytes(layer.adapted_weight())
-    assert len(data) == end - start  # type: ignore[has-type]
     with target.open("rb+") as opened_target:
-        opened_target.seek(begin + start)  # type: ignore[has-type]
-        opened_target.write(data)
+        opened_target.seek(begin)
+        opened_target.write(as_bytes(layer.adapted_weight()))
 
 
 def _targets(given: list[str] | None) -> tuple[str, ...] | str | None:

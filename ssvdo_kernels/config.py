@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 ROTATIONS = ("cayley", "neumann", "first_order")
@@ -103,6 +103,10 @@ class SSVDOConfig:
                 object.__setattr__(self, name, tuple(value))
             elif value is not None and not isinstance(value, str):
                 raise ValueError(f"{name}={value!r} is of the wrong type; allowed: None, a string or a list of strings")
+
+    def fitting(self, out_features: int, in_features: int) -> SSVDOConfig:
+        """This configuration for a weight of that shape: a square one has no complement and gets outer_rank 0."""
+        return replace(self, outer_rank=0) if out_features == in_features else self
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON types."""

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -136,9 +136,8 @@ def _plan_layers(model: nn.Module, config: SSVDOConfig) -> list[Plan]:
     """Checks every layer before any is changed."""
     plans, square = [], []
     for name, linear in find_targets(model, config).items():
-        own = config
-        if linear.in_features == linear.out_features and config.outer_rank:
-            own = replace(config, outer_rank=0)
+        own = config.fitting(linear.out_features, linear.in_features)
+        if own.outer_rank < config.outer_rank:
             square.append(name)
         try:
             LayerShape.of(linear.out_features, linear.in_features, own)

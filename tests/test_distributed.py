@@ -2,6 +2,7 @@
 
 import copy
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def fsdp_half(rank, folder, alone, want):
 def run(rank, folder, work, state, want, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     alone = apply_ssvdo(base(), CONFIG)
     alone.load_state_dict(state)
     try:

@@ -63,9 +63,7 @@ class DeferredSSVDOLinear(SSVDOLinear):
         nn.Module.__init__(self)
         if lora_dropout:
             raise ValueError(f"lora_dropout={lora_dropout} is not supported; allowed: 0")
-        if in_features == out_features:
-            options = {"outer_rank": 0, **{k: v for k, v in options.items() if k != "outer_rank"}}
-        config = SSVDOConfig(**options)
+        config = SSVDOConfig(**options).fitting(out_features, in_features)
         shape = LayerShape.of(out_features, in_features, config)
         self._start(shape, config)
         plain = nn.Linear(in_features, out_features, bias)
@@ -266,11 +264,11 @@ def _module(name: str) -> Any:
 def register() -> list[str]:
     """Makes `adapter_type: ssvdo` known to the ESPnet that is installed. Returns what was registered; may run again."""
     done = []
-    lora = _module("espnet2.layers.lora") if _module("espnet2") else None
+    lora = _module("espnet2.layers.lora")
     if lora is not None and hasattr(lora, "LINEAR_BACKENDS"):
         lora.LINEAR_BACKENDS["ssvdo"] = DeferredSSVDOLinear
         done.append("espnet2.layers.lora.LINEAR_BACKENDS")
-    create = _module("espnet2.layers.create_adapter") if _module("espnet2") else None
+    create = _module("espnet2.layers.create_adapter")
     if create is not None:
         table = cast(dict[str, Callable[..., None]], create.create_adapter_fn_table)
         table["ssvdo"] = create_ssvdo_adapter

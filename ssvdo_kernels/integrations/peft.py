@@ -188,9 +188,7 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             ValueError: the sizes do not fit this layer, or its weight is on the meta device or not finite.
         """
         weight = self.get_base_layer().weight if self.ssvdo_original is None else self.ssvdo_original
-        own = config.core(key)
-        if self.in_features == self.out_features:
-            own = CoreConfig(**{**own.to_dict(), "outer_rank": 0})
+        own = config.core(key).fitting(self.out_features, self.in_features)
         try:
             shape = LayerShape.of(self.out_features, self.in_features, own)
         except ValueError as error:

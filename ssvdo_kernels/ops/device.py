@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
-from .host import _C, Tensors
+from .host import _C, Tensors, inner_sizes, outer_sizes
 
 
 def obstacle(device: torch.device) -> str:
@@ -55,11 +55,6 @@ def _scratch(like: Tensor, layers: int, *shapes: tuple[int, ...]) -> list[Tensor
     return [like.new_empty(min(layers, _C.max_layers), *shape) for shape in shapes]
 
 
-def _sizes(shape: LayerShape, config: SSVDOConfig, reflector: Tensor, ld: int) -> dict[str, Any]:
-    return {"c": shape.c, "l": shape.l, "r": reflector.shape[1], "large": shape.large, "tau": config.tau, "ld": ld,
-            "scale": shape.outer_scale(config), "rotation": config.outer == "rotation"}  # fmt: skip
-
-
 def outer_forward(
     outer: Tensors,
     reflector: Tensors,
@@ -79,7 +74,7 @@ def outer_forward(
     inverse, left = like.new_empty(n, l, l), like.new_empty(n, r, l)
     _call("device_outer_forward", (outer, reflector, basis, columns, list(inverse), list(left)),
           (*_scratch(like, n, (l, l), (r, l)), info), like.dtype, reflector[0].dtype,
-          **_sizes(shape, config, reflector[0], columns[0].shape[1]))  # fmt: skip
+          **outer_sizes(shape, config, reflector[0], columns[0].shape[1]))  # fmt: skip
     return inverse, left
 
 
@@ -98,12 +93,8 @@ def outer_backward(
     d_outer, r = [torch.empty_like(p) for p in outer], reflector[0].shape[1]
     scratch = _scratch(like, n, (l, l), (r, l), (l, l), (shape.c, l))
     _call("device_outer_backward", (outer, reflector, basis, d_columns, inverse, left, d_outer), scratch, like.dtype,
-          reflector[0].dtype, **_sizes(shape, config, reflector[0], d_columns[0].shape[1]))  # fmt: skip
+          reflector[0].dtype, **outer_sizes(shape, config, reflector[0], d_columns[0].shape[1]))  # fmt: skip
     return d_outer
-
-
-def _inner_sizes(shape: LayerShape, config: SSVDOConfig, null: int) -> dict[str, Any]:
-    return {"k": shape.k, "l": shape.l, "q": null, "width": shape.width, "rotation": config.rotation}
 
 
 def inner_forward(
@@ -129,7 +120,7 @@ def inner_forward(
     work = _scratch(like, n, (2 * k * k if cayley else 1,), (_C.max_blocks,))
     outputs = [list(t) for t in (mixer, G, saved)]
     _call("device_inner_forward", (packed, shift, singular, *outputs), (*work, gate, info), like.dtype,
-          **_inner_sizes(shape, config, null))  # fmt: skip
+          **inner_sizes(shape, config, null))  # fmt: skip
     return list(zip(G, saved, mixer, strict=True))
 
 
@@ -148,7 +139,7 @@ def inner_backward(
     d_packed, d_shift = [torch.empty_like(p) for p in packed], [torch.empty_like(s) for s in shift]
     (work,) = _scratch(shift[0], len(packed), (shape.k if config.rotation == "cayley" else 1, shape.k))
     _call("device_inner_backward", (packed, shift, singular, d_mixer, G, saved, d_packed, d_shift), (work,),
-          shift[0].dtype, **_inner_sizes(shape, config, null))  # fmt: skip
+          shift[0].dtype, **inner_sizes(shape, config, null))  # fmt: skip
     return list(zip(d_packed, d_shift, strict=True))
 
 

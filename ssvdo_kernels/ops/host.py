@@ -49,7 +49,8 @@ def _call(function: str, operands: Sequence[Tensors], build: str, **sizes: Any) 
     return getattr(_C, function)(name, rows, threads=threads, build=build, **sizes)
 
 
-def _outer_sizes(shape: LayerShape, config: SSVDOConfig, reflector: Tensor, ld: int) -> dict[str, Any]:
+def outer_sizes(shape: LayerShape, config: SSVDOConfig, reflector: Tensor, ld: int) -> dict[str, Any]:
+    """What the outer part's functions take beside addresses, here and in device.py."""
     return {"c": shape.c, "l": shape.l, "r": reflector.shape[1], "large": shape.large, "tau": config.tau, "ld": ld,
             "scale": shape.outer_scale(config), "rotation": config.outer == "rotation"}  # fmt: skip
 
@@ -65,7 +66,7 @@ def outer_forward(
 ) -> tuple[list[Tensor], list[int]]:
     """(X, info); writes F into the first l columns of `columns`, large x (l + q). info: 0, or the bad pivot from 1."""
     X = [p.new_empty(shape.l, shape.l) for p in outer]
-    sizes = _outer_sizes(shape, config, reflector[0], columns[0].shape[1])
+    sizes = outer_sizes(shape, config, reflector[0], columns[0].shape[1])
     return X, _call("outer_forward", (outer, reflector, basis, X, columns), build, **sizes)
 
 
@@ -81,14 +82,14 @@ def outer_backward(
 ) -> list[Tensor]:
     """d outer (c x l) from the gradient of `columns`, of which the first l columns count."""
     d_outer = [torch.empty_like(p) for p in outer]
-    sizes = _outer_sizes(shape, config, reflector[0], d_columns[0].shape[1])
+    sizes = outer_sizes(shape, config, reflector[0], d_columns[0].shape[1])
     _call("outer_backward", (outer, reflector, basis, X, d_columns, d_outer), build, **sizes)
     return d_outer
 
 
-def _inner_sizes(shape: LayerShape, config: SSVDOConfig, null: int) -> dict[str, Any]:
-    return {"k": shape.k, "l": shape.l, "q": null, "width": shape.width, "rotation": config.rotation,
-            "terms": config.neumann_terms}  # fmt: skip
+def inner_sizes(shape: LayerShape, config: SSVDOConfig, null: int) -> dict[str, Any]:
+    """What the inner part's functions take beside addresses, here and in device.py."""
+    return {"k": shape.k, "l": shape.l, "q": null, "width": shape.width, "rotation": config.rotation}
 
 
 def inner_forward(
@@ -104,7 +105,8 @@ def inner_forward(
     k, rows = shape.k, shape.width + shape.l + null
     G, saved = ([p.new_empty(k, k) for p in packed] for _ in range(2))
     mixer = [p.new_empty(rows, shape.width) for p in packed]
-    _call("inner_forward", (packed, shift, singular, G, saved, mixer), build, **_inner_sizes(shape, config, null))
+    sizes = inner_sizes(shape, config, null) | {"terms": config.neumann_terms}
+    _call("inner_forward", (packed, shift, singular, G, saved, mixer), build, **sizes)
     return list(zip(G, saved, mixer, strict=True))
 
 
@@ -123,7 +125,7 @@ def inner_backward(
 ) -> list[tuple[Tensor, Tensor]]:
     """(d packed, d dS) of each layer from d mixer, or with rows = (left, right) from d mixer = left^T right."""
     d_packed, d_shift = [torch.empty_like(p) for p in packed], [torch.empty_like(s) for s in shift]
-    sizes = _inner_sizes(shape, config, null)
+    sizes = inner_sizes(shape, config, null) | {"terms": config.neumann_terms}
     if rows is not None:
         left, right = rows
         sizes |= {"tokens": left[0].shape[0], "left_ld": left[0].shape[1], "right_ld": right[0].shape[1]}

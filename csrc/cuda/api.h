@@ -1,5 +1,5 @@
-// What the bindings call of the device code: a group of layers of one shape, by raw pointers. T: float or double. Matrices are row-major; of several layers, `stacked` ones lie one after
-// the other.
+// What the bindings call of the device code: a group of layers of one shape, by raw pointers. T: float or double.
+// Matrices are row-major; of several layers, `stacked` ones lie one after the other.
 #pragma once
 
 #include "../cpu/api.h"

@@ -41,6 +41,15 @@ struct OuterKernel {
     int shared() const { return Shape::shared; }
 };
 
+// each(m, n, sum) for this worker's elements of the tile that lie inside of rows x columns.
+template <class Sums, class Team, class Place, class Each>
+SSVDO_HD void store_inside(const Sums& sums, const Team& team, const Place& at, int rows, int columns, Each each) {
+    sums.store(team, [&](int m, int n, auto sum) {
+        m += at.m0, n += at.n0;
+        if (m < rows && n < columns) each(m, n, sum);
+    });
+}
+
 // A tile's rows m0, columns n0 of the first `rows`, or of the l rows that follow.
 struct Place {
     bool first;
@@ -63,15 +72,13 @@ struct GramKernel : OuterKernel<T> {
         Sums<Shape, Team> sums;
         sums.clear();
         if (at.first)
-            sums.add(team, shared, at.m0, at.n0, g.c, transposed<T>(this->template Y_bottom<S>(layer), g.r, g.c, g.r), this->L(layer));
+            sums.add(team, shared, at.m0, at.n0, g.c, transposed<T>(this->template Y_bottom<S>(layer), g.r, g.c, g.r),
+                     this->L(layer));
         else
             sums.add(team, shared, at.m0, at.n0, g.c, this->L_transposed(layer), this->L(layer));
         T* to = at.first ? g.left[layer] : g.gram + layer * this->square();
         const int rows = at.first ? g.r : g.l, l = g.l;
-        sums.store(team, [&](int m, int n, T sum) {
-            m += at.m0, n += at.n0;
-            if (m < rows && n < l) to[ptrdiff_t(m) * l + n] = sum;
-        });
+        store_inside(sums, team, at, rows, l, [&](int m, int n, T sum) { to[ptrdiff_t(m) * l + n] = sum; });
     }
 };
 
@@ -111,13 +118,11 @@ struct TurnKernel : OuterKernel<T> {  // right = -left X
         const Place at = place<Shape>(tile, g.r, this->across());
         Sums<Shape, Team> sums;
         sums.clear();
-        sums.add(team, shared, at.m0, at.n0, g.l, matrix<T>(static_cast<const T*>(g.left[layer]), g.r, g.l, g.l), this->X(layer));
+        sums.add(team, shared, at.m0, at.n0, g.l, matrix<T>(static_cast<const T*>(g.left[layer]), g.r, g.l, g.l),
+                 this->X(layer));
         const int r = g.r, l = g.l;
         T* to = g.right + layer * this->tall();
-        sums.store(team, [&](int m, int n, T sum) {
-            m += at.m0, n += at.n0;
-            if (m < r && n < l) to[ptrdiff_t(m) * l + n] = -sum;
-        });
+        store_inside(sums, team, at, r, l, [&](int m, int n, T sum) { to[ptrdiff_t(m) * l + n] = -sum; });
     }
 };
 
@@ -157,10 +162,7 @@ struct ColumnsKernel : OuterKernel<T> {
             sums.add(team, shared, at.m0, at.n0, g.l, Lowered{this->L(layer), this->d()}, this->X(layer));
         T* to = g.columns[layer];
         const int large = g.large, l = g.l, ld = g.ld;
-        sums.store(team, [&](int m, int n, T sum) {
-            m += at.m0, n += at.n0;
-            if (m < large && n < l) to[ptrdiff_t(m) * ld + n] = sum;
-        });
+        store_inside(sums, team, at, large, l, [&](int m, int n, T sum) { to[ptrdiff_t(m) * ld + n] = sum; });
     }
 };
 
@@ -186,10 +188,7 @@ struct ProjectKernel : OuterKernel<T> {  // right = Y^T dF; gram = L^T dF_bot + 
         }
         T* to = at.first ? g.right + layer * this->tall() : g.gram + layer * this->square();
         const int rows = at.first ? g.r : g.l, l = g.l;
-        sums.store(team, [&](int m, int n, T sum) {
-            m += at.m0, n += at.n0;
-            if (m < rows && n < l) to[ptrdiff_t(m) * l + n] = sum;
-        });
+        store_inside(sums, team, at, rows, l, [&](int m, int n, T sum) { to[ptrdiff_t(m) * l + n] = sum; });
     }
 };
 
@@ -210,18 +209,14 @@ struct PullKernel : OuterKernel<T> {  // dQ = dF_bot - Y_bot right; dX = gram - 
             T* to = g.pull + layer * ptrdiff_t(g.c) * l;
             const T* from = this->dF_bottom(layer);
             const int c = g.c, ld = g.ld;
-            sums.store(team, [&](int m, int n, T sum) {
-                m += at.m0, n += at.n0;
-                if (m < c && n < l) to[ptrdiff_t(m) * l + n] = from[ptrdiff_t(m) * ld + n] - sum;
+            store_inside(sums, team, at, c, l, [&](int m, int n, T sum) {
+                to[ptrdiff_t(m) * l + n] = from[ptrdiff_t(m) * ld + n] - sum;
             });
         } else {
             const T* left = g.left[layer];
             sums.add(team, shared, at.m0, at.n0, g.r, transposed<T>(left, l, g.r, l), right);
             T* to = g.gram + layer * this->square();
-            sums.store(team, [&](int m, int n, T sum) {
-                m += at.m0, n += at.n0;
-                if (m < l && n < l) to[ptrdiff_t(m) * l + n] -= sum;
-            });
+            store_inside(sums, team, at, l, l, [&](int m, int n, T sum) { to[ptrdiff_t(m) * l + n] -= sum; });
         }
     }
 };
@@ -241,9 +236,7 @@ struct AdjointKernel : OuterKernel<T> {  // more = S, from gram = dX; one team a
                 Sums<Shape, Team> sums;
                 sums.clear();
                 sums.add(team, shared, m0, n0, l, a, b);
-                sums.store(team, [&](int m, int n, T sum) {
-                    if (m0 + m < l && n0 + n < l) each(m0 + m, n0 + n, sum);
-                });
+                store_inside(sums, team, Place{true, m0, n0}, l, l, each);
             }
         team.sync();
     }
@@ -287,10 +280,7 @@ struct GradientKernel : OuterKernel<T> {  // d outer = scale (dQ X^T + L S)
                  matrix<T>(static_cast<const T*>(g.more + layer * this->square()), l, l, l));
         T* to = g.d_outer[layer];
         const T scale = g.scale;
-        sums.store(team, [&](int m, int n, T sum) {
-            m += at.m0, n += at.n0;
-            if (m < c && n < l) to[ptrdiff_t(m) * l + n] = scale * sum;
-        });
+        store_inside(sums, team, at, c, l, [&](int m, int n, T sum) { to[ptrdiff_t(m) * l + n] = scale * sum; });
     }
 };
 

@@ -1,4 +1,4 @@
-"""What an adapter would cost, from layer sizes alone: parameters, memory, time; and sizes of an equal budget."""
+"""What an adapter would cost, from layer sizes alone: parameters, memory, time; and sizes for a given budget."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .config import LayerShape, SSVDOConfig
-from .model import wanted
+from .model import find_targets, wanted
 from .planner import plan
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -153,3 +153,73 @@ def equal_budgets(layers: Mapping[str, tuple[Matrix, LayerShape]], budget: int) 
 def forms(shape: LayerShape, tokens: list[int]) -> list[str]:
     """The form that the CPU planner takes for training with so many tokens a forward, in the long run."""
     return [plan(shape, shape.l, t, 100 * t, True, frozenset()) for t in tokens]
+
+
+def layer_matrices(model: nn.Module, config: SSVDOConfig) -> dict[str, Matrix]:
+    """Layer name -> size, of the layers of `model` that `config` names. Raises as `apply_ssvdo` does for the names."""
+    return {name: Matrix(m.out_features, m.in_features, m.weight.element_size())
+            for name, m in find_targets(model, config).items()}  # fmt: skip
+
+
+def trained_numbers(model: nn.Module, config: SSVDOConfig) -> int:
+    """Sum over the layers that `config` names of k(k+1)/2 + c l. Nothing is factorised or changed."""
+    shapes = [shape for _, shape in chosen(layer_matrices(model, config), config).values()]
+    return sum(s.k * (s.k + 1) // 2 + s.c * s.l for s in shapes)
+
+
+def lora_rank(layers: Mapping[str, Matrix], parameters: int) -> int:
+    """The rank (at least 1) with which LoRA on these layers trains a number nearest to `parameters`."""
+    return max(1, round(parameters / sum(m.out_features + m.in_features for m in layers.values())))
+
+
+def fitted_ratio(model: nn.Module, config: SSVDOConfig, parameters: int) -> float:
+    """The inner_ratio with which `config`'s other values train a number nearest to `parameters`; 1.0 is the most."""
+    d = max(min(m.out_features, m.in_features) for m in layer_matrices(model, config).values())
+    ratios = [(k + 0.5) / d if k < d else 1.0 for k in range(1, d + 1)]  # the half: int(p d) is k whatever the rounding
+    low, high = 0, d - 1
+    while low < high:  # the count grows with p
+        middle = (low + high) // 2
+        if trained_numbers(model, replace(config, inner_ratio=ratios[middle])) < parameters:
+            low = middle + 1
+        else:
+            high = middle
+    nearest = ratios[max(low - 1, 0) : low + 1]
+    return min(nearest, key=lambda p: abs(trained_numbers(model, replace(config, inner_ratio=p)) - parameters))
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A configuration and how many numbers it trains."""
+
+    config: SSVDOConfig
+    trained: int
+
+
+def suggest_budget(model: nn.Module, parameters: int, config: SSVDOConfig | None = None) -> list[Suggestion]:
+    """Configurations of `model` that train about `parameters` numbers, for p = 0.25, 0.5, 0.75, 1 and for l = 0.
+
+    Beside each p, l is the nearest that fits in min(d, c) of every layer; the last one, l = 0, has the p that fits.
+    A p that alone exceeds the budget by 5% is left out. Nothing is factorised or changed.
+
+    Args:
+        config: its other values (target_modules, tau, ...) are taken over. None takes `SSVDOConfig()`.
+
+    Raises:
+        ValueError: parameters < 1, or no layer matches.
+    """
+    if not isinstance(parameters, int) or isinstance(parameters, bool) or parameters < 1:
+        raise ValueError(f"parameters={parameters!r} is out of range; allowed: an integer >= 1")
+    own = SSVDOConfig() if config is None else config
+    bare = replace(own, outer_rank=0)
+    shapes = [s for _, s in chosen(layer_matrices(model, bare), bare).values()]
+    complement = sum(s.c for s in shapes)
+    limit = min((min(s.d, s.c) for s in shapes if s.c), default=0)
+    found = []
+    for p in (0.25, 0.5, 0.75, 1.0):
+        inner = trained_numbers(model, replace(bare, inner_ratio=p))
+        l = min(limit, round((parameters - inner) / complement)) if complement else 0  # noqa: E741
+        if inner <= 1.05 * parameters and l > 0:
+            chosen_one = replace(own, inner_ratio=p, outer_rank=l)
+            found.append(Suggestion(chosen_one, inner + l * complement))
+    alone = replace(bare, inner_ratio=fitted_ratio(model, bare, parameters))
+    return [*found, Suggestion(alone, trained_numbers(model, alone))]

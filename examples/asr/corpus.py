@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
-from .whisper import END, NO_TIMESTAMPS, SECONDS, START
+from .whisper import ENGLISH, SECONDS, Prompt
 
 RATE = 16_000
 SPEECH = Path(__file__).parent / "speech" / "manifest.tsv"
@@ -27,6 +27,8 @@ class Utterance:
     text: str
     voice: str = ""
     split: str = ""
+    start: float = 0.0  # seconds into the file
+    stop: float | None = None  # None: to its end
 
 
 def read_manifest(path: Path) -> list[Utterance]:
@@ -54,18 +56,23 @@ def read_manifest(path: Path) -> list[Utterance]:
     return utterances
 
 
-def load_audio(path: Path) -> Tensor:
+def load_audio(path: Path, start: float = 0.0, stop: float | None = None, seconds: int = SECONDS) -> Tensor:
     """Mono float32 samples at 16 kHz; channels are averaged, other rates resampled by a windowed sinc.
 
+    Args:
+        start, stop: the part of the file, in seconds. seconds: the model's context.
+
     Raises:
-        ValueError: the recording is longer than 6 s, the demo's context.
+        ValueError: the recording is longer than the context.
     """
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    rate = soundfile.info(path).samplerate
+    end = None if stop is None else round(stop * rate)
+    samples, rate = soundfile.read(path, start=round(start * rate), stop=end, dtype="float32", always_2d=True)
     audio = torch.from_numpy(samples).mean(1)
     if rate != RATE:
         audio = resample(audio, rate, RATE)
-    if audio.numel() > SECONDS * RATE:
-        raise ValueError(f"{path}: {audio.numel() / RATE:.1f} s long; the context holds {SECONDS} s")
+    if audio.numel() > seconds * RATE:
+        raise ValueError(f"{path}: {audio.numel() / RATE:.1f} s long; the context holds {seconds} s")
     return audio
 
 
@@ -84,22 +91,21 @@ def resample(audio: Tensor, rate: int, target: int, zeros: int = 24) -> Tensor:
     return (padded[(index + reach).clamp(0, padded.numel() - 1)] * kernel).sum(1).float()
 
 
-_extractor = WhisperFeatureExtractor(feature_size=80, sampling_rate=RATE, hop_length=160, n_fft=400,
-                                     chunk_length=SECONDS)
-
-
-def features(utterances: list[Utterance]) -> Tensor:
-    """Log-mel features, utterances x 80 x 600 (10 ms frames, padded to 6 s)."""
-    audio = [load_audio(u.path).numpy() for u in utterances]
-    return _extractor(audio, sampling_rate=RATE, return_tensors="pt").input_features
+def features(utterances: list[Utterance], seconds: int = SECONDS) -> Tensor:
+    """Log-mel features, utterances x 80 x 100 seconds (10 ms frames, padded to the context)."""
+    extractor = WhisperFeatureExtractor(feature_size=80, sampling_rate=RATE, hop_length=160, n_fft=400,
+                                        chunk_length=seconds)
+    audio = [load_audio(u.path, u.start, u.stop, seconds).numpy() for u in utterances]
+    return extractor(audio, sampling_rate=RATE, return_tensors="pt").input_features
 
 
 def batches(
-    mel: Tensor, utterances: list[Utterance], tokenizer: Tokenizer, size: int, seed: int
+    mel: Tensor, utterances: list[Utterance], tokenizer: Tokenizer, size: int, seed: int, prompt: Prompt = ENGLISH
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Endless shuffled batches (mel, decoder_input_ids, labels) for teacher forcing.
 
-    Decoder input: START NO_TIMESTAMPS tokens...; labels: the same shifted by one, END last, -100 where nothing counts.
+    Decoder input: the prompt, then the text's tokens; labels: the tokens one step ahead, the end last, -100 where
+    nothing counts (nothing of the prompt does).
     """
     rows = [tokenizer.encode(" " + u.text, add_special_tokens=False).ids for u in utterances]
     generator = torch.Generator().manual_seed(seed)
@@ -107,11 +113,12 @@ def batches(
         order = torch.randperm(len(rows), generator=generator).tolist()
         for first in range(0, len(order) - size + 1, size) if len(order) >= size else [0]:
             chosen = order[first : first + size]
-            width = max(len(rows[i]) for i in chosen) + 2
-            inputs = torch.full((len(chosen), width), END)
+            head = len(prompt.start)
+            width = max(len(rows[i]) for i in chosen) + head
+            inputs = torch.full((len(chosen), width), prompt.end)
             labels = torch.full((len(chosen), width), -100)
             for row, i in enumerate(chosen):
                 ids = rows[i]
-                inputs[row, : len(ids) + 2] = torch.tensor([START, NO_TIMESTAMPS, *ids])
-                labels[row, 1 : len(ids) + 2] = torch.tensor([*ids, END])
+                inputs[row, : len(ids) + head] = torch.tensor([*prompt.start, *ids])
+                labels[row, head - 1 : len(ids) + head] = torch.tensor([*ids, prompt.end])
             yield mel[chosen], inputs, labels

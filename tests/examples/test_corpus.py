@@ -13,7 +13,7 @@ import soundfile  # noqa: E402
 
 from examples.asr.corpus import RATE, SPEECH, batches, features, load_audio, read_manifest, resample  # noqa: E402
 from examples.asr.make_speech import TEST_SENTENCES, VOICES, sentences  # noqa: E402
-from examples.asr.whisper import END, NO_TIMESTAMPS, SECONDS, START  # noqa: E402
+from examples.asr.whisper import ENGLISH, MULTILINGUAL, SECONDS  # noqa: E402
 
 
 def tone(seconds, rate=RATE, hertz=440.0):
@@ -103,21 +103,23 @@ class Words:
         return self
 
 
-def batch_source(tmp_path, size, seed=0, texts=("b", "bcd", "ee", "fgf", "h")):
+def batch_source(tmp_path, size, seed=0, prompt=ENGLISH, texts=("b", "bcd", "ee", "fgf", "h")):
     path = manifest(tmp_path, "path\ttext", *(f"a.flac\t{t}" for t in texts))
     mel = torch.arange(len(texts)).float()[:, None, None].expand(-1, 80, 600)
-    return batches(mel, read_manifest(path), Words(), size, seed), texts
+    return batches(mel, read_manifest(path), Words(), size, seed, prompt), texts
 
 
-def test_batches_shift_pad_and_end_the_labels(tmp_path):
-    source, texts = batch_source(tmp_path, 5)
+@pytest.mark.parametrize("prompt", [ENGLISH, MULTILINGUAL])
+def test_batches_shift_pad_and_end_the_labels(tmp_path, prompt):
+    source, texts = batch_source(tmp_path, 5, prompt=prompt)
+    head = len(prompt.start)
     mel, inputs, labels = next(source)
-    assert mel.shape == (5, 80, 600) and inputs.shape == labels.shape == (5, 5)
+    assert mel.shape == (5, 80, 600) and inputs.shape == labels.shape == (5, 3 + head)
     for row in range(5):
         ids = [ord(c) - ord("a") for c in texts[int(mel[row, 0, 0])]]
-        rest = 5 - 2 - len(ids)
-        assert inputs[row].tolist() == [START, NO_TIMESTAMPS, *ids, *[END] * rest]
-        assert labels[row].tolist() == [-100, *ids, END, *[-100] * rest]
+        rest = 3 - len(ids)
+        assert inputs[row].tolist() == [*prompt.start, *ids, *[prompt.end] * rest]
+        assert labels[row].tolist() == [*[-100] * (head - 1), *ids, prompt.end, *[-100] * rest]
 
 
 def test_batches_are_shuffled_by_the_seed_and_visit_everything(tmp_path):

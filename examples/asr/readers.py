@@ -1,0 +1,168 @@
+"""Corpora: the synthetic one, a TSV manifest, a Kaldi data folder, a Hugging Face audio folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .corpus import SPEECH, Utterance, read_manifest
+from .make_speech import lab, make, manifest
+from .whisper import cache_folder
+
+LAB_FOLDER = "speech-1"
+
+
+def read_kaldi(folder: Path) -> list[Utterance]:
+    """A Kaldi data folder: wav.scp, text, and, where there is one, segments. Its own name is the voice.
+
+    Raises:
+        ValueError: a file is missing or a line is wrong (named), or wav.scp holds a command (nothing is ever run).
+    """
+    folder = Path(folder)
+    for needed in ("wav.scp", "text"):
+        if not (folder / needed).is_file():
+            raise ValueError(f"{folder}: no {needed}; a Kaldi data folder has wav.scp and text")
+    recordings = {}
+    for number, (key, value) in _kaldi_lines(folder / "wav.scp"):
+        if value.endswith("|"):
+            raise ValueError(f"{folder}/wav.scp, line {number}: a command, which is not run; convert the audio first")
+        recordings[key] = _existing(folder, value, f"{folder}/wav.scp, line {number}")
+    parts = {key: (key, 0.0, None) for key in recordings}
+    if (folder / "segments").is_file():
+        parts = {}
+        for number, (key, value) in _kaldi_lines(folder / "segments"):
+            try:
+                recording, start, stop = value.split()
+                parts[key] = (recording, float(start), float(stop))  # type: ignore[assignment]
+            except ValueError:
+                raise ValueError(
+                    f"{folder}/segments, line {number}: expected an utterance, a recording, start and stop") from None
+    found = []
+    for number, (key, text) in _kaldi_lines(folder / "text"):
+        if key not in parts or parts[key][0] not in recordings:
+            raise ValueError(f"{folder}/text, line {number}: utterance {key!r} has no recording")
+        recording, begin, end = parts[key]
+        found.append(Utterance(recordings[recording], text, folder.name, "", begin, end))
+    return _some(found, folder)
+
+
+def _kaldi_lines(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        key, _, value = line.strip().partition(" ")
+        if not key or not value.strip():
+            raise ValueError(f"{path}, line {number}: expected a name and a value")
+        yield number, (key, value.strip())
+
+
+def read_audio_folder(folder: Path) -> list[Utterance]:
+    """A Hugging Face audio folder: metadata.csv or metadata.jsonl with file_name and text (or transcription, sentence).
+
+    Subfolders named train, dev (or validation) and test, each with metadata of its own, become splits.
+
+    Raises:
+        ValueError: there is no metadata, a field is missing or a recording does not exist; names the file and line.
+    """
+    folder = Path(folder)
+    found: list[Utterance] = []
+    for name, split in {"": "", "train": "train", "validation": "dev", "dev": "dev", "test": "test"}.items():
+        for number, row, path in _metadata(folder / name if name else folder):
+            text = next((row[k] for k in ("text", "transcription", "sentence") if row.get(k)), "")
+            if not row.get("file_name") or not text.strip():
+                raise ValueError(f"{path}, line {number}: needs file_name and text (or transcription, sentence)")
+            audio = _existing(path.parent, row["file_name"], f"{path}, line {number}")
+            found.append(Utterance(audio, text.strip(), row.get("voice") or folder.name, split or row.get("split", "")))
+    return _some(found, folder)
+
+
+def _metadata(folder: Path) -> Iterator[tuple[int, dict[str, str], Path]]:
+    if (path := folder / "metadata.csv").is_file():
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for number, row in enumerate(csv.DictReader(file), 2):
+                yield number, row, path
+    elif (path := folder / "metadata.jsonl").is_file():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                assert isinstance(row, dict)
+            except (ValueError, AssertionError):
+                raise ValueError(f"{path}, line {number}: no JSON object") from None
+            yield number, row, path
+
+
+def _existing(folder: Path, name: str, where: str) -> Path:
+    audio = folder / name
+    if not audio.is_file():
+        raise ValueError(f"{where}: no recording at {audio}")
+    return audio
+
+
+def _some(found: list[Utterance], folder: Path) -> list[Utterance]:
+    if not found:
+        raise ValueError(f"{folder}: holds no utterance (no metadata.csv or metadata.jsonl, or empty files)")
+    return found
+
+
+def read_corpus(path: Path) -> list[Utterance]:
+    """A TSV manifest, a Kaldi data folder, a Hugging Face audio folder, or a folder with manifest.tsv, told apart.
+
+    Raises:
+        ValueError: it is none of them, or a line of it is wrong.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_manifest(path)
+    if (path / "manifest.tsv").is_file():
+        return read_manifest(path / "manifest.tsv")
+    if (path / "wav.scp").is_file():
+        return read_kaldi(path)
+    if path.is_dir():
+        return read_audio_folder(path)
+    raise ValueError(f"corpus={str(path)!r}: no such file or folder")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Utterances by voice and split."""
+
+    utterances: tuple[Utterance, ...]
+
+    def of(self, voice: str, split: str) -> list[Utterance]:
+        """Those of one voice and split.
+
+        Raises:
+            ValueError: there are none; names the voices and splits that there are.
+        """
+        found = [u for u in self.utterances if u.voice == voice and u.split == split]
+        if not found:
+            there = sorted({(u.voice, u.split) for u in self.utterances})
+            raise ValueError(f"voice {voice!r} has no utterance of split {split!r}; the corpus has {there}")
+        return found
+
+
+def open_corpus(source: str) -> Corpus:
+    """"committed": the speech in the repository. "synthetic": the experiments' set, spoken on first use
+    and kept in the cache. Else "name=path,name=path,...": each path a corpus, read as voice `name`; Kaldi's usual
+    folders of one split each are given as "name/train=path,name/test=path".
+
+    Raises:
+        ValueError: a part is wrong. RuntimeError: a synthesiser is not installed.
+    """  # fmt: skip
+    if source == "committed":
+        return Corpus(tuple(read_manifest(SPEECH)))
+    if source == "synthetic":
+        folder = cache_folder() / LAB_FOLDER
+        listed = folder / "manifest.tsv"
+        if not listed.exists() or listed.read_text(encoding="utf-8") != manifest(lab()):
+            make(folder, lab())
+        return Corpus(tuple(read_manifest(folder / "manifest.tsv")))
+    found: list[Utterance] = []
+    for part in source.split(","):
+        name, equals, path = part.partition("=")
+        voice, _, split = name.partition("/")
+        if not equals or not voice:
+            raise ValueError(f"corpus={source!r}: expected 'committed', 'synthetic', or name=path,name/split=path,...")
+        found += [replace(u, voice=voice, split=split or u.split) for u in read_corpus(Path(path))]
+    return Corpus(tuple(found))

@@ -1,0 +1,229 @@
+"""The laboratory: grids, results that are kept, methods of equal budget, runs on a small model, the page."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+for needed in ("transformers", "tokenizers", "soundfile", "jiwer", "peft", "yaml", "matplotlib"):
+    pytest.importorskip(needed, reason="the speech example needs the extras: pip install 'ssvdo_kernels[asr,peft,bench]'")
+
+from transformers import WhisperConfig, WhisperForConditionalGeneration  # noqa: E402
+
+from examples.asr import experiment, report, run  # noqa: E402
+from examples.asr.experiment import HERE, PROFILES, Experiment, Store, key_of, main, run_all  # noqa: E402
+from examples.asr.methods import METHODS, adapt  # noqa: E402
+from examples.asr.whisper import config_of  # noqa: E402
+
+COMMITTED = sorted((HERE / "experiments").glob("*.yaml"))
+GRID = """
+question: Why?
+settings: {corpus: committed, steps: 2, voices: [scottish]}
+rates: {lora: 0.1, ssvdo: 0.2}
+grids:
+  - {cases: [{method: none}], seed: [0]}
+  - {method: [lora, ssvdo], seed: [1, 0]}
+reduced: {grid: {method: [lora]}, settings: {steps: 1}}
+"""
+
+
+def described(folder, text=GRID, name="small"):
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return Experiment.read(path)
+
+
+def test_grids_are_products_with_each_method_s_rate(tmp_path):
+    cells = described(tmp_path).cells("full")
+    assert [(c["method"], c["seed"], c.get("rate"), c["steps"]) for c in cells] == [
+        ("none", 0, None, 0), ("lora", 0, 0.1, 2), ("ssvdo", 0, 0.2, 2), ("lora", 1, 0.1, 2), ("ssvdo", 1, 0.2, 2)]  # fmt: skip
+    reduced = described(tmp_path).cells("reduced")
+    assert [(c["method"], c["seed"], c["steps"]) for c in reduced] == [("none", 0, 0), ("lora", 0, 1), ("lora", 1, 1)]
+
+
+def test_the_key_is_of_all_settings_defaults_included():
+    assert key_of({"seed": 0}) == key_of({}) != key_of({"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("steps: 2", "stepz: 2", "setting 'stepz' is unknown"),
+        ("question", "quest", "key 'quest' is unknown"),
+        ("lora, ssvdo", "lora, sssvd", "sssvd"),
+        ("lora: 0.1, ", "", "rates: none for method 'lora'"),
+        ("reduced: {grid", "reduced: {grids", "key 'grids' of a profile"),
+        ("question: Why?", "- 1", "small.yaml"),
+    ],
+)
+def test_a_wrong_description_is_refused_and_named(tmp_path, old, new, said):
+    assert old in GRID
+    with pytest.raises(ValueError, match=said) as error:
+        described(tmp_path, GRID.replace(old, new))
+    assert "small.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+def test_committed_experiments_are_well_formed(path):
+    found = Experiment.read(path)
+    counts = {p: len(found.cells(p)) for p in PROFILES}
+    assert found.question and 0 < counts["reduced"] <= counts["full"]
+    assert {key_of(c) for c in found.cells("reduced")} <= {key_of(c) for c in found.cells("full")}
+    assert all(c["corpus"] == "committed" for c in found.cells("quick"))
+
+
+def test_the_page_covers_every_committed_experiment():
+    assert sorted(report.ORDER) == [p.stem for p in COMMITTED]
+
+
+def tiny():
+    torch.manual_seed(0)
+    small = {**config_of().to_dict(), "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+             "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48,
+             "decoder_ffn_dim": 48}  # fmt: skip
+    return WhisperForConditionalGeneration(WhisperConfig(**small)).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_start_at_the_base_and_share_a_budget(method):
+    base, settings = tiny(), {"method": method, "inner_ratio": 0.5, "outer_rank": 4, "init_angle": 0.0}
+    mel, tokens = torch.randn(2, 80, 600), torch.tensor([[3, 4], [5, 6]])
+    model = adapt(copy.deepcopy(base), settings).model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    inner = {"ssvd": 4 * 16 * 17 // 2, "ssvd_first_order": 4 * 16 * 17 // 2}  # p = 1 is the most
+    if method == "full":
+        assert trained == sum(p.numel() for p in base.parameters())
+    else:  # one rank of LoRA more or less is 4 * 64 numbers
+        assert abs(trained - inner.get(method, 4 * (8 * 9 // 2 + 32 * 4))) <= 4 * 64 / 2
+    with torch.no_grad():
+        expected, got = (m(mel, decoder_input_ids=tokens).logits for m in (base, model))
+    assert torch.allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "ssvdo", "full"])
+def test_baking_keeps_the_function_in_plain_layers(method):
+    adapted = adapt(tiny(), {"method": method, "inner_ratio": 0.5, "outer_rank": 4})
+    with torch.no_grad():
+        for p in adapted.model.parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn_like(p))
+    mel, tokens = torch.randn(1, 80, 600), torch.tensor([[3, 4]])
+    with torch.no_grad():
+        expected = adapted.model(mel, decoder_input_ids=tokens).logits
+        plain = adapted.bake()
+        assert torch.allclose(plain(mel, decoder_input_ids=tokens).logits, expected, atol=1e-4)
+    assert {type(m) for n, m in plain.named_modules() if n.endswith(("fc1", "fc2"))} == {torch.nn.Linear}
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="method='magic' is unknown; allowed: 'full', 'lora'"):
+        adapt(tiny(), {"method": "magic"})
+
+
+class Letters:
+    def encode(self, text, add_special_tokens):
+        self.ids = [ord(c) for c in text]
+        return self
+
+    def decode(self, ids):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+@pytest.fixture
+def small_whisper(monkeypatch):
+    monkeypatch.setattr(run, "_whisper", lambda model, seconds: (tiny(), Letters()))
+
+
+SMALL = {"corpus": "committed", "train": 8, "utterances": 2, "steps": 2, "batch": 4, "precision": "fp32",
+         "inner_ratio": 0.5, "outer_rank": 4, "rate": 1e-3}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["continue", "merged"])
+def test_a_run_trains_in_stages_and_reports_them(small_whisper, strategy):
+    settings = {**SMALL, "voices": ["scottish", "scottish"], "strategy": strategy, "evaluate_at": [0, 1],
+                "evaluate": ["child", "en-us"]}  # fmt: skip
+    result = run.Run(settings).result()
+    seen = [(e["stage"], e["step"], e["voice"]) for e in result["evaluations"]]
+    assert seen == [(stage, step, voice) for stage, step in [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
+                    for voice in ("child", "en-us")]  # fmt: skip
+    assert len(result["losses"]) == 4 and result["trained"] == 4 * (36 + 128)
+    first = result["evaluations"][0]
+    assert first["wer"] == pytest.approx(100 * sum(first["words_wrong"]) / sum(first["words"]))
+    assert len(first["words"]) == 2 and json.loads(json.dumps(result)) == result
+    assert [d["step"] for d in result["diagnostics"]] == [0, 1, 2, 1, 2]
+    fresh = strategy == "merged"
+    assert (result["diagnostics"][3]["drift"] < result["diagnostics"][2]["drift"]) is fresh
+
+
+def test_a_run_depends_on_its_seed_alone(small_whisper):
+    losses = [run.Run({**SMALL, "seed": seed}).result()["losses"] for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+class Here:
+    """Runs in this process what a pool would."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, function, *arguments):
+        future = experiment.Future()
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_):
+        pass
+
+
+def fake(settings):
+    return {"settings": {**run.SETTINGS, **settings}, "evaluations": [{"voice": "x", "wer": 1.0}]}
+
+
+def test_results_are_kept_resumed_and_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", Here)
+    calls = []
+
+    def failing(settings):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(settings)
+        return fake(settings)
+
+    monkeypatch.setattr(experiment, "work", failing)
+    described_here = described(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_all([Store(described_here, tmp_path)], "full", 1, None)
+    kept = json.loads((tmp_path / "small.json").read_text())
+    assert len(kept["runs"]) == 3 and len(kept["missing"]) == 2
+    monkeypatch.setattr(experiment, "work", lambda s: calls.append(s) or fake(s))
+    assert run_all([Store(described_here, tmp_path)], "full", 2, None) == 0
+    assert len(calls) == 5 == len({key_of(c) for c in calls})
+    other = described(tmp_path, name="other")
+    assert run_all([Store(other, tmp_path)], "full", 1, None) == 0 and len(calls) == 5  # the same settings: taken over
+    assert json.loads((tmp_path / "other.json").read_text())["missing"] == []
+
+
+def test_time_that_runs_out_leaves_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(experiment, "work", fake)
+    assert run_all([Store(described(tmp_path), tmp_path)], "full", 1, 0.0) == 5
+
+
+def test_a_damaged_results_file_is_not_overwritten(tmp_path):
+    (tmp_path / "small.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        Store(described(tmp_path), tmp_path)
+    assert (tmp_path / "small.json").read_text() == "{"
+
+
+def test_an_unknown_experiment_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"experiment 'magic' is unknown; allowed: all, attention, baseline"):
+        main(["magic"])
+
+
+def test_the_committed_page_is_what_the_committed_results_give(tmp_path):
+    assert report.page(plots=tmp_path) == report.PAGE.read_text(encoding="utf-8")

@@ -1,0 +1,67 @@
+"""Sizes for a given number of trained parameters."""
+
+import pytest
+from torch import nn
+
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, suggest_budget, trainable_summary
+from ssvdo_kernels.budget import fitted_ratio, layer_matrices, lora_rank, trained_numbers
+
+
+def block(d=48, h=160):
+    return nn.ModuleDict({"fc1": nn.Linear(d, h), "fc2": nn.Linear(h, d), "other": nn.Linear(d, d)})
+
+
+@pytest.mark.parametrize(("p", "l"), [(0.5, 8), (1.0, 0), (0.01, 3), (0.25, 48)])
+def test_trained_numbers_are_those_of_the_applied_adapter(p, l):  # noqa: E741
+    config = SSVDOConfig(inner_ratio=p, outer_rank=l)
+    model = block()
+    counted = trained_numbers(model, config)
+    assert counted == trainable_summary(apply_ssvdo(model, config), quiet=True).trainable
+
+
+def test_the_paper_s_layer():
+    model = nn.ModuleDict({"fc1": nn.Linear(1024, 4096, device="meta")})
+    config = SSVDOConfig(inner_ratio=0.5, outer_rank=64)
+    assert trained_numbers(model, config) == 327_936
+    assert lora_rank(layer_matrices(model, config), 327_936) == 64
+    halves = [s for s in suggest_budget(model, 327_936) if s.config.inner_ratio == 0.5]
+    assert [(s.config.outer_rank, s.trained) for s in halves] == [(64, 327_936)]
+
+
+@pytest.mark.parametrize("parameters", [1, 7, 100, 1_000, 2_352, 10**6])
+def test_fitted_ratio_is_the_nearest(parameters):
+    model, config = block(), SSVDOConfig(outer_rank=0)
+    p = fitted_ratio(model, config, parameters)
+    counts = [k * (k + 1) for k in range(1, 49)]  # two layers
+    got = trained_numbers(model, SSVDOConfig(inner_ratio=p, outer_rank=0))
+    assert abs(got - parameters) == min(abs(c - parameters) for c in counts)
+
+
+@pytest.mark.parametrize("parameters", [600, 2_000, 4_000, 9_000])
+def test_suggestions_are_near_and_exact(parameters):
+    model = block()
+    found = suggest_budget(model, parameters, SSVDOConfig(tau=0.1))
+    assert found and found[-1].config.outer_rank == 0
+    for s in found:
+        assert s.config.tau == 0.1 and s.trained == trained_numbers(model, s.config)
+    step = 2 * 112  # one more column of outer in both layers
+    near = [s for s in found[:-1] if 0 < s.config.outer_rank < 48]
+    assert all(abs(s.trained - parameters) <= max(step / 2, 0.05 * parameters + step) for s in near)
+
+
+def test_nothing_is_changed_and_square_models_get_the_inner_part():
+    model = nn.ModuleDict({"fc1": nn.Linear(16, 16)})
+    (only,) = suggest_budget(model, 60)
+    assert only.config.outer_rank == 0 and only.trained in (55, 66)
+    assert type(model["fc1"]) is nn.Linear and model["fc1"].weight.requires_grad
+
+
+@pytest.mark.parametrize("parameters", [0, -1, 2.5, True, "9"])
+def test_bad_budgets_are_refused(parameters):
+    with pytest.raises(ValueError, match=r"parameters=.*an integer >= 1"):
+        suggest_budget(block(), parameters)
+
+
+def test_names_that_match_nothing_are_refused():
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        suggest_budget(block(), 100, SSVDOConfig(target_modules=("w_1",)))

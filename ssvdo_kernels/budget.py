@@ -45,7 +45,7 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, object]], int]:
             header = json.loads(source.read(length))
             header.pop("__metadata__", None)
             assert all(isinstance(v, dict) and {"dtype", "shape", "data_offsets"} <= set(v) for v in header.values())
-        except (ValueError, TypeError, AttributeError, AssertionError):
+        except (ValueError, TypeError, AttributeError, AssertionError, RecursionError):
             raise ValueError(f"{file} is no safetensors file") from None
     return header, 8 + length
 

@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import LayerShape, SSVDOConfig
-from .factorize import Factors, apply_complement, as_bytes, check_weight, factorize, write_atomically
+from .factorize import Factors, apply_complement, as_bytes, as_file, check_weight, factorize, write_atomically
 from .linear import FACTOR_NAMES, PARAMETER_NAMES, SSVDOLinear
 from .model import exchange, freeze_rest, group_layers, require_adapted
 
 FORMAT, VERSION = "ssvdo", 1
 MODEL_FILE, CONFIG_FILE = "ssvdo_model.safetensors", "ssvdo_config.json"
+DTYPES = ("torch.float64", "torch.float32", "torch.bfloat16", "torch.float16")  # of adapted weights
 SKETCH = 4  # probe vectors
 BASIS_TOLERANCE = 1e-2  # relative change of one sketched vector; a flip gives about 2, rounding in float64 below 1e-6
 
@@ -96,8 +97,10 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_factor
     header = {"format": FORMAT, "version": VERSION, "include_factors": include_factors, "layers": layers}
     folder, sharded = Path(path), any(_is_sharded(layer) for layer in adapted.values())
     if not sharded or torch.distributed.get_rank() == 0:
-        write_atomically(folder / MODEL_FILE, tensors, {"ssvdo": json.dumps(header, sort_keys=True)})
-        (folder / CONFIG_FILE).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+        write_atomically({
+            folder / MODEL_FILE: as_file(tensors, {"ssvdo": json.dumps(header, sort_keys=True)}),
+            folder / CONFIG_FILE: f"{json.dumps(header, indent=2, sort_keys=True)}\n".encode(),
+        })  # fmt: skip
     if sharded:
         torch.distributed.barrier()
     return folder
@@ -265,7 +268,7 @@ def read_adapter(file: Path) -> list[Entry]:
         entries = [_entry(name, values, own, tensors, file) for name, values in dict(header["layers"]).items()]
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file}: not an SSVD-O adapter (metadata: {error})") from None
     if tensors:
         raise CheckpointError(f"{file}: unknown tensors {sorted(tensors)[:4]}")
@@ -297,6 +300,6 @@ def _entry(name: str, values: dict[str, Any], with_factors: bool, tensors: dict[
             raise CheckpointError(f"{file}: tensor {name}.{part} has non-finite entries")
         found[part] = tensor
     factors = Factors(**{part: found.pop(part) for part in FACTOR_NAMES}) if with_factors else None
-    if not isinstance(values["sha256"], str) or not hasattr(torch, str(values["dtype"]).removeprefix("torch.")):
+    if not isinstance(values["sha256"], str) or values["dtype"] not in DTYPES:
         raise CheckpointError(f"{file}: layer {name} has no valid fingerprint")
     return Entry(name, shape, config, values["dtype"], values["sha256"], found, factors)

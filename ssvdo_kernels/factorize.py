@@ -173,22 +173,35 @@ def _load(path: Path, device: torch.device) -> Factors:
 
 
 def _save(path: Path, factors: Factors) -> None:
-    write_atomically(path, factors.tensors(), {})
+    write_atomically({path: as_file(factors.tensors(), {})})
 
 
-def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file so that `path` holds either the old content or the whole new one."""
+def as_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file's content."""
     from safetensors.torch import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata or None)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata or None)
+
+
+def write_atomically(contents: dict[Path, bytes]) -> None:
+    """Writes files so that each path holds either the old content or the whole new one, whatever happens.
+
+    All are written beside their places and flushed to the disk before the first takes its place; on an error before
+    that, nothing has changed. A killed process may leave a file named .NAME.* behind.
+    """
+    written: dict[Path, str] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, data in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, written[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(written[path], path)
+            del written[path]
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for left in written.values():
+            Path(left).unlink(missing_ok=True)
         raise

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 for needed in ("transformers", "tokenizers", "soundfile", "jiwer", "peft", "yaml", "matplotlib"):
-    pytest.importorskip(needed, reason="the speech example needs the extras: pip install 'ssvdo_kernels[asr,peft,bench]'")
+    pytest.importorskip(needed, reason="needs the extras: pip install 'ssvdo_kernels[asr,peft,bench]'")
 
 from transformers import WhisperConfig, WhisperForConditionalGeneration  # noqa: E402
 
@@ -37,7 +37,8 @@ def described(folder, text=GRID, name="small"):
 def test_grids_are_products_with_each_method_s_rate(tmp_path):
     cells = described(tmp_path).cells("full")
     assert [(c["method"], c["seed"], c.get("rate"), c["steps"]) for c in cells] == [
-        ("none", 0, None, 0), ("lora", 0, 0.1, 2), ("ssvdo", 0, 0.2, 2), ("lora", 1, 0.1, 2), ("ssvdo", 1, 0.2, 2)]  # fmt: skip
+        ("none", 0, None, 0), ("lora", 0, 0.1, 2), ("ssvdo", 0, 0.2, 2), ("lora", 1, 0.1, 2),
+        ("ssvdo", 1, 0.2, 2)]  # fmt: skip
     reduced = described(tmp_path).cells("reduced")
     assert [(c["method"], c["seed"], c["steps"]) for c in reduced] == [("none", 0, 0), ("lora", 0, 1), ("lora", 1, 1)]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import uuid
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -189,12 +189,13 @@ def write_atomically(contents: dict[Path, bytes]) -> None:
     All are written beside their places and flushed to the disk before the first takes its place; on an error before
     that, nothing has changed. A killed process may leave a file named .NAME.* behind.
     """
-    written: dict[Path, str] = {}
+    written: dict[Path, Path] = {}
     try:
         for path, data in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, written[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            with temporary.open("xb") as file:  # with the user's own permissions, which tempfile's would not have
+                written[path] = temporary
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -203,5 +204,5 @@ def write_atomically(contents: dict[Path, bytes]) -> None:
             del written[path]
     except BaseException:
         for left in written.values():
-            Path(left).unlink(missing_ok=True)
+            left.unlink(missing_ok=True)
         raise

@@ -94,7 +94,17 @@ def test_a_full_disk_leaves_the_old_files(tmp_path):
         assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before, limit
 
 
-@pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
+def test_written_files_have_the_user_s_permissions(tmp_path):
+    old = os.umask(0o027)
+    try:
+        save_ssvdo(adapted(0.25), tmp_path)
+    finally:
+        os.umask(old)
+    assert {f.name: oct(f.stat().st_mode & 0o777) for f in tmp_path.iterdir()} == {
+        "ssvdo_model.safetensors": "0o640", "ssvdo_config.json": "0o640"}  # fmt: skip
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_failing_step_leaves_the_old_files(tmp_path, monkeypatch, failing):
     save_ssvdo(adapted(0.25), tmp_path)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
@@ -102,7 +112,7 @@ def test_a_failing_step_leaves_the_old_files(tmp_path, monkeypatch, failing):
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, {"write": "fdopen"}.get(failing, failing), fail)
+    monkeypatch.setattr(os, failing, fail)
     with pytest.raises(OSError, match="no space"):
         save_ssvdo(adapted(0.5), tmp_path)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before

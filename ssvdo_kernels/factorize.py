@@ -102,17 +102,31 @@ def factorize(
     Raises:
         ValueError: weight is not a matrix, on the meta device, or has NaN or infinite entries; a cache file is damaged.
         TypeError: weight is not of a floating dtype.
+        MemoryError (torch.OutOfMemoryError on a GPU): there is too little memory; says about how much is needed.
     """
     weight = weight.detach()
     check_weight(weight, name)
     if cache_dir is None:
-        return _factorize(weight, shape)
+        return _within_memory(weight, shape, name)
     path = Path(cache_dir) / f"{content_key(weight, shape)}.safetensors"
     if path.exists():
         return _load(path, weight.device)
-    factors = _factorize(weight, shape)
+    factors = _within_memory(weight, shape, name)
     _save(path, factors)
     return factors
+
+
+def _within_memory(weight: Tensor, shape: LayerShape, name: str) -> Factors:
+    try:
+        return _factorize(weight, shape)
+    except (MemoryError, RuntimeError) as error:
+        cuda = isinstance(error, torch.OutOfMemoryError)
+        if not cuda and not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        need = 8 * (6 * shape.large * shape.d + 3 * shape.d**2) / 2**20
+        size = f"{shape.out_features} x {shape.in_features}"
+        said = f"{name}: factorising a {size} weight needs about {need:.0f} MiB on {weight.device}, which are not free"
+        raise (torch.OutOfMemoryError if cuda else MemoryError)(said) from error
 
 
 def _factorize(weight: Tensor, shape: LayerShape) -> Factors:

@@ -185,7 +185,7 @@ def test_damaged_files_are_our_own_errors(saved, data):
 
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=True), st.text(max_size=8),
-    st.sampled_from(["torch.float32", "torch.nn", "torch.int8", "float", "", "__class__", "../../etc/passwd", "cayley"]))
+    st.sampled_from(["torch.float32", "torch.nn", "torch.int8", "float", "", "__class__", "../etc/passwd", "cayley"]))
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner,
                                                                                             max_size=3), max_leaves=6)
 

@@ -118,7 +118,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="tiny.en (default), base, or a local transformers folder of a Whisper")
     parser.add_argument("--manifest", type=Path, help="your own recordings, at most 6 s each (default: Scottish)")
     parser.add_argument("--steps", type=int, default=120, help="optimiser steps of 8 utterances (default: 120)")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (default: 1e-3)")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate (default: 3e-4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter", type=Path, help="folder to keep the adapter in (default: a temporary one)")
     return parser.parse_args(arguments)

@@ -24,15 +24,15 @@ def randomise(layer, spread=0.3):
         p.copy_(spread * torch.randn(p.shape))
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """|got - want|_F / |want|_F (absolute where want is 0)."""
+def error(got: Tensor, want: Tensor, size: Tensor | None = None) -> float:
+    """|got - want|_F / |size|_F, size = want unless given (absolute where it is 0)."""
     want = want.detach().double()
-    norm = float(want.norm()) if want.numel() else 0.0
+    norm = float((want if size is None else size.detach()).norm()) if want.numel() else 0.0
     return float((got.detach().double() - want).norm()) / (norm or 1.0) if want.numel() else 0.0
 
 
-def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float, size: Tensor | None = None) -> None:
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     assert torch.isfinite(got).all(), f"{name}: not finite"
-    e = error(got, want)
+    e = error(got, want, size)
     assert e <= tolerance, f"{name}: relative error {e:.2e} > {tolerance:.2e}"

@@ -147,10 +147,10 @@ def markdown(results: list[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put(table: str, begin: str, end: str) -> None:
+def put(table: str, begin: str, end: str, page: Path = PAGE) -> None:
     """Writes the table between its two marks on the page."""
-    text = PAGE.read_text()
-    PAGE.write_text(f"{text[: text.index(begin) + len(begin)]}\n{table}{text[text.index(end) :]}")
+    text = page.read_text()
+    page.write_text(f"{text[: text.index(begin) + len(begin)]}\n{table}{text[text.index(end) :]}")
 
 
 def main() -> int:

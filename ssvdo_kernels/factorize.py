@@ -27,7 +27,7 @@ from .config import LayerShape
 
 @dataclass(frozen=True)
 class Factors:
-    """What the adapter keeps of W0's factorisation (width = max(k, l), q = number of rank-deficient directions).
+    """What the adapter keeps of W0's factorisation (width = max(k, l); q directions have too small an S_i).
 
     Half-precision weights keep their bases in the weight's dtype and the singular values in float32.
     """
@@ -36,7 +36,7 @@ class Factors:
     singular_values: Tensor  # S_k, width, descending
     outer_basis: Tensor  # U_l, large x l
     reflector: Tensor  # Y, large x r (r = 0 when l = 0)
-    null_basis: Tensor  # U[:, k-q:k], large x q: directions whose S_i has no usable inverse
+    null_basis: Tensor  # U[:, k-q:k], large x q: directions whose S_i has no usable inverse in the weight's dtype
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, in declaration order."""
@@ -129,13 +129,23 @@ def _within_memory(weight: Tensor, shape: LayerShape, name: str) -> Factors:
         raise (torch.OutOfMemoryError if cuda else MemoryError)(said) from error
 
 
+def without_inverse(singular: Tensor, shape: LayerShape, dtype: torch.dtype) -> int:
+    """q: how many of the first k singular values (descending) are too small for W0 v_i / S_i to stand for u_i.
+
+    The backward pass has u_i^T dy from W0^T dy, rounded to `dtype` at the size of S_0: the quotient errs by
+    eps S_0 / S_i. S_i > min(sqrt(eps), 1/32) S_0 keeps that at sqrt(eps) (a quarter in bfloat16).
+    """
+    info, least = torch.finfo(dtype), torch.finfo(compute_dtype(dtype))
+    floor = float(singular[0]) * min(max(info.eps**0.5, info.eps * shape.large), 1 / 32)
+    return int((singular[: shape.k] <= max(floor, least.tiny / least.eps)).sum())
+
+
 def _factorize(weight: Tensor, shape: LayerShape) -> Factors:
     # float64 for every dtype: for 1.6 x the time, near-equal singular values give the same vectors on every machine.
     u, s, v = thin_svd((weight.mT if shape.transposed else weight).to(torch.float64))
     dtype = compute_dtype(weight.dtype)
-    info = torch.finfo(dtype)
-    floor = max(float(s[0]) * info.eps * shape.large, info.tiny / info.eps)
-    q = int((s[: shape.k] <= floor).sum())
+    q = without_inverse(s, shape, weight.dtype)
+
     def stored(tensor: Tensor) -> Tensor:
         if not tensor.numel():  # contiguous() would keep its odd strides, which DeepSpeed cannot view as bytes
             return torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
@@ -165,7 +175,7 @@ def apply_complement_transposed(reflector: Tensor, y: Tensor, d: int) -> Tensor:
 
 def content_key(weight: Tensor, shape: LayerShape) -> str:
     """SHA-256 (hex) of the weight's bytes, shape and dtype and of the sizes kept."""
-    digest = hashlib.sha256(repr(("ssvdo-factors-1", shape, str(weight.dtype))).encode())
+    digest = hashlib.sha256(repr(("ssvdo-factors-2", shape, str(weight.dtype))).encode())
     digest.update(as_bytes(weight))
     return digest.hexdigest()
 

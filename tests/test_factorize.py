@@ -115,6 +115,16 @@ def test_hostile_weights_give_the_reference_output(kind, dtype, transposed):
     assert float((got - x.double() @ want.mT).norm()) <= bound
 
 
+@pytest.mark.parametrize("dtype, least", [
+    (torch.float64, 2.0**-26), (torch.float32, 2.0**-11.5), (torch.float16, 2.0**-5), (torch.bfloat16, 2.0**-5)])  # fmt: skip
+def test_small_singular_values_are_carried_by_null_columns(dtype, least):
+    """S_i <= min(sqrt(eps), 1/32) S_0 is not divided by."""
+    singular = torch.tensor([1.0, 0.5, 1.1 * least, 0.9 * least], dtype=torch.float64)
+    weight = torch.cat([torch.diag(singular), torch.zeros(4, 4)]).to(dtype)
+    assert factorize(weight, shape_of(weight, p=1.0)).null_basis.shape == (8, 1)
+    assert factorize(weight, shape_of(weight, p=0.5)).null_basis.shape == (8, 0)
+
+
 def test_rank_deficiency_is_carried_by_null_columns():
     weight = HOSTILE["rank 3"]()
     assert factorize(weight, shape_of(weight, p=1.0)).null_basis.shape == (24, 5)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LayerShape, SSVDOConfig
-from ..factorize import Factors, compute_dtype, content_key, factorize
+from ..factorize import Factors, compute_dtype, content_key, factorize, without_inverse
 from ..group import group_alike
 from ..linear import SSVDOLinear, _stamp
 from ..model import exchange, matches
@@ -235,9 +235,7 @@ def _from_ssvd(prefix: str, state_dict: Mapping[str, Tensor]) -> SSVDOLinear:
     shape = LayerShape(rows, columns, rows < columns, k, 0)
     config = SSVDOConfig(inner_ratio=min(1.0, (k + 0.5) / d), outer_rank=0, rotation="first_order")
     dtype = compute_dtype(saved.dtype)
-    info = torch.finfo(dtype)
-    floor = max(float(singular.max()) * info.eps * shape.large, info.tiny / info.eps)
-    q = int((singular[:k] <= floor).sum())
+    q = without_inverse(singular, shape, saved.dtype)
     tall = (u.double() * singular.double()) @ v.double()
     weight = (tall.mT if shape.transposed else tall).to(saved.dtype).contiguous()
     factors = Factors(v[:k].mT.to(saved.dtype).contiguous(), singular[:k].to(dtype, copy=True),

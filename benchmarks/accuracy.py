@@ -129,8 +129,8 @@ def errors(case: Case, dtype: torch.dtype, backends: tuple[str, ...]) -> dict[tu
     linear.weight = nn.Parameter(weight)
     first = SSVDOLinear.from_linear(linear, config)
     exact = reference.dense_factors(weight.double(), first.shape)
-    parameters = [v.to(getattr(first, part).dtype)
-                  for v, part in zip(parameters_of(case, first, exact[1][: first.shape.k]), PARAMETER_NAMES, strict=True)]  # fmt: skip
+    drawn = zip(parameters_of(case, first, exact[1][: first.shape.k]), PARAMETER_NAMES, strict=True)
+    parameters = [value.to(getattr(first, part).dtype) for value, part in drawn]
     x, cotangent = torch.randn(20, case.n).to(dtype), torch.randn(20, case.m).to(dtype)
     truth = Dense(weight.double(), [v.double() for v in parameters], config, exact)
     want = results(truth, x.double(), cotangent.double())

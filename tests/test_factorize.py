@@ -116,7 +116,7 @@ def test_hostile_weights_give_the_reference_output(kind, dtype, transposed):
 
 
 @pytest.mark.parametrize("dtype, least", [
-    (torch.float64, 2.0**-26), (torch.float32, 2.0**-11.5), (torch.float16, 2.0**-5), (torch.bfloat16, 2.0**-5)])  # fmt: skip
+    (torch.float64, 2.0**-26), (torch.float32, 2.0**-11.5), (torch.float16, 1 / 32), (torch.bfloat16, 1 / 32)])
 def test_small_singular_values_are_carried_by_null_columns(dtype, least):
     """S_i <= min(sqrt(eps), 1/32) S_0 is not divided by."""
     singular = torch.tensor([1.0, 0.5, 1.1 * least, 0.9 * least], dtype=torch.float64)

@@ -1,0 +1,55 @@
+"""The suite on the oldest and newest supported versions: `nox`, or `nox -s tests-oldest`; the wheel: `nox -s wheel`.
+
+A missing Python is skipped with a word. torch comes as the index has it: on Linux with CUDA, gigabytes an environment.
+"""
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_existing_virtualenvs = True
+VERSIONS = {  # name: (Python, what is pinned); "gpu" is what the GPU machine of the results has
+    "oldest": ("3.10", ["torch==2.6.0", "triton==3.2.0", "peft==0.18.0", "transformers<5",
+                       "numpy==1.24.0", "safetensors==0.4.3", "tqdm==4.60.0", "rich==13.0.0"]),
+    "gpu": ("3.12", ["torch==2.11.0", "triton==3.6.0", "peft==0.20.0"]),
+    "newest": ("3.13", ["torch", "triton", "peft>=0.21", "transformers"]),
+}
+ALONE = ("test_linear.py", "test_linear_state.py", "test_reference.py", "test_factorize.py", "test_model.py",
+         "test_checkpoint.py", "test_group.py", "trust/test_format.py")  # fmt: skip
+ENVIRONMENT = {"SSVDO_BUILD": "1", "SSVDO_CUDA_ARCHS": "none"}
+
+
+def add(name: str) -> None:
+    """A session that installs the package in place and runs the whole suite."""
+    python, pinned = VERSIONS[name]
+
+    @nox.session(name=f"tests-{name}", python=python)
+    def tests(session: nox.Session) -> None:
+        session.install("setuptools>=77", "pybind11>=2.13", *pinned)
+        session.install("--no-build-isolation", "-e", ".[triton,peft,asr,bench,dev]", *pinned, env=ENVIRONMENT)
+        session.install("--no-deps", "espnet==202511", "loralib", "torch_complex")
+        session.run("python", "-m", "ssvdo_kernels.info")
+        session.run("python", "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *session.posargs)
+
+
+for version in VERSIONS:
+    add(version)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The wheel, built from the source archive and installed alone into a clean environment."""
+    folder = Path(session.create_tmp())
+    shutil.rmtree(folder / "dist", ignore_errors=True)
+    session.install("build", "setuptools>=77", "pybind11>=2.13", "torch==2.13.0")
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), env=ENVIRONMENT)
+    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "build", "pybind11")
+    session.install(*map(str, (folder / "dist").glob("*.whl")))
+    session.run("python", "-m", "pip", "check")
+    session.install("pytest", "hypothesis")
+    shutil.copytree("tests", folder / "tests", dirs_exist_ok=True)
+    session.chdir(folder)  # away from the sources
+    session.run("ssvdo", "--help", silent=True)
+    session.run("pytest", "-q", *(f"tests/{name}" for name in ALONE))

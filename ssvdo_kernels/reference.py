@@ -95,9 +95,10 @@ def adapted_weight(
 
 
 def dense_factors(weight: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(U, S, V, U2) of weight, all dense: large x d, d, d x d, large x c."""
-    U, S, V = thin_svd(weight.detach().mT if shape.transposed else weight.detach())
-    return U, S, V, complement(U)
+    """(U, S, V, U2) of weight, all dense: large x d, d, d x d, large x c; computed in float64, as `factorize` does."""
+    exact = weight.detach().double()
+    U, S, V = thin_svd(exact.mT if shape.transposed else exact)
+    return U.to(weight.dtype), S.to(weight.dtype), V.to(weight.dtype), complement(U).to(weight.dtype)
 
 
 def linear(

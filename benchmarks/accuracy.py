@@ -25,6 +25,7 @@ if not torch.cuda.is_available():  # before the kernels are imported: then Trito
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
 from ssvdo_kernels.linear import PARAMETER_NAMES
+from ssvdo_kernels.ops.dispatch import without_triton
 
 from .kernel_table import put
 
@@ -155,7 +156,7 @@ def errors(case: Case, dtype: torch.dtype, backends: tuple[str, ...]) -> dict[tu
 
 def backends_for(dtype: torch.dtype) -> tuple[str, ...]:
     """Triton's interpreter has no right bfloat16 product, and torch cannot multiply float16 quickly on a CPU."""
-    return ("reference", "auto") if dtype == torch.bfloat16 else ("reference", "auto", "triton")
+    return ("reference", "auto") if dtype == torch.bfloat16 or without_triton() else ("reference", "auto", "triton")
 
 
 def table(count: int) -> str:

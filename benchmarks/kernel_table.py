@@ -8,6 +8,7 @@ Registers and spills come from ptxas -v, shared memory from Triton's metadata, t
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import subprocess
 import sys
@@ -88,7 +89,8 @@ def compile_one(kernel: str, dtype: str, arch: int, config: Config, aligned: boo
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        ptxas = getattr(get_ptxas(arch), "path", get_ptxas(arch))
+        tool = get_ptxas(arch) if inspect.signature(get_ptxas).parameters else get_ptxas()  # Triton 3.5 has one for all
+        ptxas = getattr(tool, "path", tool)
         said = subprocess.run([ptxas, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"],
                               capture_output=True, text=True, check=False)
     registers, spills = re.search(r"Used (\d+) registers", said.stderr), re.search(r"(\d+) bytes spill st", said.stderr)

@@ -1,9 +1,25 @@
 """Shared by the tests: layers with random parameters, and a comparison that names the tensor."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear
+from ssvdo_kernels.ops.dispatch import without_triton
+
+
+def require_triton():
+    """Skips a test, or a module, where there is no Triton new enough."""
+    if missing := without_triton():
+        pytest.skip(missing, allow_module_level=True)
+
+
+def require_fully_shard():
+    """Returns torch.distributed.fsdp, or skips: torch 2.6 has no `fully_shard` on a CPU."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch was built without it")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        pytest.skip("fully_shard of torch 2.6 needs a GPU")
+    return fsdp
 
 
 def make_layer(m, n, *, dtype=torch.float64, bias=True, rank=None, spread=0.3, seed=0, device="cpu", **options):

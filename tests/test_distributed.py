@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from helpers import require_fully_shard
 from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, load_ssvdo, save_ssvdo
@@ -198,9 +199,7 @@ def run(rank, folder, work, state, want, port):
 @pytest.mark.parametrize("work", [ddp, ddp_failure, fsdp, fsdp_half])
 def test_two_processes_give_what_one_gives(work, tmp_path):
     if work in (fsdp, fsdp_half):
-        found = pytest.importorskip("torch.distributed.fsdp", reason="torch was built without it")
-        if not hasattr(found, "fully_shard"):
-            pytest.skip("this torch has no fully_shard")
+        require_fully_shard()
     torch.manual_seed(2)
     alone = apply_ssvdo(base(), CONFIG)
     state = copy.deepcopy(alone.state_dict())

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_close, randomise
+from helpers import assert_close, randomise, require_fully_shard
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -306,9 +306,7 @@ def test_data_parallel(one_process, calls):
 
 
 def test_fully_sharded(one_process):
-    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch was built without it")
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("this torch has no fully_shard")
+    fsdp = require_fully_shard()
     net, alone = nets()
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     for block in net.blocks:

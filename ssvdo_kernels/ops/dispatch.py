@@ -14,9 +14,19 @@ from .device import architectures, obstacle
 _HALF = (torch.float16, torch.bfloat16)
 
 
+TRITON = (3, 5)
+"""The oldest Triton on which every kernel has been checked; 3.4 has no float64 product."""
+
+
 @lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def without_triton() -> str:
+    """Why Triton is no use here; "" where it is."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    import triton
+
+    old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON
+    return f"Triton {triton.__version__} is older than {'.'.join(map(str, TRITON))}" if old else ""
 
 
 def _interpreting() -> bool:
@@ -64,13 +74,13 @@ def preparation(backend: str, device: torch.device) -> tuple[str, str]:
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Why Triton's kernels cannot run at all; "" where they can."""
-    if not _has_triton():
-        return "the package triton is not installed"
+    if device.type == "cpu" and not _interpreting():
+        return "the device is the CPU (TRITON_INTERPRET=1 would interpret)"
+    if missing := without_triton():
+        return missing
     if dtype not in (*_HALF, torch.float32, torch.float64):
         return f"there are no kernels for {dtype}"
     if device.type == "cpu":
-        if not _interpreting():
-            return "the device is the CPU (TRITON_INTERPRET=1 would interpret)"
         return "Triton's interpreter multiplies bfloat16 wrongly" if dtype == torch.bfloat16 else ""
     if device.type != "cuda":
         return f"there are no kernels for {device.type} devices"

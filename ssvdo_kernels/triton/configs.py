@@ -58,7 +58,7 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
                  _product(64, 64, 64, 4, 3)),
         "tf32": (_product(64, 128, 32, 4, 3), _product(128, 128, 32, 8, 3), _product(64, 64, 32, 4, 3)),
         "fp32": (_product(64, 64, 16, 8, 2), _product(32, 64, 16, 4, 2)),
-        "fp64": (_product(32, 32, 16, 4, 2),),
+        "fp64": (_product(64, 32, 16, 4, 2),),
     },
     "reduce_rows": {
         "half": (_reduce(128, 64, 64, 8, 3), _reduce(128, 128, 64, 8, 3), _reduce(64, 64, 64, 4, 3)),

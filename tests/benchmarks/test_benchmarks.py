@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from helpers import assert_close, make_layer
+from helpers import assert_close, make_layer, require_triton
 from torch import nn
 
 pytest.importorskip("peft", reason="the peers need PEFT")
@@ -111,7 +111,7 @@ def test_peaks_are_measured():
 
 
 def test_kernel_table(monkeypatch):
-    pytest.importorskip("triton", reason="triton is not installed")
+    require_triton()
     machine = Machine("", 1e12, 1e14, 1e13)
     monkeypatch.setattr(bench_kernels, "seconds_of", lambda call, device, repeats: (call(), 1e-3)[1])
     found = bench_kernels.rows(machine, (5,), (16,), 16, 3, torch.float32, torch.device("cpu"))

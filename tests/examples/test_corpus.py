@@ -9,11 +9,11 @@ import torch
 for needed in ("transformers", "tokenizers", "soundfile"):
     pytest.importorskip(needed, reason="the speech example needs the extra: pip install 'ssvdo_kernels[asr]'")
 
-import soundfile  # noqa: E402
+import soundfile
 
-from examples.asr.corpus import RATE, SPEECH, batches, features, load_audio, read_manifest, resample  # noqa: E402
-from examples.asr.make_speech import TEST_SENTENCES, VOICES, sentences  # noqa: E402
-from examples.asr.whisper import ENGLISH, MULTILINGUAL, SECONDS  # noqa: E402
+from examples.asr.corpus import RATE, SPEECH, batches, features, load_audio, read_manifest, resample
+from examples.asr.make_speech import TEST_SENTENCES, VOICES, sentences
+from examples.asr.whisper import ENGLISH, MULTILINGUAL, SECONDS
 
 
 def tone(seconds, rate=RATE, hertz=440.0):

@@ -9,12 +9,12 @@ import torch
 for needed in ("transformers", "tokenizers", "soundfile", "jiwer", "peft", "yaml", "matplotlib"):
     pytest.importorskip(needed, reason="needs the extras: pip install 'ssvdo_kernels[asr,peft,bench]'")
 
-from transformers import WhisperConfig, WhisperForConditionalGeneration  # noqa: E402
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from examples.asr import experiment, report, run  # noqa: E402
-from examples.asr.experiment import HERE, PROFILES, Experiment, Store, key_of, main, run_all  # noqa: E402
-from examples.asr.methods import METHODS, adapt  # noqa: E402
-from examples.asr.whisper import config_of  # noqa: E402
+from examples.asr import experiment, report, run
+from examples.asr.experiment import HERE, PROFILES, Experiment, Store, key_of, main, run_all
+from examples.asr.methods import METHODS, adapt
+from examples.asr.whisper import config_of
 
 COMMITTED = sorted((HERE / "experiments").glob("*.yaml"))
 GRID = """

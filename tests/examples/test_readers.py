@@ -7,11 +7,11 @@ import pytest
 for needed in ("transformers", "tokenizers", "soundfile"):
     pytest.importorskip(needed, reason="the speech example needs the extra: pip install 'ssvdo_kernels[asr]'")
 
-import soundfile  # noqa: E402
-import torch  # noqa: E402
+import soundfile
+import torch
 
-from examples.asr.corpus import RATE, load_audio  # noqa: E402
-from examples.asr.readers import open_corpus, read_audio_folder, read_corpus, read_kaldi  # noqa: E402
+from examples.asr.corpus import RATE, load_audio
+from examples.asr.readers import open_corpus, read_audio_folder, read_corpus, read_kaldi
 
 
 def folder_of(root, files, audio=("a.wav",)):

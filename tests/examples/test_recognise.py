@@ -6,10 +6,10 @@ import torch
 for needed in ("transformers", "tokenizers", "jiwer"):
     pytest.importorskip(needed, reason="the speech example needs the extra: pip install 'ssvdo_kernels[asr]'")
 
-from transformers import WhisperConfig, WhisperForConditionalGeneration  # noqa: E402
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from examples.asr.recognise import Errors, normalise, transcribe, wer  # noqa: E402
-from examples.asr.whisper import FRAMES, PROMPTS, SECONDS, config_of  # noqa: E402
+from examples.asr.recognise import Errors, normalise, transcribe, wer
+from examples.asr.whisper import FRAMES, PROMPTS, SECONDS, config_of
 
 
 @pytest.mark.parametrize(

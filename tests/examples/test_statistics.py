@@ -7,7 +7,7 @@ from scipy import stats
 
 torch = pytest.importorskip("torch")
 
-from examples.asr.statistics import over_seeds, over_utterances, paired_difference  # noqa: E402
+from examples.asr.statistics import over_seeds, over_utterances, paired_difference
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [3.0, 4.5, 9.0], [1.0, 1.0, 1.0, 2.0, 5.0]])

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 for needed in ("transformers", "tokenizers"):
     pytest.importorskip(needed, reason="the speech example needs the extra: pip install 'ssvdo_kernels[asr]'")
 
-from transformers import WhisperConfig, WhisperForConditionalGeneration  # noqa: E402
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from examples.asr import whisper  # noqa: E402
-from examples.asr.ctranslate2 import WeightsError, read_ctranslate2, to_transformers  # noqa: E402
-from examples.asr.whisper import SIZES, Wheel, content_sha256, load_whisper  # noqa: E402
+from examples.asr import whisper
+from examples.asr.ctranslate2 import WeightsError, read_ctranslate2, to_transformers
+from examples.asr.whisper import SIZES, Wheel, content_sha256, load_whisper
 
 CODES = {torch.float32: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.float16: 4}
 TOKENIZER = json.dumps({

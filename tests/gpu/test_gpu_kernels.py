@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, require_triton
 
-pytest.importorskip("triton", reason="triton is not installed")
+require_triton()
 from ssvdo_kernels.triton import launch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]

@@ -14,13 +14,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture
 def gpu(monkeypatch):
     """As on a machine with Triton and a GPU of compute capability 9.0."""
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "without_triton", lambda: "")
     monkeypatch.setattr(dispatch, "_capability", lambda index: (9, 0))
 
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "without_triton", lambda: "")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
@@ -67,14 +67,14 @@ def test_bfloat16_is_not_interpreted(interpreter):
 
 def test_no_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "without_triton", lambda: "")
     layer = make_layer(12, 4, outer_rank=2, backend="triton")
     with pytest.raises(RuntimeError, match=r"backend='triton' .*allowed here: 'reference', 'auto'"):
         layer(torch.randn(3, 4, dtype=torch.float64))
 
 
 def test_no_triton(monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "without_triton", lambda: "the package triton is not installed")
     assert token_path("auto", CUDA, torch.float16) == ("reference", "the package triton is not installed")
 
 
@@ -91,3 +91,14 @@ def test_paths_without_kernels(path):
 def test_unknown_backend():
     with pytest.raises(ValueError, match="backend='cuda'"):
         SSVDOConfig(backend="cuda")
+
+
+@pytest.mark.parametrize("version, works", [("3.4.9", False), ("3.5.0", True), ("3.10.0+git1", True), ("4.0", True)])
+def test_old_triton(monkeypatch, version, works):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    dispatch.without_triton.cache_clear()
+    try:
+        assert dispatch.without_triton() == ("" if works else f"Triton {version} is older than 3.5")
+    finally:
+        dispatch.without_triton.cache_clear()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, make_layer, randomise
+from helpers import assert_close, make_layer, randomise, require_triton
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -170,7 +170,7 @@ def test_export():
 
 
 def test_interpreted_kernels_serve_compiled_layers():
-    pytest.importorskip("triton", reason="triton is not installed")
+    require_triton()
     if torch.cuda.is_available():
         pytest.skip("interprets; tests/gpu has the compiled kernels")
     net = model(torch.float64, backend="triton")

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import require_triton
 
-pytest.importorskip("triton", reason="triton is not installed")
+require_triton()
 from benchmarks import kernel_table
 from benchmarks.kernel_table import Compiled, complaints
 from ssvdo_kernels.triton.configs import CONFIGS

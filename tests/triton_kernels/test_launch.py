@@ -7,11 +7,11 @@ from functools import reduce
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, require_triton
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("triton", reason="triton is not installed")
+require_triton()
 from ssvdo_kernels.triton import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_close, make_layer
+from helpers import assert_close, make_layer, require_triton
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("triton", reason="triton is not installed")
+require_triton()
 from test_linear import compare
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation, reference

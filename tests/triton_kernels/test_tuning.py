@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from helpers import require_triton
 
-pytest.importorskip("triton", reason="triton is not installed")
+require_triton()
 from ssvdo_kernels.triton import tuning
 from ssvdo_kernels.triton.configs import CONFIGS
 

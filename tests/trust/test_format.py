@@ -17,11 +17,9 @@ VERSIONS = sorted(DATA.glob("adapter_v*"))
 
 
 def base():
-    """The same weights on every machine and version."""
+    """The same weights to the bit on every machine and version: from a file, since even torch.cos differs by an ulp."""
     model = nn.Sequential(nn.Linear(5, 12), nn.Linear(12, 5)).double()
-    with torch.no_grad():
-        for number, p in enumerate(model.parameters()):
-            p.copy_(torch.cos(torch.arange(p.numel(), dtype=torch.float64) ** 2 * (number + 1)).view(p.shape))
+    model.load_state_dict(load_file(DATA / "base.safetensors"))
     return model
 
 

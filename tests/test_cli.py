@@ -111,9 +111,9 @@ def test_plan_of_two_billion_parameters_reads_headers_alone(tmp_path, capsys):
                    f"layers.{i}.fc1.bias": (8192,), f"layers.{i}.q_proj.weight": (2048, 2048)}  # fmt: skip
     header_file(tmp_path / "model.safetensors", shapes)
     assert sum(math.prod(s) for s in shapes.values()) > 2e9
-    start = time.perf_counter()
+    start = time.process_time()
     assert main(["plan", str(tmp_path), "--inner-ratio", "0.25"]) == 0
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5  # of this process alone: others do not count
     shown = capsys.readouterr().out
     k = 512
     total = 120 * (k * (k + 1) // 2 + 6144 * 64)

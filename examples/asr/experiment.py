@@ -33,7 +33,7 @@ from ssvdo_kernels import SSVDOConfig
 
 from .ctranslate2 import WeightsError
 from .methods import METHODS
-from .run import SETTINGS, Run, check
+from .run import SETTINGS, Run, check, prepare
 
 HERE = Path(__file__).parent
 PROFILES = ("quick", "reduced", "full")
@@ -178,6 +178,8 @@ def run_all(stores: list[Store], profile: str, workers: int, minutes: float | No
     for store in stores:
         store.write()
     began, queue, running = time.monotonic(), list(reversed(wanted)), {}
+    for shared in sorted({tuple({**SETTINGS, **c}[k] for k in ("corpus", "model", "seconds")) for _, _, c in wanted}):
+        prepare(*shared)
     threads = max(1, (os.cpu_count() or 1) // workers)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,))
     try:

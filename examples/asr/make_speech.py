@@ -12,6 +12,7 @@ the demo itself needs neither.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import subprocess
@@ -110,7 +111,7 @@ def record(out: Path, take: Take) -> None:
         speed += 20
         audio = speak(take.text, take.command, speed)
     audio = (audio * STEPS).round().clamp(-STEPS, STEPS - 1) / STEPS
-    temporary = out / f"{take.name}.part"
+    temporary = out / f"{take.name}.{os.getpid()}.part"
     soundfile.write(temporary, audio.numpy(), RATE, format="FLAC", subtype="PCM_16", compression_level=1.0)
     temporary.replace(out / take.name)
 
@@ -127,16 +128,18 @@ def make(out: Path, takes: list[Take]) -> None:
     Raises:
         RuntimeError: a synthesiser is not installed.
     """
-    for program in sorted({t.command[0] for t in takes}):
-        if shutil.which(program) is None:
-            raise RuntimeError(f"the program {program} is not installed (Debian, Ubuntu: apt install {program})")
+    absent = [program for program in sorted({t.command[0] for t in takes}) if shutil.which(program) is None]
+    if absent:
+        raise RuntimeError(f"not installed: {', '.join(absent)} (Debian, Ubuntu: apt install {' '.join(absent)})")
     for voice in {t.voice for t in takes}:
         (out / voice).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         done = pool.map(record, [out] * len(takes), takes, chunksize=8)
         for _ in tqdm(done, total=len(takes), desc="speaking", unit="utterance", mininterval=2):
             pass
-    (out / "manifest.tsv").write_text(manifest(takes), encoding="utf-8")
+    temporary = out / f"manifest.tsv.{os.getpid()}.part"
+    temporary.write_text(manifest(takes), encoding="utf-8")
+    temporary.replace(out / "manifest.tsv")
 
 
 def main() -> None:

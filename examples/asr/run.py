@@ -57,6 +57,12 @@ def _features(source: str, voice: str, split: str, most: int | None, seconds: in
     return chosen, features(chosen, seconds)
 
 
+def prepare(corpus: str, model: str, seconds: int) -> None:
+    """Makes and fetches what runs share, the speech and the weights, before several of them want it at once."""
+    open_corpus(corpus)
+    load_whisper(model, seconds)
+
+
 class Meter:
     """Peak memory of a span: allocated on a GPU, resident on a CPU (Linux; None elsewhere), less what was there."""
 

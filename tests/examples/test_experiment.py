@@ -186,7 +186,8 @@ def fake(settings):
 
 def test_results_are_kept_resumed_and_shared(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "ProcessPoolExecutor", Here)
-    calls = []
+    calls, prepared = [], []
+    monkeypatch.setattr(experiment, "prepare", lambda *shared: prepared.append((*shared, len(calls))))
 
     def failing(settings):
         if len(calls) == 3:
@@ -198,6 +199,7 @@ def test_results_are_kept_resumed_and_shared(tmp_path, monkeypatch):
     described_here = described(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run_all([Store(described_here, tmp_path)], "full", 1, None)
+    assert prepared == [("committed", "tiny.en", 6, 0)]  # once, before any run
     kept = json.loads((tmp_path / "small.json").read_text())
     assert len(kept["runs"]) == 3 and len(kept["missing"]) == 2
     monkeypatch.setattr(experiment, "work", lambda s: calls.append(s) or fake(s))
@@ -211,6 +213,7 @@ def test_results_are_kept_resumed_and_shared(tmp_path, monkeypatch):
 def test_time_that_runs_out_leaves_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(experiment, "work", fake)
+    monkeypatch.setattr(experiment, "prepare", lambda *shared: None)
     assert run_all([Store(described(tmp_path), tmp_path)], "full", 1, 0.0) == 5
 
 

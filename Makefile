@@ -8,7 +8,7 @@ ARGS ?=
 # Where there is no NVIDIA GPU, nothing could run the CUDA code; tests/ops/test_nvcc.py compiles it all the same.
 export SSVDO_CUDA_ARCHS ?= $(if $(shell command -v nvidia-smi),,none)
 
-.PHONY: demo test bench lint docs gpu clean
+.PHONY: demo test bench lint docs gpu gpu-layers gpu-models clean
 
 $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
@@ -35,7 +35,7 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 # Runs with the machine's own Python and torch: a GPU box has its build installed. Results go to $OUT.
-gpu: export PYTHONPATH := .
+gpu gpu-layers gpu-models: export PYTHONPATH := .
 gpu:
 	SSVDO_BUILD=1 SSVDO_CUDA_ARCHS=$${SSVDO_CUDA_ARCHS:-90a} $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m ssvdo_kernels.info
@@ -46,6 +46,13 @@ gpu:
 	$(PYTHON) -m benchmarks.bench_preparation --device cuda --out $${OUT:-benchmarks/results}
 	$(PYTHON) -m benchmarks.bench_kernels --out $${OUT:-benchmarks/results}
 	$(PYTHON) -m benchmarks --quick --device cuda --dtype bfloat16 --out $${OUT:-benchmarks/results}
+
+# Each under 9 minutes, after `make gpu` on the same machine (it builds): what has not begun by then is left out.
+gpu-layers:
+	$(PYTHON) -m benchmarks --device cuda --dtype bfloat16 --minutes 8 --out $${OUT:-benchmarks/results}
+
+gpu-models:
+	$(PYTHON) -m benchmarks.bench_model owsm-0.1b owsm-1b whisper-large owsm-2b --minutes 6 --out $${OUT:-benchmarks/results}
 
 clean:
 	rm -rf $(VENV) build *.egg-info ssvdo_kernels/*.so

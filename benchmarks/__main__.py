@@ -27,6 +27,11 @@ def device_name(device: str) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
+def slug(name: str) -> str:
+    """A device's name as files have it."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def commit() -> str:
     """The short hash of HEAD, or "unknown" outside a checkout."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -58,8 +63,7 @@ def main() -> int:
         "torch": torch.__version__, "commit": commit(), "quick": options.quick,
         "rows": [b["extra_info"] for b in found if "case" in b["extra_info"]],
     }  # fmt: skip
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    stem = options.out / f"{date}-{slug}-{options.dtype}-{'quick' if options.quick else 'full'}"
+    stem = options.out / f"{date}-{slug(name)}-{options.dtype}-{'quick' if options.quick else 'full'}"
     options.out.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     stem.with_suffix(".md").write_text(markdown(results))

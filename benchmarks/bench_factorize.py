@@ -20,7 +20,7 @@ from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo
 
-from .__main__ import commit, device_name
+from .__main__ import commit, device_name, slug
 
 
 def one(pairs: int, cache: str) -> dict[str, float]:
@@ -53,7 +53,7 @@ def main() -> None:
     results = {"date": date, "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
                "commit": commit(), "pairs": options.pairs, "first": found[0], "cached": found[1]}  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{date}-{name.lower().replace(' ', '-')}-factorise.json"
+    path = options.out / f"{date}-{slug(name)}-factorise.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1), f"wrote {path}", sep="\n")
 

@@ -18,6 +18,7 @@ import torch
 from ssvdo_kernels import traffic
 from ssvdo_kernels.traffic import Machine, Traffic
 
+from .__main__ import slug
 from .ceiling import measure, seconds_of
 
 TOKENS = (2048, 16384)
@@ -86,7 +87,7 @@ def main() -> None:
                "machine": {"bandwidth": machine.bandwidth, "rate": machine.rate},
                "rows": rows(machine, TOKENS, WIDTHS, 1024, 64, dtype, device)}  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"{date}-{name.lower().replace(' ', '-')}-{options.dtype}-kernels"
+    stem = options.out / f"{date}-{slug(name)}-{options.dtype}-kernels"
     stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     stem.with_suffix(".md").write_text(markdown(results))
     print(markdown(results))

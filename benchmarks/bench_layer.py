@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation
+from ssvdo_kernels.ops.dispatch import token_path
 from ssvdo_kernels.planner import FORMS
 
 from .ceiling import floors, measure
 from .peers import peers
-from .runner import interleave, peak_extra_bytes
+from .runner import interleave, launches, peak_extra_bytes
 
 EVERY, CACHED, PLAIN = "SSVD-O, prepared every step", "SSVD-O, cached", "SSVD-O, accumulating without the context"
 ROUNDS = {128: 15, 1024: 5, 4096: 4}  # on a CPU; 30 on a GPU
+COMPILED_AT = 16384  # on a GPU, with l = 64: each torch.compile takes seconds
 FULL_AT = (1024, 2048)  # the token counts at which --quick has every peer, for p = 0.5
 
 
@@ -46,6 +49,7 @@ def make_peers(
 
 
 peaks = lru_cache(maxsize=1)(measure)
+BEGAN = time.monotonic()
 
 
 def training_step(
@@ -66,6 +70,9 @@ def test_layer(
     case: tuple[str, int, int, float, int], benchmark: Any, request: pytest.FixtureRequest, tmp_path_factory: Any
 ) -> None:
     """One point of the grid; its rows land in the JSON's extra_info."""
+    minutes = request.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - BEGAN > 60 * minutes:
+        pytest.skip(f"{minutes:g} minutes are over")
     kind, d, tokens, p, rank = case
     quick = request.config.getoption("--quick")
     device = torch.device(request.config.getoption("--device"))
@@ -81,22 +88,29 @@ def test_layer(
         config = SSVDOConfig(inner_ratio=p, outer_rank=rank)
         return SSVDOLinear.from_linear(linear, replace(config, path=path), cache_dir=cache)
 
+    gpu = device.type == "cuda"
+    if gpu and not quick and tokens == COMPILED_AT and rank == 64:
+        for name in ("LoRA", "dense SSVD-O"):
+            modules[f"{name}, compiled"] = torch.compile(make(name))  # type: ignore[assignment]
+        modules["SSVD-O, compiled"] = torch.compile(ours())  # type: ignore[assignment]
     steps = {name: training_step(module, x, dy) for name, module in modules.items()}
     fresh = ours()
     steps[EVERY] = training_step(fresh, x, dy, fresh.refresh)
     if not quick or tokens < 4096:
         steps[PLAIN] = training_step(ours(), x, dy)
     cached = ours()
-    forms = FORMS if by_form else ()
+    served = token_path("auto", device, dtype)[0]
+    forms = (("folded", "merged") if served == "triton" else FORMS) if by_form else ()
     with ExitStack() as stack:
         for name, layer in {CACHED: cached, **{f"form: {form}": ours(form) for form in forms}}.items():
             stack.enter_context(gradient_accumulation(layer))
             steps[name] = training_step(layer, x, dy)
         for _ in range(2):  # the planner sees a few batches before it is timed, as it would in accumulation
             steps[CACHED]()
-        timings = interleave(steps, 30 if device.type == "cuda" else ROUNDS[tokens], "frozen", device)
+        timings = interleave(steps, 30 if gpu else ROUNDS[tokens], "frozen", device)
         measured = (*modules, EVERY, CACHED) if not quick or (p == 0.5 and tokens in FULL_AT) else ()
         memory = {name: peak_extra_bytes(steps[name], device) / 1e6 for name in measured}
+        started = {name: launches(steps[name]) for name in (*modules, EVERY, CACHED)} if gpu else {}
         benchmark.pedantic(steps[CACHED], rounds=1)
     chosen = cached.plan(tokens)
     floor, adapted = floors(fresh.shape, fresh.prepared().columns.shape[1], tokens, dtype.itemsize,
@@ -104,7 +118,8 @@ def test_layer(
     form_ms = {form: timings[f"form: {form}"].median_ms for form in forms}
     benchmark.extra_info.update(
         case={"kind": kind, "d": d, "tokens": tokens, "p": p, "l": rank},
-        methods={name: {**asdict(t), "peak_extra_mb": memory.get(name)} for name, t in timings.items()},
+        methods={name: {**asdict(t), "peak_extra_mb": memory.get(name), "launches": started.get(name),
+                        "tokens_per_second": 1e3 * tokens / t.median_ms} for name, t in timings.items()},
         planner={"chosen": chosen, "fastest": min(form_ms, key=form_ms.__getitem__) if forms else None,
                  "loss": form_ms[chosen] / min(form_ms.values()) - 1 if forms else None},
         floor={"frozen_ms": 1e3 * floor, "ratio": adapted / floor},

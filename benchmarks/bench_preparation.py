@@ -28,7 +28,8 @@ from ssvdo_kernels.ops.batch import prepare_batch
 from ssvdo_kernels.ops.engines import adjoint
 from ssvdo_kernels.ops.preparation import Gradients, Prepared
 
-from .__main__ import commit, device_name
+from .__main__ import commit, device_name, slug
+from .runner import launches
 
 
 def autograd(
@@ -113,24 +114,14 @@ def measure(layers: int, p: float, l: int, rounds: int, device: str) -> dict[str
     base = seconds["compiled, one batch"]
     ratios = {n: statistics.median(a / b for a, b in zip(s, base, strict=True)) for n, s in seconds.items()}
     return {"layers": layers, "p": p, "l": l, "ms": {n: 1e3 * statistics.median(s) for n, s in seconds.items()},
-            "ratio_to_batch": ratios, "launches": launches(ways) if device == "cuda" else {}}  # fmt: skip
+            "ratio_to_batch": ratios,
+            "launches": {n: launches(way) for n, way in ways.items()} if device == "cuda" else {}}  # fmt: skip
 
 
 def wait(device: str) -> None:
     """Until the device has done all that it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def launches(ways: dict[str, Callable[[], None]]) -> dict[str, int]:
-    """Kernels and copies that each way starts on the GPU."""
-    found = {}
-    for name, way in ways.items():
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-            way()
-            torch.cuda.synchronize()
-        found[name] = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events())
-    return found
 
 
 def main() -> None:
@@ -149,7 +140,7 @@ def main() -> None:
     results = {"date": date, "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
                "commit": commit(), "rows": rows}  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{date}-{name.lower().replace(' ', '-')}-preparation.json"
+    path = options.out / f"{date}-{slug(name)}-preparation.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     for row in rows:
         ratio = row["ratio_to_batch"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
-from ssvdo_kernels.factorize import thin_svd
+from ssvdo_kernels.factorize import compute_dtype, thin_svd
 
 
 def frozen(linear: nn.Linear) -> nn.Module:
@@ -37,7 +37,9 @@ class _Holder(nn.Module):
 def _peft(linear: nn.Linear, config: Any) -> nn.Module:
     from peft import get_peft_model
 
-    return get_peft_model(_Holder(copy.deepcopy(linear)), config)  # type: ignore[arg-type]
+    # Adapters in the weight's dtype: in float32 PEFT casts all tokens to and fro, and is slower.
+    holder = _Holder(copy.deepcopy(linear))
+    return get_peft_model(holder, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
 
 
 def lora(linear: nn.Linear, rank: int = 64, **options: Any) -> nn.Module:
@@ -64,7 +66,8 @@ class EspnetStyleSSVD(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         self.transposed = weight.shape[0] < weight.shape[1]
-        u, s, v = thin_svd(weight.mT if self.transposed else weight)
+        exact = weight.to(compute_dtype(weight.dtype))
+        u, s, v = (t.to(weight.dtype) for t in thin_svd(exact.mT if self.transposed else exact))
         self.k = max(1, int(inner_ratio * s.numel()))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
         for name, tensor in {"u": u, "s": s, "v": v, "index": torch.triu_indices(self.k, self.k, 1)}.items():
@@ -94,9 +97,11 @@ class DenseSSVDO(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         factors = (self.u, self.s, self.v, self.c)
-        weight = reference.adapted_weight(
-            self.weight, self.inner_rotation, self.inner_scale, self.outer, self.config, factors)
-        return nn.functional.linear(x, weight, self.bias)
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(x.device.type, x.dtype if half else None, enabled=half):  # products in the tokens' dtype
+            weight = reference.adapted_weight(
+                self.weight, self.inner_rotation, self.inner_scale, self.outer, self.config, factors)
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
 
 def peers(inner_ratio: float, outer_rank: int) -> dict[str, Callable[[nn.Linear], nn.Module]]:

@@ -44,6 +44,10 @@ def markdown(results: dict[str, Any]) -> str:
     """The table as Markdown under a line that says where and when."""
     header, rows = table(results)
     lines = [describe(results), "", *("| " + " | ".join(r) + " |" for r in [header, ["---"] * len(header), *rows])]
+    losses = [r["planner"]["loss"] for r in results["rows"] if r["planner"]["loss"] is not None]
+    if losses:
+        near = sum(loss <= 0.05 for loss in losses)
+        lines += ["", f"The planner's form is within 5% of the fastest at {near} of {len(losses)} points."]
     return "\n".join(lines) + "\n"
 
 

@@ -52,6 +52,14 @@ def interleave(
     return result
 
 
+def launches(step: Callable[[], object]) -> int:
+    """Kernels and copies that `step` starts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events())
+
+
 def peak_extra_bytes(step: Callable[[], object], device: torch.device | None = None) -> int:
     """The most memory that `step` holds beyond what was allocated before it, in bytes.
 

@@ -8,24 +8,27 @@ from helpers import assert_close, make_layer, require_triton
 from torch import nn
 
 pytest.importorskip("peft", reason="the peers need PEFT")
-from benchmarks import bench_kernels, bench_preparation, runner
+from benchmarks import bench_kernels, bench_model, bench_preparation, runner
 from benchmarks.ceiling import floors, measure
 from benchmarks.peers import DenseSSVDO, EspnetStyleSSVD, peers
 from benchmarks.report import markdown, plot
 from benchmarks.runner import interleave, peak_extra_bytes
+from benchmarks.stacks import Recogniser, Stack
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
 from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.traffic import Machine
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-5)])  # 8 roundings of 2^-8
 @pytest.mark.parametrize("m, n", [(64, 32), (32, 64)])
-def test_every_peer_starts_at_the_pretrained_layer_and_trains(m, n):
+def test_every_peer_starts_at_the_pretrained_layer_and_trains(m, n, dtype, tolerance):
     torch.manual_seed(0)
-    linear, x = nn.Linear(n, m), torch.randn(5, n)
+    linear, x = nn.Linear(n, m, dtype=dtype), torch.randn(5, n, dtype=dtype)
     for name, make in peers(0.5, 4).items():
         module = make(linear)
         y = module(x.requires_grad_())
-        assert_close(name, y, linear(x), 2e-3 if name in ("dense SSVD-O", "PiSSA") else 1e-5)
+        assert y.dtype == dtype
+        assert_close(name, y, linear(x), max(tolerance, 2e-3) if name in ("dense SSVD-O", "PiSSA") else tolerance)
         y.sum().backward()
         trained = [p for p in module.parameters() if p.requires_grad]
         assert (not trained) == (name == "frozen")
@@ -131,6 +134,44 @@ def test_report(tmp_path):
     results = {"device": "x", "threads": 2, "dtype": "float32", "torch": "2", "commit": "c", "date": "d", "rows": [row]}
     text = markdown(json.loads(json.dumps(results)))
     assert "| 8->32 T=4 p=0.5 l=2 | 2.0 | 1.50 | 1.25 (50%) |  | folded (3%) |" in text
+    assert text.endswith("within 5% of the fastest at 1 of 1 points.\n")
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     plot(results, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+TINY = Stack(16, 2, 2, 2, True, frames=6, labels=3, vocabulary=11)
+
+
+def test_models_are_measured_by_every_method(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench_model.STACKS, "owsm-0.1b", TINY)
+    bench_model.main(["owsm-0.1b", "--device", "cpu", "--dtype", "float32", "--batch", "2", "--rank", "4", "--rounds",
+                      "2", "--out", str(tmp_path)])  # fmt: skip
+    (file,) = tmp_path.glob("*-float32-models.json")
+    results = json.loads(file.read_text())
+    (row,) = results["rows"]
+    assert results["missing"] == [] and row["tokens"] == 2 * (6 + 3)
+    feed_forward = 2 * (2 * 2 + 2)  # layers: two in each encoder block, one in each decoder block, of two matrices
+    trained = {name: m["trained"] for name, m in row["training"].items()}
+    assert trained["frozen"] == 0 and trained["LoRA"] == feed_forward * 4 * (16 + 64)
+    assert trained["SSVD-O, p=0.5"] == trained["dense SSVD-O, p=0.5"] == feed_forward * (8 * 9 // 2 + 48 * 4)
+    assert row["training"]["frozen"]["ratio"] == row["decoding"]["plain"]["ratio"] == 1.0
+    assert f"| LoRA | {row['training']['LoRA']['median_ms']:.1f} |" in capsys.readouterr().out
+
+
+def test_decoding_one_by_one_is_the_whole_sequence():
+    torch.manual_seed(0)
+    model = Recogniser(TINY).double().eval()
+    speech, start = torch.randn(2, 6, 16).double(), torch.tensor([[3], [4]])
+    memory = model.encode(speech)
+    memories = [block.src_attn.keys_and_values(memory) for block in model.decoder]
+    tokens = torch.cat([start, *model.decode(memories, start, 4)], 1)
+    x = model.embed(tokens[:, :-1])
+    for block, pair in zip(model.decoder, memories, strict=True):
+        x = block(x, pair)
+    assert torch.equal(model.output(model.norm(x)).argmax(-1), tokens[:, 1:])
+
+
+def test_time_that_is_up_leaves_models_out(tmp_path, capsys):
+    bench_model.main(["owsm-1b", "--device", "cpu", "--minutes", "0", "--out", str(tmp_path)])
+    assert "not run: owsm-1b" in capsys.readouterr().out

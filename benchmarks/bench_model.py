@@ -1,0 +1,215 @@
+"""Whole models: a training step and decoding token by token, each method against the frozen model in the same run.
+
+    python -m benchmarks.bench_model owsm-0.1b --device cpu --dtype float32 --batch 1
+    python -m benchmarks.bench_model owsm-0.1b owsm-1b whisper-large --minutes 9
+
+A training step is forward, backward, AdamW (fused on a GPU) and the setting of gradients to None; "frozen" is forward
+and backward to the input alone. All methods adapt the feed-forward layers (LoRA's rank is l). Decoding: one utterance,
+its keys and values kept; the time of one token. The results file is written after each model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo
+
+from .__main__ import commit, device_name, slug
+from .peers import DenseSSVDO, EspnetStyleSSVD
+from .runner import interleave, launches, peak_extra_bytes
+from .stacks import STACKS, FeedForward, Recogniser, Stack
+
+Make = Callable[[nn.Module], nn.Module]
+
+
+def with_peft(**options: Any) -> Make:
+    """PEFT's LoRA or DoRA on the feed-forward layers, in the weights' dtype."""
+
+    def make(model: nn.Module) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(target_modules=["w_1", "w_2"], **options)
+        return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+
+    return make
+
+
+def replacing(peer: Callable[[nn.Linear], nn.Module]) -> Make:
+    """`peer` in the place of each feed-forward layer; made once for each shape, as the weights are the same."""
+
+    def make(model: nn.Module) -> nn.Module:
+        model.requires_grad_(False)
+        made: dict[tuple[int, int], nn.Module] = {}
+        for layer in [m for m in model.modules() if isinstance(m, FeedForward)]:
+            for name in ("w_1", "w_2"):
+                linear = getattr(layer, name)
+                key = (linear.out_features, linear.in_features)
+                made.setdefault(key, peer(linear))
+                setattr(layer, name, copy.deepcopy(made[key]))
+        return model
+
+    return make
+
+
+def adapting(p: float, rank: int, cache: Path) -> Make:
+    """SSVD-O; each shape is factorised once."""
+    config = SSVDOConfig(inner_ratio=p, outer_rank=rank)
+    return lambda model: apply_ssvdo(model, config, cache_dir=cache)
+
+
+def methods(rank: int, cache: Path, compiled: bool) -> dict[str, Make]:
+    """Name -> what makes the method's model out of a pretrained one."""
+    dense = SSVDOConfig(inner_ratio=0.5, outer_rank=rank)
+    found: dict[str, Make] = {
+        "frozen": lambda model: model.requires_grad_(False),
+        "full": lambda model: model.requires_grad_(True),
+        "LoRA": with_peft(r=rank, lora_alpha=rank),
+        "DoRA": with_peft(r=rank, lora_alpha=rank, use_dora=True),
+        "ESPnet-style SSVD, p=0.5": replacing(lambda linear: EspnetStyleSSVD(linear, 0.5)),
+        "dense SSVD-O, p=0.5": replacing(lambda linear: DenseSSVDO(linear, dense)),
+        "SSVD-O, p=0.25": adapting(0.25, rank, cache),
+        "SSVD-O, p=0.5": adapting(0.5, rank, cache),
+    }
+    for name in ("frozen", "LoRA", "SSVD-O, p=0.25") if compiled else ():
+        found[f"{name}, compiled"] = lambda model, make=found[name]: torch.compile(make(model))  # type: ignore[misc]
+    return found
+
+
+def training_step(model: nn.Module, frames: Tensor, tokens: Tensor) -> Callable[[], None]:
+    """Forward, backward and, where something trains, an AdamW step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, 1e-5, weight_decay=0.0, fused=frames.is_cuda) if trained else None
+    x = frames.clone().requires_grad_()
+
+    def step() -> None:
+        x.grad = None
+        model(x, tokens).backward()
+        if optimiser is not None:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+    return step
+
+
+def train(stack: Stack, base: nn.Module, makers: dict[str, Make], batch: int, rounds: int) -> dict[str, Any]:
+    """Median step, ratio to the frozen model, tokens a second, memory, launches and trained numbers, by method."""
+    weight = next(base.parameters())
+    frames = torch.randn(batch, stack.frames, stack.width).to(weight)
+    tokens = torch.randint(stack.vocabulary, (batch, stack.labels + 1), device=weight.device)
+    models = {name: make(copy.deepcopy(base)).train() for name, make in makers.items()}
+    steps = {name: training_step(model, frames, tokens) for name, model in models.items()}
+    timings = interleave(steps, rounds, "frozen", weight.device)
+    count = batch * (stack.frames + stack.labels)
+    return {name: {
+        **asdict(timings[name]), "tokens_per_second": 1e3 * count / timings[name].median_ms,
+        "peak_extra_mb": peak_extra_bytes(steps[name], weight.device) / 1e6,
+        "launches": launches(steps[name]) if weight.is_cuda else None,
+        "trained": sum(p.numel() for p in models[name].parameters() if p.requires_grad),
+    } for name in steps}  # fmt: skip
+
+
+@torch.no_grad()
+def decode(stack: Stack, base: nn.Module, makers: dict[str, Make], rounds: int, length: int = 16) -> dict[str, Any]:
+    """Milliseconds a token and the ratio to the plain model, for one utterance; unmerged, merged, and LoRA."""
+    weight = next(base.parameters())
+    ours = {"SSVD-O, p=0.25": "p=0.25", "SSVD-O, p=0.5": "p=0.5"}
+    models = {"plain": base, "LoRA": makers["LoRA"](copy.deepcopy(base)),
+              **{f"unmerged, {short}": makers[name](copy.deepcopy(base)) for name, short in ours.items()},
+              "merged, p=0.5": merge_ssvdo(makers["SSVD-O, p=0.5"](copy.deepcopy(base)))}  # fmt: skip
+    memory = torch.randn(1, stack.frames, stack.width).to(weight)
+    memories = [block.src_attn.keys_and_values(memory) for block in base.decoder]  # type: ignore[operator, union-attr]
+    start = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+
+    def speak(model: Any) -> Callable[[], object]:
+        recogniser = model.eval().get_base_model() if hasattr(model, "get_base_model") else model.eval()
+        return lambda: list(recogniser.decode(memories, start, length))
+
+    timings = interleave({name: speak(model) for name, model in models.items()}, rounds, "plain", weight.device)
+    return {name: {"ms_per_token": t.median_ms / length, "ratio": t.ratio} for name, t in timings.items()}
+
+
+def measure(
+    name: str, stack: Stack, batch: int, rank: int, device: str, dtype: torch.dtype, rounds: int, compiled: bool
+) -> dict[str, Any]:
+    """The row of one model."""
+    torch.manual_seed(0)
+    base = Recogniser(stack).to(device, dtype).requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:
+        makers = methods(rank, Path(folder), compiled)
+        trained = train(stack, base, makers, batch, rounds)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        decoded = decode(stack, base, makers, rounds)
+    return {"model": name, "batch": batch, "tokens": batch * (stack.frames + stack.labels), "l": rank,
+            "parameters": sum(p.numel() for p in base.parameters()), "training": trained,
+            "decoding": decoded}  # fmt: skip
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The rows as Markdown tables."""
+    lines = [f"{results['device']}, {results['threads']} threads, {results['dtype']}, torch {results['torch']}, commit "
+             f"{results['commit']}, {results['date']}. Random weights; ratios within one run, medians."]  # fmt: skip
+    for row in results["rows"]:
+        lines += ["", f"**{row['model']}** ({row['parameters'] / 1e6:.0f} M parameters), {row['tokens']} tokens a "
+                  f"step, l = r = {row['l']}", "",
+                  "| training step | ms | ratio to frozen | tokens/s | MB | launches | trained |",
+                  "|---|---|---|---|---|---|---|"]
+        lines += [f"| {n} | {m['median_ms']:.1f} | {m['ratio']:.2f} | {m['tokens_per_second']:.0f} | "
+                  f"{m['peak_extra_mb']:.0f} | {m['launches'] or '-'} | {m['trained']:,} |"
+                  for n, m in row["training"].items()]
+        lines += ["", "| decoding | ms a token | ratio to plain |", "|---|---|---|"]
+        lines += [f"| {n} | {m['ms_per_token']:.2f} | {m['ratio']:.2f} |" for n, m in row["decoding"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", choices=sorted(STACKS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16")
+    parser.add_argument("--batch", type=int, help="utterances a step (default: as many as make 16,000 tokens)")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile: minutes more a model")
+    parser.add_argument("--minutes", type=float, help="start no model after so many minutes")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no NVIDIA GPU")
+    began, name = time.monotonic(), device_name(options.device)
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    results: dict[str, Any] = {"date": date, "device": name, "threads": torch.get_num_threads(),
+                               "dtype": options.dtype, "torch": torch.__version__, "commit": commit(), "rows": [],
+                               "missing": list(options.models)}  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = options.out / f"{date}-{slug(name)}-{options.dtype}-models"
+    for model in options.models:
+        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+            break
+        stack = STACKS[model]
+        batch = options.batch or max(1, 16_000 // (stack.frames + stack.labels))
+        results["rows"].append(measure(model, stack, batch, options.rank, options.device,
+                                       getattr(torch, options.dtype), options.rounds, options.compile))  # fmt: skip
+        results["missing"].remove(model)
+        stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(markdown(results))
+    print(markdown(results), *(f"not run: {m}" for m in results["missing"]), f"results: {stem}.json and .md", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

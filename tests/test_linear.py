@@ -21,6 +21,8 @@ def compare(layer, x, tolerance):
     x64 = x.detach().double().requires_grad_()
     y, want = layer(x), reference.linear(x64, layer.weight.detach().double(), bias, *wide, config=layer.config)
     assert_close("y", y, want, tolerance)
+    with torch.no_grad():
+        assert_close("y without gradients", layer(x), want, tolerance)
     dy = torch.randn(y.shape, dtype=torch.float64)
     y.backward(dy.to(y.dtype))
     want.backward(dy)

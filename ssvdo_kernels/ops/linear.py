@@ -272,6 +272,11 @@ def adapted_linear(
         form: factored, folded, core or merged. backend: reference or triton (which serves folded and merged).
         sink: that of `attach`, where few rows leave the mixer's gradient in factored form; None: always dense.
     """
+    if not torch.is_grad_enabled():  # a token at a time, autograd's bookkeeping would cost as much as the product
+        if form == "merged":
+            return torch.nn.functional.linear(x, prepared.merged(weight, backend).to(x.dtype), bias)
+        side, F = small_side(prepared, form, x.dtype, backend), prepared.cast("columns", x.dtype)
+        return linear_forward(x, weight, bias, F, side, prepared.shape.transposed, False)[0]
     if form == "merged":
         return MergedLinear.apply(x, mixer, columns, weight, bias, prepared, backend)  # type: ignore[no-untyped-call,no-any-return]
     return AdaptedLinear.apply(x, mixer, columns, weight, bias, prepared, form, backend, sink)  # type: ignore[no-untyped-call,no-any-return]

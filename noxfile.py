@@ -12,7 +12,7 @@ nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 VERSIONS = {  # name: (Python, what is pinned); "gpu" is what the GPU machine of the results has
     "oldest": ("3.10", ["torch==2.6.0", "peft==0.18.0", "transformers<5",
-                       "numpy==1.24.0", "safetensors==0.4.3", "tqdm==4.60.0", "rich==13.0.0"]),
+                       "numpy==1.24.0", "safetensors==0.4.3", "tqdm==4.66.3", "rich==13.0.0"]),
     "gpu": ("3.12", ["torch==2.11.0", "triton==3.6.0", "peft==0.20.0", "numpy<2.4"]),  # 3.6 interprets with no newer
     "newest": ("3.13", ["torch", "triton", "peft>=0.21", "transformers"]),
 }

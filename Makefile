@@ -8,7 +8,7 @@ ARGS ?=
 # Where there is no NVIDIA GPU, nothing could run the CUDA code; tests/ops/test_nvcc.py compiles it all the same.
 export SSVDO_CUDA_ARCHS ?= $(if $(shell command -v nvidia-smi),,none)
 
-.PHONY: demo test bench lint docs gpu gpu-layers gpu-models clean
+.PHONY: demo test bench lint docs gpu gpu-layers gpu-models gpu-soak clean
 
 $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
@@ -34,15 +34,16 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 SSVDO_AUTOTUNE=0 timeout 100 compute-sanitizer --tool $$tool \
+  --error-exitcode 9 --target-processes all $(PYTHON) -m pytest -q -m gpu tests/gpu -k every
+
 # Runs with the machine's own Python and torch: a GPU box has its build installed. Results go to $OUT.
-gpu gpu-layers gpu-models: export PYTHONPATH := .
+gpu gpu-layers gpu-models gpu-soak: export PYTHONPATH := .
 gpu:
 	SSVDO_BUILD=1 SSVDO_CUDA_ARCHS=$${SSVDO_CUDA_ARCHS:-90a} $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m ssvdo_kernels.info
 	$(PYTHON) -m pytest -q -m gpu tests/gpu
-	for tool in memcheck racecheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 SSVDO_AUTOTUNE=0 timeout 100 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    --target-processes all $(PYTHON) -m pytest -q -m gpu tests/gpu -k every || exit 1; done
+	for tool in memcheck racecheck; do $(SANITIZE) || exit 1; done
 	$(PYTHON) -m benchmarks.bench_preparation --device cuda --out $${OUT:-benchmarks/results}
 	$(PYTHON) -m benchmarks.bench_kernels --out $${OUT:-benchmarks/results}
 	$(PYTHON) -m benchmarks --quick --device cuda --dtype bfloat16 --out $${OUT:-benchmarks/results}
@@ -53,6 +54,11 @@ gpu-layers:
 
 gpu-models:
 	$(PYTHON) -m benchmarks.bench_model owsm-0.1b owsm-1b whisper-large owsm-2b --minutes 6 --out $${OUT:-benchmarks/results}
+
+# The other two sanitizers, and training for MINUTES with flat memory.
+gpu-soak:
+	for tool in initcheck synccheck; do $(SANITIZE) || exit 1; done
+	$(PYTHON) -m benchmarks.soak --minutes $${MINUTES:-10} --out $${OUT:-benchmarks/results}
 
 clean:
 	rm -rf $(VENV) build *.egg-info ssvdo_kernels/*.so

@@ -8,7 +8,7 @@ from helpers import assert_close, make_layer, require_triton
 from torch import nn
 
 pytest.importorskip("peft", reason="the peers need PEFT")
-from benchmarks import bench_kernels, bench_model, bench_preparation, runner
+from benchmarks import bench_kernels, bench_model, bench_preparation, runner, soak
 from benchmarks.ceiling import floors, measure
 from benchmarks.peers import DenseSSVDO, EspnetStyleSSVD, peers
 from benchmarks.report import markdown, plot
@@ -175,3 +175,17 @@ def test_decoding_one_by_one_is_the_whole_sequence():
 def test_time_that_is_up_leaves_models_out(tmp_path, capsys):
     bench_model.main(["owsm-1b", "--device", "cpu", "--minutes", "0", "--out", str(tmp_path)])
     assert "not run: owsm-1b" in capsys.readouterr().out
+
+
+def test_the_soak_sees_memory_that_grows(tmp_path, monkeypatch, capsys):
+    flat = [{"allocated": 0, "resident": 100.0 + n % 2} for n in range(50)]
+    leaking = [{"allocated": 0, "resident": 100.0 + n} for n in range(50)]
+    assert soak.growth(flat, "resident") < 0 < soak.GROWTH < soak.growth(leaking, "resident")
+    assert soak.growth(flat, "allocated") == 0.0
+    monkeypatch.setitem(bench_model.STACKS, "owsm-0.1b", TINY)
+    few = ["--device", "cpu", "--dtype", "float32", "--minutes", "0.005", "--rank", "4", "--out", str(tmp_path)]
+    soak.main(few)
+    (file,) = tmp_path.glob("*-soak.json")
+    assert "rounds; memory grew by" in capsys.readouterr().out and json.loads(file.read_text())["rounds"]
+    monkeypatch.setattr(soak, "growth", lambda rounds, what: 0.5)
+    assert soak.main(few) == 1

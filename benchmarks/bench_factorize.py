@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import resource
 import subprocess
@@ -20,7 +19,7 @@ from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo
 
-from .__main__ import commit, device_name, slug
+from .record import facts, stem
 
 
 def one(pairs: int, cache: str) -> dict[str, float]:
@@ -49,11 +48,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "benchmarks.bench_factorize", "--pairs", str(options.pairs), "--one", cache]
         found = [json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) for _ in range(2)]
-    name, date = device_name("cpu"), datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    results = {"date": date, "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "commit": commit(), "pairs": options.pairs, "first": found[0], "cached": found[1]}  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{date}-{slug(name)}-factorise.json"
+    results = {**facts("cpu"), "pairs": options.pairs, "first": found[0], "cached": found[1]}
+    path = stem(options.out, results, "factorise").with_suffix(".json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1), f"wrote {path}", sep="\n")
 

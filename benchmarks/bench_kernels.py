@@ -7,7 +7,6 @@ of a large product (traffic.py, ceiling.py). Times are medians by device events 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 from ssvdo_kernels import traffic
 from ssvdo_kernels.traffic import Machine, Traffic
 
-from .__main__ import slug
 from .ceiling import measure, seconds_of
+from .record import facts, stem
 
 TOKENS = (2048, 16384)
 WIDTHS = (64, 128, 256, 512)
@@ -82,14 +81,12 @@ def main() -> None:
         raise SystemExit("the kernels are timed on an NVIDIA GPU, and there is none")
     dtype, device = getattr(torch, options.dtype), torch.device("cuda")
     machine = measure(device, dtype)
-    name, date = torch.cuda.get_device_name(), datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    results = {"device": name, "dtype": options.dtype, "date": date, "torch": torch.__version__,
+    results = {**facts("cuda"), "dtype": options.dtype,
                "machine": {"bandwidth": machine.bandwidth, "rate": machine.rate},
                "rows": rows(machine, TOKENS, WIDTHS, 1024, 64, dtype, device)}  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"{date}-{slug(name)}-{options.dtype}-kernels"
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(results))
+    path = stem(options.out, results, options.dtype, "kernels")
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(results))
     print(markdown(results))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import gc
 import json
 import tempfile
@@ -27,24 +26,12 @@ from torch import Tensor, nn
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo
 
-from .__main__ import commit, device_name, slug
-from .peers import DenseSSVDO, EspnetStyleSSVD
+from .peers import DenseSSVDO, EspnetStyleSSVD, with_lora
+from .record import facts, stem
 from .runner import interleave, launches, peak_extra_bytes
 from .stacks import STACKS, FeedForward, Recogniser, Stack
 
 Make = Callable[[nn.Module], nn.Module]
-
-
-def with_peft(**options: Any) -> Make:
-    """PEFT's LoRA or DoRA on the feed-forward layers, in the weights' dtype."""
-
-    def make(model: nn.Module) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(target_modules=["w_1", "w_2"], **options)
-        return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
-
-    return make
 
 
 def replacing(peer: Callable[[nn.Linear], nn.Module]) -> Make:
@@ -57,7 +44,8 @@ def replacing(peer: Callable[[nn.Linear], nn.Module]) -> Make:
             for name in ("w_1", "w_2"):
                 linear = getattr(layer, name)
                 key = (linear.out_features, linear.in_features)
-                made.setdefault(key, peer(linear))
+                if key not in made:
+                    made[key] = peer(linear)
                 setattr(layer, name, copy.deepcopy(made[key]))
         return model
 
@@ -76,8 +64,8 @@ def methods(rank: int, cache: Path, compiled: bool) -> dict[str, Make]:
     found: dict[str, Make] = {
         "frozen": lambda model: model.requires_grad_(False),
         "full": lambda model: model.requires_grad_(True),
-        "LoRA": with_peft(r=rank, lora_alpha=rank),
-        "DoRA": with_peft(r=rank, lora_alpha=rank, use_dora=True),
+        "LoRA": lambda model: with_lora(model, ("w_1", "w_2"), rank),
+        "DoRA": lambda model: with_lora(model, ("w_1", "w_2"), rank, use_dora=True),
         "ESPnet-style SSVD, p=0.5": replacing(lambda linear: EspnetStyleSSVD(linear, 0.5)),
         "dense SSVD-O, p=0.5": replacing(lambda linear: DenseSSVDO(linear, dense)),
         "SSVD-O, p=0.25": adapting(0.25, rank, cache),
@@ -191,13 +179,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no NVIDIA GPU")
-    began, name = time.monotonic(), device_name(options.device)
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    results: dict[str, Any] = {"date": date, "device": name, "threads": torch.get_num_threads(),
-                               "dtype": options.dtype, "torch": torch.__version__, "commit": commit(), "rows": [],
-                               "missing": list(options.models)}  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"{date}-{slug(name)}-{options.dtype}-models"
+    began = time.monotonic()
+    results = {**facts(options.device), "dtype": options.dtype, "rows": [], "missing": list(options.models)}
+    path = stem(options.out, results, options.dtype, "models")
     for model in options.models:
         if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
             break
@@ -206,9 +190,9 @@ def main(arguments: list[str] | None = None) -> None:
         results["rows"].append(measure(model, stack, batch, options.rank, options.device,
                                        getattr(torch, options.dtype), options.rounds, options.compile))  # fmt: skip
         results["missing"].remove(model)
-        stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(markdown(results))
-    print(markdown(results), *(f"not run: {m}" for m in results["missing"]), f"results: {stem}.json and .md", sep="\n")
+        path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".md").write_text(markdown(results))
+    print(markdown(results), *(f"not run: {m}" for m in results["missing"]), f"results: {path}.json and .md", sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ batch.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import time
@@ -28,7 +27,7 @@ from ssvdo_kernels.ops.batch import prepare_batch
 from ssvdo_kernels.ops.engines import adjoint
 from ssvdo_kernels.ops.preparation import Gradients, Prepared
 
-from .__main__ import commit, device_name, slug
+from .record import facts, stem
 from .runner import launches
 
 
@@ -131,16 +130,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    name, date = device_name(options.device), datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     cases = [(24, p, 64) for p in (0.25, 0.5)]
     if options.device == "cuda":
         cases = [(24, p, 64) for p in (0.125, 0.25, 0.5, 1.0)] + [(24, 0.25, n) for n in (32, 128, 256)]
         cases += [(12, 0.25, 64), (48, 0.25, 64)]
     rows = [measure(*case, options.rounds, options.device) for case in cases]
-    results = {"date": date, "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "commit": commit(), "rows": rows}  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{date}-{slug(name)}-preparation.json"
+    results = {**facts(options.device), "rows": rows}
+    path = stem(options.out, results, "preparation").with_suffix(".json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     for row in rows:
         ratio = row["ratio_to_batch"]

@@ -34,26 +34,30 @@ class _Holder(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
-def _peft(linear: nn.Linear, config: Any) -> nn.Module:
+def _peft(model: nn.Module, config: Any) -> nn.Module:
+    """Adapters in the weights' dtype: in float32 PEFT casts all tokens to and fro, and is slower."""
     from peft import get_peft_model
 
-    # Adapters in the weight's dtype: in float32 PEFT casts all tokens to and fro, and is slower.
-    holder = _Holder(copy.deepcopy(linear))
-    return get_peft_model(holder, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+
+
+def with_lora(model: nn.Module, targets: tuple[str, ...], rank: int, **options: Any) -> nn.Module:
+    """PEFT's LoRA on layers by name; `use_dora=True` gives DoRA, `init_lora_weights="pissa_niter_4"` PiSSA."""
+    from peft import LoraConfig
+
+    return _peft(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), **options))
 
 
 def lora(linear: nn.Linear, rank: int = 64, **options: Any) -> nn.Module:
-    """PEFT's LoRA; `use_dora=True` gives DoRA, `init_lora_weights="pissa_niter_4"` PiSSA."""
-    from peft import LoraConfig
-
-    return _peft(linear, LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"], **options))
+    """`with_lora` on one layer."""
+    return with_lora(_Holder(copy.deepcopy(linear)), ("layer",), rank, **options)
 
 
 def oft(linear: nn.Linear, block: int = 32) -> nn.Module:
     """PEFT's OFT with blocks of 32 (PEFT's default size)."""
     from peft import OFTConfig
 
-    return _peft(linear, OFTConfig(oft_block_size=block, target_modules=["layer"]))
+    return _peft(_Holder(copy.deepcopy(linear)), OFTConfig(oft_block_size=block, target_modules=["layer"]))
 
 
 class EspnetStyleSSVD(nn.Module):

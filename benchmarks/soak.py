@@ -7,20 +7,18 @@ round what is allocated on the GPU and resident in the process is noted; the fir
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo, unmerge_ssvdo
 
-from .__main__ import commit, device_name, slug
+from .record import facts, stem
 from .stacks import STACKS, Recogniser, Stack
 
 GROWTH = 0.02  # of the most that was in use after the warm-up: allocators round sizes and keep pages
@@ -90,12 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype)
     rounds = soak(STACKS[options.model], options.device, dtype, 60 * options.minutes, options.batch, options.rank)
     grown = {what: growth(rounds, what) for what in ("allocated", "resident")}
-    name, date = device_name(options.device), datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    results: dict[str, Any] = {"date": date, "device": name, "dtype": options.dtype, "model": options.model,
-                               "torch": torch.__version__, "commit": commit(), "minutes": options.minutes,
-                               "growth": grown, "rounds": rounds}  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{date}-{slug(name)}-{options.dtype}-soak.json"
+    results = {**facts(options.device), "dtype": options.dtype, "model": options.model, "minutes": options.minutes,
+               "growth": grown, "rounds": rounds}  # fmt: skip
+    path = stem(options.out, results, options.dtype, "soak").with_suffix(".json")
     path.write_text(json.dumps(results) + "\n")
     print(f"{len(rounds)} rounds; memory grew by", *(f"{100 * g:.2f}% ({what})" for what, g in grown.items()))
     print(f"wrote {path}")

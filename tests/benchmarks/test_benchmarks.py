@@ -159,6 +159,13 @@ def test_models_are_measured_by_every_method(tmp_path, monkeypatch, capsys):
     assert f"| LoRA | {row['training']['LoRA']['median_ms']:.1f} |" in capsys.readouterr().out
 
 
+def test_a_peer_is_made_once_for_each_shape():
+    model, made = Recogniser(TINY), []
+    peer = bench_model.replacing(lambda linear: made.append(tuple(linear.weight.shape)) or nn.Identity())
+    peer(model)
+    assert sorted(made) == [(16, 64), (64, 16)]
+
+
 def test_decoding_one_by_one_is_the_whole_sequence():
     torch.manual_seed(0)
     model = Recogniser(TINY).double().eval()

@@ -13,27 +13,6 @@ const Host<T>& build(const std::string& name) {
     return *found;
 }
 
-template <class T>
-std::vector<int> outer(bool forward, const OuterShape& s, const Addresses& layers, long long ld, int threads,
-                       const std::string& name) {
-    check(layers, forward ? 5 : 6);
-    at_least("ld", ld, s.l);
-    at_least("threads", threads, 1);
-    std::vector<OuterLayer<T>> rows;
-    for (const auto& a : layers)
-        rows.push_back({reinterpret_cast<const T*>(a[0]), reinterpret_cast<const T*>(a[1]),
-                        reinterpret_cast<const T*>(a[2]), reinterpret_cast<T*>(a[3]), reinterpret_cast<T*>(a[4]),
-                        ptrdiff_t(ld), forward ? nullptr : reinterpret_cast<T*>(a[5]), 0});
-    const Host<T>& chosen = build<T>(name);
-    {
-        py::gil_scoped_release release;
-        (forward ? chosen.outer_forward : chosen.outer_backward)(s, rows.data(), int(rows.size()), threads);
-    }
-    std::vector<int> info;
-    for (const auto& row : rows) info.push_back(row.info);
-    return info;
-}
-
 // addresses: packed, shift, singular, G, saved, mixer; backward: d_packed, d_scale; from rows: left, right.
 template <class T>
 void inner(bool forward, const InnerShape& s, const Addresses& layers, int tokens, long long left_ld, long long right_ld,
@@ -87,19 +66,6 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled core of ssvdo_kernels.";
     m.def("host_name", &host_name, "The instruction set that this processor's build uses.");
     for (bool forward : {true, false}) {
-        m.def(
-            forward ? "outer_forward" : "outer_backward",
-            [forward](const std::string& dtype, const Addresses& layers, int c, int l, int r, int large, double tau,
-                      double scale, bool rotation, long long ld, int threads, const std::string& build) {
-                OuterShape s = outer_shape(c, l, r, large, tau, scale, rotation);
-                return by_dtype(
-                    dtype, [&] { return outer<float>(forward, s, layers, ld, threads, build); },
-                    [&] { return outer<double>(forward, s, layers, ld, threads, build); });
-            },
-            py::arg("dtype"), py::arg("layers"), py::kw_only(), py::arg("c"), py::arg("l"), py::arg("r"),
-            py::arg("large"), py::arg("tau"), py::arg("scale"), py::arg("rotation"), py::arg("ld"), py::arg("threads"),
-            py::arg("build") = "",
-            "One row of addresses a layer: outer, reflector, basis, X, columns (backward: and d_outer). Returns info.");
         m.def(
             forward ? "inner_forward" : "inner_backward",
             [forward](const std::string& dtype, const Addresses& layers, int k, int l, int q, int width,

@@ -41,15 +41,6 @@ inline void check(const Addresses& layers, size_t count, unsigned optional = 0) 
     }
 }
 
-inline OuterShape outer_shape(int c, int l, int r, int large, double tau, double scale, bool rotation) {
-    at_least("l", l, 1);
-    at_least("c", c, l);
-    at_least("r", r, 0);
-    at_least("large", large, c + r);
-    if (!(tau > 0)) throw py::value_error("tau must be > 0");
-    return {c, l, r, large, tau, scale, rotation};
-}
-
 inline InnerShape inner_shape(int k, int l, int q, int width, int terms, const std::string& rotation) {
     at_least("k", k, 1);
     at_least("l", l, 0);

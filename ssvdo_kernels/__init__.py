@@ -1,15 +1,19 @@
 """SSVD-O for PyTorch: a drop-in SSVDOLinear that trains as fast as LoRA."""
 
+from .accumulation import gradient_accumulation
+from .adapter import Adapter
 from .budget import suggest_budget
 from .checkpoint import BaseMismatchError, CheckpointError, load_ssvdo, save_ssvdo
 from .config import SSVDOConfig
 from .diagnostics import diagnose, orthogonality, trainable_summary
-from .linear import SSVDOLinear, gradient_accumulation
-from .model import apply_ssvdo, group_layers, merge_ssvdo, remove_ssvdo, unmerge_ssvdo
+from .linear import SSVDOLinear
+from .merging import merge_ssvdo, remove_ssvdo, unmerge_ssvdo
+from .model import apply_ssvdo, group_layers
 from .monitor import DiagnosticsMonitor, ForgettingMonitor
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adapter",
     "BaseMismatchError",
     "CheckpointError",
     "DiagnosticsMonitor",

@@ -115,15 +115,14 @@ def chosen(layers: Mapping[str, Matrix], config: SSVDOConfig) -> dict[str, tuple
 
 
 def factor_numbers(shape: LayerShape) -> int:
-    """How many numbers a layer's frozen factors hold."""
-    reflector = min(shape.d, shape.c) if shape.l else 0
-    return shape.d * shape.width + shape.width + shape.large * (shape.l + reflector)
+    """How many numbers a layer's frozen factors hold: V, S and U_l."""
+    return (shape.d + 1) * shape.kept + shape.large * shape.l
 
 
 def prepared_numbers(shape: LayerShape) -> int:
-    """How many float32 numbers one preparation of a layer holds: M, F, G, its inverse, and the folded pair."""
+    """How many float32 numbers one preparation of a layer holds: F, (I + K)^-1, R^-T and the folded pair."""
     k, l, w = shape.k, shape.l, shape.width  # noqa: E741
-    return (w + l) * w + shape.large * l + 2 * k * k + l * l + 2 * shape.d * (w + l)
+    return shape.large * l + k * k + l * l + shape.d * (2 * w + l)
 
 
 def factor_seconds(shape: LayerShape) -> float:

@@ -4,9 +4,9 @@ The safetensors file alone is what is loaded; its metadata holds the configurati
 can never belong to different saves. Nothing is unpickled. A fingerprint ties the adapter to its base weights:
 
 - `sha256` of W0's bytes: another base is refused; with another dtype W0 is compared by a 4 x 4 sketch instead;
-- a sketch of each singular vector kept and of the complement: the trained numbers are coordinates in that basis, so a
-  basis that came out otherwise (near-equal singular values on another LAPACK) is refused, unless the file carries its
-  own (`include_factors=True`).
+- a sketch of V_k: the inner numbers are coordinates in that basis. Where a factorisation comes out otherwise here
+  (near-equal singular values on another LAPACK, or a base in another dtype), the basis that the file carries is taken;
+  a file without one is refused. The outer numbers need no more: what they are turned towards depends on W0 alone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .adapter import PARAMETER_NAMES
 from .config import LayerShape, SSVDOConfig
-from .factorize import Factors, apply_complement, as_bytes, as_file, check_weight, factorize, write_atomically
-from .linear import FACTOR_NAMES, PARAMETER_NAMES, SSVDOLinear
+from .factorize import Factors, check_weight, factorize
+from .files import as_bytes, as_file, write_atomically
+from .host import Host
+from .linear import SSVDOLinear
 from .model import exchange, freeze_rest, group_layers, require_adapted
 
 FORMAT, VERSION = "ssvdo", 1
@@ -56,45 +59,46 @@ def _weight_sketch(weight: Tensor) -> Tensor:
     return (_probes(w.shape[0], w).mT @ (w @ _probes(w.shape[1], w))).cpu()
 
 
-def _basis_sketch(factors: Factors) -> Tensor:
-    """(width + l + SKETCH) x SKETCH: rows for V_k, U_l and the images of SKETCH unit vectors under U2."""
-    f = {name: t.to(torch.float64) for name, t in factors.tensors().items()}
-    V, U = f["inner_basis"], f["outer_basis"]
-    rows = [V.mT @ _probes(V.shape[0], V)]
-    if U.shape[1]:
-        probe = torch.linalg.qr(_probes(U.shape[0] - V.shape[0], V)).Q  # fewer than SKETCH columns where c < SKETCH
-        rows += [U.mT @ _probes(U.shape[0], U), apply_complement(f["reflector"], probe).mT @ _probes(U.shape[0], U)]
-    return torch.cat(rows).cpu()
+def _basis_sketch(basis: Tensor) -> Tensor:
+    """width x SKETCH, a row for each column of V_k."""
+    V = basis.to(torch.float64)
+    return (V.mT @ _probes(V.shape[0], V)).cpu()
 
 
-def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_factors: bool = False) -> Path:
+def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis: bool = True) -> Path:
     """Writes the adapters of `model` into the folder `path` and returns it. The files are replaced atomically.
 
     Where FSDP has sharded the model, every rank calls this: the tensors are gathered, and rank 0 writes.
 
     Args:
-        include_factors: also writes the singular bases, so that the adapter loads where a factorisation comes out
-            otherwise; about as large as the adapted weights themselves.
+        include_basis: also writes V_k (d x max(k, l), in the weight's dtype), so that the adapter loads where a
+            factorisation comes out otherwise, on a base in another dtype above all. Without it the file is smaller.
 
     Raises:
         ValueError: the model has no SSVDOLinear. OSError: the folder cannot be written; an old file stays whole.
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
-    adapted = require_adapted(model)
+    adapted = {name: layer for name, layer in require_adapted(model).items() if isinstance(layer, SSVDOLinear)}
+    if not adapted:
+        raise ValueError("model has no SSVDOLinear of its own; another package's layers are saved by that package")
     for name, layer in adapted.items():
+        adapter = layer.adapter
         for part in PARAMETER_NAMES:
-            tensors[f"{name}.{part}"] = _whole(getattr(layer, part))
-        weight, factors = _whole(layer.weight), Factors(*(_whole(getattr(layer, part)) for part in FACTOR_NAMES))
+            if getattr(adapter, part) is not None:
+                tensors[f"{name}.{part}"] = _whole(getattr(adapter, part))
+        assert adapter.basis is not None
+        weight, basis = _whole(layer.weight), _whole(adapter.basis)[:, : adapter.shape.width]
         tensors[f"{name}.weight_sketch"] = _weight_sketch(weight)
-        tensors[f"{name}.basis_sketch"] = _basis_sketch(factors).to(torch.float32)
-        if include_factors:
-            tensors |= {f"{name}.{part}": tensor for part, tensor in factors.tensors().items()}
+        tensors[f"{name}.basis_sketch"] = _basis_sketch(basis).to(torch.float32)
+        if include_basis:
+            tensors[f"{name}.basis"] = basis.to(weight.dtype)
         layers[name] = {
-            "out_features": layer.out_features, "in_features": layer.in_features, "config": layer.config.to_dict(),
+            "config": adapter.config.to_dict(),
+            "out_features": adapter.shape.out_features, "in_features": adapter.shape.in_features,
             "dtype": str(weight.dtype), "sha256": _sha256(weight),
         }
-    header = {"format": FORMAT, "version": VERSION, "include_factors": include_factors, "layers": layers}
+    header = {"format": FORMAT, "version": VERSION, "include_basis": include_basis, "layers": layers}
     folder, sharded = Path(path), any(_is_sharded(layer) for layer in adapted.values())
     if not sharded or torch.distributed.get_rank() == 0:
         write_atomically({
@@ -107,16 +111,13 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_factor
 
 
 def _is_sharded(layer: SSVDOLinear) -> bool:
-    return hasattr(layer.outer, "full_tensor")
+    return hasattr(layer.adapter.inner_scale, "full_tensor")
 
 
 def _whole(tensor: Tensor) -> Tensor:
     """A DTensor gathered from all ranks; any other tensor as it is."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    if not tensor.numel():  # full_tensor fails
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return tensor.full_tensor()  # type: ignore[no-any-return]
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach()
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Entry:
     dtype: str
     sha256: str
     tensors: dict[str, Tensor]
-    factors: Factors | None
+    basis: Tensor | None
 
 
 def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -146,7 +147,7 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     file = adapter_file(path)
     entries = read_adapter(file)
     modules = dict(model.named_modules())
-    extra = sorted(n for n, m in modules.items() if isinstance(m, SSVDOLinear) and n not in {e.name for e in entries})
+    extra = sorted(n for n, m in modules.items() if isinstance(m, Host) and n not in {e.name for e in entries})
     if extra:
         raise CheckpointError(f"{file}: holds no adapter for {extra[:4]}, which the model has adapted")
     loaded = {entry.name: layer_for(modules.get(entry.name), entry, file) for entry in entries}
@@ -154,12 +155,9 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with torch.no_grad():
         for entry in entries:
             old, (layer, factors) = modules[entry.name], loaded[entry.name]
-            for part in PARAMETER_NAMES:
-                getattr(layer, part).copy_(entry.tensors[part])
+            fill(layer, entry)
             if layer is old and factors is not None:
-                for part, tensor in factors.tensors().items():
-                    setattr(layer, part, nn.Parameter(tensor, requires_grad=False))
-            layer.refresh()
+                layer.adapter.set_factors(factors)
             if layer is not old:
                 replacements[id(old)] = layer
     exchange(model, replacements)
@@ -169,12 +167,22 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def fill(layer: SSVDOLinear, entry: Entry) -> None:
+    """Gives the layer the entry's trained numbers."""
+    for part in PARAMETER_NAMES:
+        if getattr(layer.adapter, part) is not None:
+            getattr(layer.adapter, part).copy_(entry.tensors[part])
+    layer.refresh()
+
+
 def _by(sizes: tuple[int, ...]) -> str:
     return " x ".join(map(str, sizes))
 
 
 def layer_for(module: nn.Module | None, entry: Entry, file: Path) -> tuple[SSVDOLinear, Factors | None]:
-    """The layer that will hold the entry (a new one for a plain nn.Linear), checked against it."""
+    """The layer that will hold the entry (a new one for a plain nn.Linear), checked against it, and the factors that one
+    which is there must take; None where it keeps its own."""
     where = f"{file}: layer {entry.name}"
     if not isinstance(module, SSVDOLinear) and type(module) is not nn.Linear:
         found = "nothing of that name" if module is None else f"a {type(module).__qualname__}"
@@ -185,24 +193,20 @@ def layer_for(module: nn.Module | None, entry: Entry, file: Path) -> tuple[SSVDO
         raise CheckpointError(f"{where}: saved for a weight of {_by(want)}, the model's is {_by(have)}")
     if isinstance(module, SSVDOLinear) and _is_sharded(module):
         raise CheckpointError(f"{where}: the model is sharded; load the adapter before fully_shard")
-    if isinstance(module, SSVDOLinear) and _formula(module.config) != _formula(entry.config):
-        ours, theirs = _formula(module.config), _formula(entry.config)
+    if isinstance(module, SSVDOLinear) and _formula(module.adapter.config) != _formula(entry.config):
+        ours, theirs = _formula(module.adapter.config), _formula(entry.config)
         differ = {k: (theirs[k], ours[k]) for k in ours if ours[k] != theirs[k]}
         raise CheckpointError(f"{where}: the model is adapted otherwise (saved, model): {differ}")
     check_weight(module.weight, f"{entry.name}.weight")
     _check_base(module.weight, entry, where)
-    factors = None
-    if entry.factors is not None:
-        factors = Factors(**{n: t.to(module.weight.device) for n, t in entry.factors.tensors().items()})
+    name = f"{entry.name}.weight"
     if isinstance(module, SSVDOLinear):
-        if factors is None:
-            _check_basis(module.factors(), entry, where)
-        return module, factors
-    used = factorize(module.weight, entry.shape, name=f"{entry.name}.weight") if factors is None else factors
-    if factors is None:
-        _check_basis(used, entry, where)
+        own = module.adapter.factors
+        used = _in_basis(own, module.weight, entry, where)
+        return module, None if used is own else used
+    used = _in_basis(factorize(module.weight, entry.shape, name=name), module.weight, entry, where)
     layer = SSVDOLinear(module.weight, module.bias, used, entry.shape, entry.config).train(module.training)
-    layer.name = entry.name
+    layer.adapter.name = entry.name
     return layer, None
 
 
@@ -225,17 +229,19 @@ def _check_base(weight: Tensor, entry: Entry, where: str) -> None:
             f"{where}: trained on other base weights than this model's; load the base that it was made for")
 
 
-def _check_basis(factors: Factors, entry: Entry, where: str) -> None:
-    now, saved = _basis_sketch(factors), entry.tensors["basis_sketch"].double()
-    worst = float("inf")
-    if now.shape == saved.shape:
-        size = saved.norm(dim=1).square().mean().sqrt()
-        worst = float((now - saved).norm(dim=1).max() / size)
-    if not worst <= BASIS_TOLERANCE:
-        raise BaseMismatchError(
-            f"{where}: the singular vectors of W0 came out otherwise here (sketch differs by {worst:.2g}, allowed "
-            f"{BASIS_TOLERANCE}), as near-equal singular values do on another LAPACK or dtype; save the adapter with "
-            "save_ssvdo(..., include_factors=True) where it was trained, and load that file")
+def _in_basis(factors: Factors, weight: Tensor, entry: Entry, where: str) -> Factors:
+    """`factors` if their basis is that of the entry, else factors in the basis that the file carries."""
+    saved, now = entry.tensors["basis_sketch"].double(), _basis_sketch(factors.basis[:, : entry.shape.width])
+    size = saved.norm(dim=1).square().mean().sqrt()
+    worst = float((now - saved).norm(dim=1).max() / size)
+    if worst <= BASIS_TOLERANCE:
+        return factors
+    if entry.basis is not None:
+        return factorize(weight, entry.shape, name=f"{entry.name}.weight", basis=entry.basis.to(weight.device))
+    raise BaseMismatchError(
+        f"{where}: the singular vectors of W0 came out otherwise here (sketch differs by {worst:.2g}, allowed "
+        f"{BASIS_TOLERANCE}), as near-equal singular values do on another LAPACK or dtype; save the adapter with "
+        "save_ssvdo(..., include_basis=True) where it was trained, and load that file")
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
@@ -264,7 +270,7 @@ def read_adapter(file: Path) -> list[Entry]:
             raise KeyError("format")
         if header["version"] > VERSION:
             raise CheckpointError(f"{file}: format {header['version']} is newer than {VERSION}; upgrade ssvdo_kernels")
-        own = bool(header["include_factors"])
+        own = bool(header["include_basis"])
         entries = [_entry(name, values, own, tensors, file) for name, values in dict(header["layers"]).items()]
     except CheckpointError:
         raise
@@ -275,31 +281,26 @@ def read_adapter(file: Path) -> list[Entry]:
     return entries
 
 
-def _entry(name: str, values: dict[str, Any], with_factors: bool, tensors: dict[str, Tensor], file: Path) -> Entry:
+def _entry(name: str, values: dict[str, Any], with_basis: bool, tensors: dict[str, Tensor], file: Path) -> Entry:
     config = SSVDOConfig.from_dict(values["config"])
     shape = LayerShape.of(values["out_features"], values["in_features"], config)
-    k, c, l, w = shape.k, shape.c, shape.l, shape.width  # noqa: E741
-    r = min(shape.d, c) if l else 0
-    sizes: dict[str, tuple[int, ...] | None] = {
-        "inner_rotation": (k * (k - 1) // 2,), "inner_scale": (k,), "outer": (c, l),
-        "weight_sketch": (SKETCH, SKETCH), "basis_sketch": (w + l + (min(c, SKETCH) if l else 0), SKETCH)}
-    if with_factors:
-        sizes |= {"inner_basis": (shape.d, w), "singular_values": (w,), "outer_basis": (shape.large, l),
-                  "reflector": (shape.large, r), "null_basis": None}
+    sizes: dict[str, tuple[int, ...]] = {
+        "inner_rotation": (shape.rotated,), "inner_scale": (shape.k,), "outer": (shape.c, shape.l),
+        "weight_sketch": (SKETCH, SKETCH), "basis_sketch": (shape.width, SKETCH)}  # fmt: skip
+    sizes = {part: size for part, size in sizes.items() if 0 not in size}  # what has no numbers is not in the file
+    if with_basis:
+        sizes["basis"] = (shape.d, shape.width)
     found = {}
     for part, size in sizes.items():
         tensor = tensors.pop(f"{name}.{part}", None)
         if tensor is None:
             raise CheckpointError(f"{file}: tensor {name}.{part} is missing")
-        if size is None:
-            size = (shape.large, min(k, tensor.shape[-1] if tensor.ndim else 0))
         if tuple(tensor.shape) != size or not tensor.is_floating_point():
             found_one = f"{tuple(tensor.shape)} {tensor.dtype}"
             raise CheckpointError(f"{file}: tensor {name}.{part} is {found_one}, expected {size} of a floating dtype")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file}: tensor {name}.{part} has non-finite entries")
         found[part] = tensor
-    factors = Factors(**{part: found.pop(part) for part in FACTOR_NAMES}) if with_factors else None
     if not isinstance(values["sha256"], str) or values["dtype"] not in DTYPES:
         raise CheckpointError(f"{file}: layer {name} has no valid fingerprint")
-    return Entry(name, shape, config, values["dtype"], values["sha256"], found, factors)
+    return Entry(name, shape, config, values["dtype"], values["sha256"], found, found.pop("basis", None))

@@ -17,10 +17,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import budget
-from .checkpoint import Entry, adapter_file, layer_for, read_adapter
+from .checkpoint import Entry, adapter_file, fill, layer_for, read_adapter
 from .config import SSVDOConfig
-from .factorize import as_bytes
-from .linear import PARAMETER_NAMES
+from .files import as_bytes
 
 TOKENS = [1, 128, 1024, 16384]
 
@@ -60,9 +59,9 @@ def show_adapter(path: Path, console: Console) -> None:
         table.add_row(e.name, f"{e.shape.in_features} -> {e.shape.out_features}", str(e.shape.k), str(e.shape.l),
                       f"{e.shape.parameters:,}", e.dtype.removeprefix("torch."), e.sha256[:12])
     console.print(table)
-    factors = "with factors" if entries and entries[0].factors is not None else "without factors"
+    basis = "with V_k" if entries and entries[0].basis is not None else "without V_k"
     total = sum(e.shape.parameters for e in entries)
-    console.print(f"{len(entries)} layers, {total:,} trained numbers, {factors}")
+    console.print(f"{len(entries)} layers, {total:,} trained numbers, {basis}")
     for text in sorted({repr(e.config) for e in entries}):
         console.print(text, highlight=False)
 
@@ -121,8 +120,7 @@ def _merge_one(source: Path, target: Path, begin: int, entry: Entry, file: Path)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     layer, _ = layer_for(linear, entry, file)
-    for part in PARAMETER_NAMES:
-        getattr(layer, part).copy_(entry.tensors[part])
+    fill(layer, entry)
     with target.open("rb+") as opened_target:
         opened_target.seek(begin)
         opened_target.write(as_bytes(layer.adapted_weight()))

@@ -42,11 +42,11 @@ class SSVDOConfig:
         inner_ratio: p in (0, 1], the share of the d singular vectors on the small side that G rotates.
         outer_rank: l >= 0, how many vectors of the large side turn towards their orthonormal complement.
             0 is SSVD (arXiv 2509.02830); at most min(d, c), so a square layer has 0.
-        tau: > 0, the regulariser in R R^T = L^T L + tau I. With ``outer_scale="balanced"`` it is no learning rate.
+        tau: > 0, the regulariser in R R^T = Z^T Z + tau I. With ``outer_scale="balanced"`` it is no learning rate.
         rotation: ``"cayley"``: G = (I + K)^-1 (I - K), orthogonal; ``"neumann"``: G = I + 2 sum_{i=1..s} (-K)^i;
             ``"first_order"``: G = I - 2K, what the published SSVD code uses.
-        outer: ``"rotation"``: U_l' = U_l C + U2 Q, orthonormal for every L; ``"additive"``: U_l' = U_l + U2 Q.
-        outer_scale: L = s * outer. ``"balanced"`` takes s = 2 sqrt(k tau / c), so that one learning rate serves
+        outer: ``"rotation"``: U_l' = U_l C + Q, orthonormal for every L; ``"additive"``: U_l' = U_l + Q.
+        outer_scale: L = s * outer. ``"balanced"`` takes s = 2 sqrt(k tau large) / c, so that one learning rate serves
             the inner and the outer part; a float > 0 sets s (1.0 is the literal form).
         init_angle: >= 0, radians by which each outer vector is turned at the start; 0 starts exactly at W0.
         orientation: the side on which G acts. ``"auto"``: the smaller side (input for square layers).
@@ -153,15 +153,31 @@ class LayerShape:
         return max(self.k, self.l)
 
     @property
+    def rotated(self) -> int:
+        """Numbers in the packed strict upper triangle of K."""
+        return self.k * (self.k - 1) // 2
+
+    @property
+    def kept(self) -> int:
+        """Columns of V that are kept: all d where there is an outer part, whose complement needs them, else k."""
+        return self.d if self.l else self.width
+
+    @property
     def parameters(self) -> int:
         """Trained numbers: k(k-1)/2 rotation + k scale + c*l outer."""
         return self.k * (self.k + 1) // 2 + self.c * self.l
 
     def outer_scale(self, config: SSVDOConfig) -> float:
-        """s in L = s * outer."""
+        """s in L = s * outer. P keeps c / large of L's square, so that |Z| is |L| sqrt(c / large) at first."""
         if config.outer_scale == "balanced":
-            return 2 * math.sqrt(self.k * config.tau / self.c) if self.c else 1.0
+            return 2 * math.sqrt(self.k * config.tau * self.large) / self.c if self.c else 1.0
         return float(config.outer_scale)
+
+    def outer_deviation(self, config: SSVDOConfig) -> float:
+        """Standard deviation of `outer` with which Z = P [0; L] turns each vector by about init_angle radians."""
+        if not self.l or not config.init_angle:
+            return 0.0
+        return config.init_angle * math.sqrt(config.tau * self.large) / self.c / self.outer_scale(config)
 
     @classmethod
     def of(cls, out_features: int, in_features: int, config: SSVDOConfig) -> LayerShape:

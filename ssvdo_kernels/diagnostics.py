@@ -15,10 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .linear import SSVDOLinear
+from .adapter import Adapter
+from .factorize import departure
+from .host import Host
 from .model import require_adapted
 from .ops import own_dtypes
-from .ops.rotation import rotation_forward
+from .ops.preparation import Prepared
+from .ops.products import times
+from .ops.rotation import unpack_skew
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class LayerReport:
     name; orthonormality: max |C^T C + Q^T Q - I| (rounding for outer="rotation"; |Q^T Q| for "additive", whose basis
     I + Q^T Q departs by that much); inner_orthonormality: max |G^T G - I|; inner_angle, outer_angle: the largest
     rotation angles of G and of the outer basis (radians); drift: |W' - W0|_F / |W0|_F; scale_change: max |dS_i| / S_i;
-    cholesky_condition: of L^T L + tau I.
+    cholesky_condition: of Z^T Z + tau I; basis: dtype of V and, with an outer part, how often P is applied (twice where
+    V is of half precision: see `complement_departure`).
     """
 
     name: str
@@ -39,26 +44,24 @@ class LayerReport:
     drift: float
     scale_change: float
     cholesky_condition: float
+    basis: str
 
 
-HEADINGS = ("[C;Q] ortho", "G ortho", "inner angle", "outer angle", "drift", "scale change", "chol. cond.")
+HEADINGS = ("[C;Q] ortho", "G ortho", "inner angle", "outer angle", "drift", "scale change", "chol. cond.", "V")
 
 
 def _eye(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
-def _inner(layer: SSVDOLinear) -> tuple[Tensor, float, float]:
-    """G, max |G^T G - I| and the largest angle: the argument of G's eigenvalues on the unit circle.
+def _inner(prepared: Prepared) -> tuple[float, float]:
+    """max |G^T G - I| and the largest angle: the argument of G's eigenvalues on the unit circle.
 
     For the Cayley form the angle is 2 atan |K|_2; the series agree with it to their own order.
     """
-    packed = layer.inner_rotation.detach()
-    G, _ = rotation_forward(packed, layer.shape.k, layer.config.rotation, layer.config.neumann_terms)
+    G, K = prepared.G, unpack_skew(prepared.rotation, prepared.shape.k)
     departure = float((G.mT @ G - _eye(G)).abs().max())
-    skew, _ = rotation_forward(packed, layer.shape.k, "first_order", 1)
-    norm = float(_largest_singular_value((skew - _eye(skew)) / -2))
-    return G, departure, float(2 * torch.atan(torch.tensor(norm)))
+    return departure, float(2 * torch.atan(_largest_singular_value(K)))
 
 
 def _largest_singular_value(matrix: Tensor, steps: int = 24) -> Tensor:
@@ -74,55 +77,63 @@ def _largest_singular_value(matrix: Tensor, steps: int = 24) -> Tensor:
 
 @torch.no_grad()
 @own_dtypes()
-def layer_report(layer: SSVDOLinear, name: str = "") -> LayerReport:
-    """The numbers of one layer; costs about one preparation."""
-    prepared = layer.prepared()
-    shape, config = layer.shape, layer.config
-    G, inner_departure, inner_angle = _inner(layer)
+def layer_report(layer: Host, name: str = "", adapter: Adapter | None = None) -> LayerReport:
+    """The numbers of one layer (of its first adapter, unless another is given); costs about one preparation."""
+    adapter = layer.adapters()[0] if adapter is None else adapter
+    prepared = adapter.prepared(layer.base())
+    shape, config = adapter.shape, adapter.config
+    inner_departure, inner_angle = _inner(prepared)
     outer_departure = outer_angle = 0.0
     condition = 1.0
-    if shape.l:
-        L = layer.outer.detach() * shape.outer_scale(config)
-        gram = L.mT @ L + config.tau * _eye(L[:1])
-        R = torch.linalg.cholesky(gram)
-        X = torch.linalg.solve_triangular(R, _eye(R), upper=False).mT
-        Q, C = L @ X, X * config.tau**0.5
+    if prepared.outer is not None:
+        Q, C = prepared.Q, prepared.X * config.tau**0.5
         small = Q.mT @ Q
         departure = small + C.mT @ C - _eye(small) if config.outer == "rotation" else small
         outer_departure = float(departure.abs().max())
         sine = float(torch.linalg.matrix_norm(small, 2).clamp(0, 1).sqrt())
         outer_angle = float(torch.asin(torch.tensor(sine)))
-        condition = float(torch.linalg.cond(gram))
-    S = prepared.factors.singular_values[: shape.k].to(prepared.dtype)
-    ratio = float((layer.inner_scale.abs() / S.clamp_min(torch.finfo(S.dtype).tiny)).max())
+        condition = float(torch.linalg.cond(prepared.X)) ** 2  # R R^T = Z^T Z + tau I, X = R^-T
+    S = prepared.singular[: shape.k]
+    ratio = float((adapter.inner_scale.abs() / S.clamp_min(torch.finfo(S.dtype).tiny)).max())
+    kept = str(prepared.basis.dtype).removeprefix("torch.")
+    passes = f" x{prepared.outer.projector.passes}" if prepared.outer is not None else ""
     return LayerReport(name, outer_departure, inner_departure, inner_angle, outer_angle,
-                       _drift(layer, G), ratio, condition)
+                       _drift(layer, prepared), ratio, condition, kept + passes)
 
 
-def _drift(layer: SSVDOLinear, G: Tensor) -> float:
-    """|W' - W0|_F / |W0|_F from small matrices: A' - A = [A V | F] M V^T, V orthonormal, A V = U S."""
-    p = layer.prepared()
-    weight = layer.weight.detach()
-    tall = (weight.mT if layer.shape.transposed else weight).to(p.dtype)
-    change = torch.cat([tall @ p.basis, p.columns], 1) @ p.mixer
-    norm = torch.linalg.vector_norm(tall)
+def _drift(layer: Host, p: Prepared) -> float:
+    """|W' - W0|_F / |W0|_F from small matrices: A' - A = [A V | F] M V^T, V orthonormal."""
+    tall = layer.base().tall(p.shape)
+    change = torch.cat([times(tall, p.basis.to(p.dtype)), p.columns], 1) @ p.mixer
+    norm = torch.linalg.vector_norm(tall, dtype=p.dtype)
     return float(torch.linalg.vector_norm(change) / norm) if norm > 0 else 0.0
+
+
+@torch.no_grad()
+def complement_departure(layer: Host) -> float:
+    """By how much U' departs from orthonormality because V is rounded, at an angle of 0.3 rad: `factorize.departure`.
+
+    Factorises the weight again in float64.
+    """
+    adapter = layer.adapters()[0]
+    return departure(layer.base().weight, adapter.factors, adapter.shape)
 
 
 def orthogonality(model: nn.Module, *, limit: float | None = None) -> list[LayerReport]:
     """A report per adapted layer; warns where tau or a condition number makes the Cholesky factor unsafe.
 
     Args:
-        limit: condition number of L^T L + tau I above which to warn; None takes 0.01 / eps of the parameters' dtype.
+        limit: condition number of Z^T Z + tau I above which to warn; None takes 0.01 / eps of the parameters' dtype.
     """
     reports = []
     for name, layer in require_adapted(model).items():
         report = layer_report(layer, name)
-        bound = 0.01 / torch.finfo(layer.prepared().dtype).eps if limit is None else limit
+        adapter = layer.adapters()[0]
+        bound = 0.01 / torch.finfo(adapter.inner_scale.dtype).eps if limit is None else limit
         if report.cholesky_condition > bound:
             warnings.warn(
-                f"{name}: the condition number {report.cholesky_condition:.1e} of L^T L + tau I "
-                f"(tau={layer.config.tau}) exceeds {bound:.1e}; Cholesky may fail: use a larger tau or a smaller "
+                f"{name}: the condition number {report.cholesky_condition:.1e} of Z^T Z + tau I "
+                f"(tau={adapter.config.tau}) exceeds {bound:.1e}; Cholesky may fail: use a larger tau or a smaller "
                 "learning rate", stacklevel=2)
         reports.append(report)
     return reports
@@ -138,8 +149,9 @@ def diagnose(
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
     for report in reports:
-        numbers = list(asdict(report).values())[1:]
-        table.add_row(report.name, *(f"{v:.2g}" if v == 0 or 1e-3 <= v < 1e4 else f"{v:.0e}" for v in numbers))
+        numbers = list(asdict(report).values())[1:-1]
+        shown = (f"{v:.2g}" if v == 0 or 1e-3 <= v < 1e4 else f"{v:.0e}" for v in numbers)
+        table.add_row(report.name, *shown, report.basis)
     (console or Console()).print(table)
     if csv_path is not None:
         Path(csv_path).write_text(to_csv(reports))
@@ -173,11 +185,12 @@ class TrainableSummary:
 
 def trainable_summary(model: nn.Module, *, console: Console | None = None, quiet: bool = False) -> TrainableSummary:
     """Prints the budget (unless quiet) and returns it. Shared parameters count once."""
-    layers = require_adapted(model).values()
-    inner = sum(x.inner_rotation.numel() + x.inner_scale.numel() for x in layers)
-    outer = sum(x.outer.numel() for x in layers)
+    layers = require_adapted(model)
+    adapters = [adapter for layer in layers.values() for adapter in layer.adapters()]
+    inner = sum(p.numel() for a in adapters for p in (a.inner_rotation, a.inner_scale) if p is not None)
+    outer = sum(a.outer.numel() for a in adapters if a.outer is not None)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    factors = {id(t): t.numel() for layer in layers for t in layer.factors().tensors().values()}
+    factors = {id(t) for a in adapters for t in a.factors.tensors().values()}
     base = sum(p.numel() for p in model.parameters() if id(p) not in factors) - inner - outer
     summary = TrainableSummary(inner, outer, trainable, base, len(layers))
     if not quiet:

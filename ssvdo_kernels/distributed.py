@@ -63,4 +63,4 @@ def _sent(factors: Factors | None, source: int, device: torch.device, group: dis
         if tensor.numel():
             dist.broadcast(tensor, src=source, group=group)
         tensors[name] = tensor
-    return Factors(**tensors)
+    return Factors.of(tensors)

@@ -1,46 +1,59 @@
-"""The one factorisation of a pretrained weight, and the complement of its large side without ever storing it.
+"""The one factorisation of a pretrained weight: V and S, and the few columns of U that are kept.
 
-The tall matrix A (large x d; W0, or W0^T for a wide layer) is A = U diag(S) V^T. With U = [U_top (d x d);
-U_bot (c x d)] and the SVD of the top block, U_top = P cos(t) R^T, let
-
-    Y = [ P sqrt(1 + cos t) ;  U_bot R / sqrt(1 + cos t) ]     (large x r;  r = min(d, c), t = 0 elsewhere)
-
-Then Y^T Y = 2I, H = I - Y Y^T is a symmetric orthogonal block reflector, its first d columns span U's columns, and the
-other c are the complement, U2 = H[:, d:]. Unlike a Householder reconstruction by LU no matrix is inverted (1 + cos t
-lies between 1 and 2), and U2 depends on the *span* of U alone: neither signs nor rotations of the singular vectors
-change it. U2 X costs two thin products, and Y is no larger than U.
+The tall matrix A (large x d; W0, or W0^T for a wide layer) is A = U diag(S) V^T. U = A V S^-1 goes through the weight
+itself, and so does the projector onto its complement (ops/complement.py); so V is all of any size that is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import uuid
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .config import LayerShape
+from .files import as_bytes, as_file, write_atomically
+from .ops.complement import Projector, inverse_of, project
+
+DEPARTURE = 1e-5  # of U' from orthonormality that half-precision V may leave
+DEPARTURE_ANGLE = 0.3  # radians by which the outer vectors are turned where that is measured
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What the adapter keeps of W0's factorisation (width = max(k, l); q directions have too small an S_i).
+    """What the adapter keeps of W0's factorisation. Tensors of no size are None.
 
-    Half-precision weights keep their bases in the weight's dtype and the singular values in float32.
+    basis: V (d x d; d x k without an outer part), in the weight's dtype, or in float32 where a half type would make P
+    depart from a projector by more than `DEPARTURE`. singular_values: S (as many as V has columns), descending, in the
+    dtype of the work. outer_basis: U_l (large x l); null_basis: N (large x q), the columns of U among the first
+    max(k, l) whose S_i has no usable inverse; both in the weight's dtype.
     """
 
-    inner_basis: Tensor  # V_k, d x width
-    singular_values: Tensor  # S_k, width, descending
-    outer_basis: Tensor  # U_l, large x l
-    reflector: Tensor  # Y, large x r (r = 0 when l = 0)
-    null_basis: Tensor  # U[:, k-q:k], large x q: directions whose S_i has no usable inverse in the weight's dtype
+    basis: Tensor
+    singular_values: Tensor
+    outer_basis: Tensor | None
+    null_basis: Tensor | None
+
+    @property
+    def null(self) -> int:
+        """q."""
+        return 0 if self.null_basis is None else self.null_basis.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor, in declaration order."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """Name -> tensor, in declaration order, of those that are there."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Factors:
+        """The inverse of `tensors`; an unknown name or a missing one is a TypeError."""
+        return cls(**{"outer_basis": None, "null_basis": None, **tensors})  # type: ignore[arg-type]
+
+
+FACTOR_NAMES = tuple(f.name for f in fields(Factors))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,32 +78,40 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise ValueError(f"{name} has {bad} non-finite entries (NaN or infinity); it cannot be factorised")
 
 
-def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def tall_of(weight: Tensor, shape: LayerShape) -> Tensor:
+    """A: a view of W0, or of its transpose."""
+    return weight.mT if shape.transposed else weight
+
+
+def _signs(v: Tensor) -> Tensor:
+    """+-1 for each column of V, so that <v_i, g> >= 0 with g_j = cos(j).
+
+    A generic vector, so that structured weights (Hadamard, +-1) do not tie as where the largest entry decides.
+    """
+    g = torch.cos(torch.arange(v.shape[0], dtype=torch.float64)).to(v)
+    return torch.where(g @ v < 0, -1.0, 1.0).to(v)
+
+
+def thin_svd(matrix: Tensor, left: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
     """A = U diag(S) V^T for A of size large x d, large >= d, with a fixed sign for each pair (u_i, v_i).
 
-    The sign makes <v_i, g> >= 0 with g_j = cos(j): a generic vector, so that structured weights (Hadamard, +-1) do not
-    tie as they do when the largest entry decides. Returns U (large x d), S (d, descending), V (d x d).
+    By way of A = Q R, at half the cost of the SVD of A. Returns U (large x d; None without `left`, which saves a third),
+    S (d, descending), V (d x d).
     """
     # Scaled to entries of at most 1: LAPACK loses those near the ends of the exponent range.
     peak = matrix.abs().amax()
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    u, s, vt = torch.linalg.svd(matrix / peak, full_matrices=False)
-    g = torch.cos(torch.arange(vt.shape[1], dtype=torch.float64)).to(vt)
-    sign = torch.where(vt @ g < 0, -1.0, 1.0).to(vt)
-    return u * sign, s * peak, (vt * sign[:, None]).mT.contiguous()
-
-
-def _reflector(u: Tensor) -> Tensor:
-    large, d = u.shape
-    r = min(d, large - d)
-    p, cosine, rt = torch.linalg.svd(u[:d])
-    root = (1 + cosine[d - r :].clamp(max=1)).sqrt()  # descending cosines: the first d - r are exactly 1
-    return torch.cat([p[:, d - r :] * root, (u[d:] @ rt[d - r :].mT) / root])
+    q, r = torch.linalg.qr(matrix / peak, mode="reduced" if left else "r")
+    u, s, vt = torch.linalg.svd(r)
+    v = vt.mT
+    sign = _signs(v)
+    return (q @ (u * sign) if left else None), s * peak, (v * sign).contiguous()
 
 
 def factorize(
-    weight: Tensor, shape: LayerShape, *, name: str = "weight", cache_dir: str | os.PathLike[str] | None = None
-) -> Factors:
+    weight: Tensor, shape: LayerShape, *, name: str = "weight", cache_dir: str | os.PathLike[str] | None = None,
+    basis: Tensor | None = None,
+) -> Factors:  # fmt: skip
     """Factorises a pretrained weight once.
 
     Args:
@@ -98,6 +119,7 @@ def factorize(
         shape: its `LayerShape`.
         name: how errors call the weight.
         cache_dir: a folder in which factors are kept, keyed by the weight's content; None: no cache.
+        basis: V_k (d x max(k, l)) to take as it is, of a weight that differs by rounding alone; None: the weight's own.
 
     Raises:
         ValueError: weight is not a matrix, on the meta device, or has NaN or infinite entries; a cache file is damaged.
@@ -106,84 +128,104 @@ def factorize(
     """
     weight = weight.detach()
     check_weight(weight, name)
-    if cache_dir is None:
-        return _within_memory(weight, shape, name)
+    if cache_dir is None or basis is not None:
+        return _within_memory(weight, shape, name, basis)
     path = Path(cache_dir) / f"{content_key(weight, shape)}.safetensors"
     if path.exists():
         return _load(path, weight.device)
-    factors = _within_memory(weight, shape, name)
-    _save(path, factors)
+    factors = _within_memory(weight, shape, name, None)
+    write_atomically({path: as_file(factors.tensors(), {})})
     return factors
 
 
-def _within_memory(weight: Tensor, shape: LayerShape, name: str) -> Factors:
+def _within_memory(weight: Tensor, shape: LayerShape, name: str, basis: Tensor | None) -> Factors:
     try:
-        return _factorize(weight, shape)
+        return _factorize(weight, shape, basis)
     except (MemoryError, RuntimeError) as error:
         cuda = isinstance(error, torch.OutOfMemoryError)
         if not cuda and not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
-        need = 8 * (6 * shape.large * shape.d + 3 * shape.d**2) / 2**20
+        need = 8 * (3 * shape.large * shape.d + 5 * shape.d**2) / 2**20
         size = f"{shape.out_features} x {shape.in_features}"
         said = f"{name}: factorising a {size} weight needs about {need:.0f} MiB on {weight.device}, which are not free"
         raise (torch.OutOfMemoryError if cuda else MemoryError)(said) from error
 
 
-def without_inverse(singular: Tensor, shape: LayerShape, dtype: torch.dtype) -> int:
-    """q: how many of the first k singular values (descending) are too small for W0 v_i / S_i to stand for u_i.
+def without_inverse(singular: Tensor, width: int, large: int, dtype: torch.dtype) -> int:
+    """q: how many of the first `width` singular values (descending) are too small for W0 v_i / S_i to stand for u_i.
 
     The backward pass has u_i^T dy from W0^T dy, rounded to `dtype` at the size of S_0: the quotient errs by
     eps S_0 / S_i. S_i > min(sqrt(eps), 1/32) S_0 keeps that at sqrt(eps) (a quarter in bfloat16).
     """
-    info, least = torch.finfo(dtype), torch.finfo(compute_dtype(dtype))
-    floor = float(singular[0]) * min(max(info.eps**0.5, info.eps * shape.large), 1 / 32)
-    return int((singular[: shape.k] <= max(floor, least.tiny / least.eps)).sum())
+    info, small = torch.finfo(dtype), torch.finfo(compute_dtype(dtype))
+    floor = float(singular[0]) * min(max(info.eps**0.5, info.eps * large), 1 / 32)
+    return int((singular[:width] <= max(floor, small.tiny / small.eps)).sum())
 
 
-def _factorize(weight: Tensor, shape: LayerShape) -> Factors:
-    # float64 for every dtype: for 1.6 x the time, near-equal singular values give the same vectors on every machine.
-    u, s, v = thin_svd((weight.mT if shape.transposed else weight).to(torch.float64))
+def _factorize(weight: Tensor, shape: LayerShape, basis: Tensor | None) -> Factors:
+    # float64 for every dtype: near-equal singular values then give the same vectors on every machine.
+    exact, width, l = tall_of(weight, shape).to(torch.float64), shape.width, shape.l  # noqa: E741
+    u, s, v = thin_svd(exact, weight.dtype == torch.float64) if basis is None else _svd_beside(exact, basis.double())
+    q = without_inverse(s, width, shape.large, weight.dtype)
+    if u is None and l and (q or float(s[l - 1]) <= 1e-4 * float(s[0])):
+        u, s, v = thin_svd(exact)  # A v_i / S_i would err by eps S_0 / S_i
+    if u is None and q:
+        u, s, v = thin_svd(exact)
+    outer = u[:, :l] if u is not None else (exact @ v[:, :l]) / s[:l]
+    null = u[:, width - q : width] if u is not None and q else None
     dtype = compute_dtype(weight.dtype)
-    q = without_inverse(s, shape, weight.dtype)
 
-    def stored(tensor: Tensor) -> Tensor:
-        if not tensor.numel():  # contiguous() would keep its odd strides, which DeepSpeed cannot view as bytes
-            return torch.zeros(tensor.shape, dtype=weight.dtype, device=weight.device)
-        return tensor.to(weight.dtype, copy=True).contiguous()
+    def stored(tensor: Tensor, dtype: torch.dtype = weight.dtype) -> Tensor:
+        return tensor.to(dtype, copy=True).contiguous()
 
-    return Factors(
-        inner_basis=stored(v[:, : shape.width]),
-        singular_values=s[: shape.width].to(dtype, copy=True),
-        outer_basis=stored(u[:, : shape.l]),
-        reflector=stored(_reflector(u) if shape.l else u[:, :0]),
-        null_basis=stored(u[:, shape.k - q : shape.k]),
-    )
+    made = Factors(stored(v[:, : shape.kept]), stored(s[: shape.kept], dtype), stored(outer) if l else None,
+                   None if null is None else stored(null))  # fmt: skip
+    if l and weight.dtype != dtype and departure(weight, made, shape, (exact, v, s)) > DEPARTURE:
+        made = replace(made, basis=stored(v, dtype))
+    return made
 
 
-def apply_complement(reflector: Tensor, x: Tensor) -> Tensor:
-    """U2 x = [0; x] - Y (Y_bot^T x). reflector: Y, large x r; x: c x cols; returns large x cols."""
-    d = reflector.shape[0] - x.shape[0]
-    y = reflector @ (reflector[d:].mT @ x)
-    y.neg_()[d:] += x
-    return y
+def _svd_beside(exact: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V of A with the first columns of V given: those as near to them as orthonormal ones can be, the rest the
+    singular vectors of A on their complement."""
+    p, _, qt = torch.linalg.svd(basis, full_matrices=False)
+    near = p @ qt
+    rest = torch.linalg.qr(near, mode="complete").Q[:, near.shape[1] :]
+    v = torch.cat([near, rest @ thin_svd(exact @ rest)[2] if rest.shape[1] else rest], 1)
+    u, r = torch.linalg.qr(exact @ v)  # r is near to diagonal: what is not is the departure of the two weights
+    s = r.diagonal()
+    return u * torch.where(s < 0, -1.0, 1.0), s.abs(), v
 
 
-def apply_complement_transposed(reflector: Tensor, y: Tensor, d: int) -> Tensor:
-    """U2^T y = y_bot - Y_bot (Y^T y). y: large x cols; returns c x cols, c = large - d."""
-    return torch.addmm(y[d:], reflector[d:], reflector.mT @ y, alpha=-1)
+def departure(
+    weight: Tensor, factors: Factors, shape: LayerShape, exact: tuple[Tensor, Tensor, Tensor] | None = None
+) -> float:
+    """max |U^T Z R^-T|: by how much U' would depart from orthonormality with 8 random vectors of the complement mixed in
+    at `DEPARTURE_ANGLE`, Z as preparation computes it and U that of the float64 factorisation.
+
+    exact: (A, V, S) in float64 where the caller has them.
+    """
+    if not shape.l:
+        return 0.0
+    tall = tall_of(weight.detach(), shape)
+    if exact is None:
+        exact = (tall.double(), *thin_svd(tall.double(), False)[:0:-1])
+    a, v, s = exact
+    work = factors.singular_values.dtype
+    inverse = inverse_of(factors.singular_values, shape.width, factors.null)
+    probe = torch.randn(shape.c, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probe = (probe / probe.norm(dim=0)).to(tall.device, work)
+    made = Projector(tall, factors.basis, inverse, factors.null_basis)
+    z = project([made], [probe], shape.c, shape.large)[0].double()
+    lean = (v.mT @ (a.mT @ z))[inverse > 0] / s[inverse > 0, None]
+    return DEPARTURE_ANGLE * float((lean / z.norm(dim=0)).abs().max())
 
 
 def content_key(weight: Tensor, shape: LayerShape) -> str:
     """SHA-256 (hex) of the weight's bytes, shape and dtype and of the sizes kept."""
-    digest = hashlib.sha256(repr(("ssvdo-factors-2", shape, str(weight.dtype))).encode())
+    digest = hashlib.sha256(repr(("ssvdo-factors-3", shape, str(weight.dtype))).encode())
     digest.update(as_bytes(weight))
     return digest.hexdigest()
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order, without a copy where it lies on the CPU so already."""
-    data: memoryview = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
-    return data
 
 
 def _load(path: Path, device: torch.device) -> Factors:
@@ -191,42 +233,6 @@ def _load(path: Path, device: torch.device) -> Factors:
     from safetensors.torch import load_file
 
     try:
-        return Factors(**load_file(path, device=str(device)))
+        return Factors.of(load_file(path, device=str(device)))
     except (SafetensorError, TypeError) as error:
         raise ValueError(f"{path} in the factor cache is damaged ({error}); delete it") from None
-
-
-def _save(path: Path, factors: Factors) -> None:
-    write_atomically({path: as_file(factors.tensors(), {})})
-
-
-def as_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file's content."""
-    from safetensors.torch import save
-
-    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata or None)
-
-
-def write_atomically(contents: dict[Path, bytes]) -> None:
-    """Writes files so that each path holds either the old content or the whole new one, whatever happens.
-
-    All are written beside their places and flushed to the disk before the first takes its place; on an error before
-    that, nothing has changed. A killed process may leave a file named .NAME.* behind.
-    """
-    written: dict[Path, Path] = {}
-    try:
-        for path, data in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            with temporary.open("xb") as file:  # with the user's own permissions, which tempfile's would not have
-                written[path] = temporary
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in contents:
-            os.replace(written[path], path)
-            del written[path]
-    except BaseException:
-        for left in written.values():
-            left.unlink(missing_ok=True)
-        raise

@@ -3,95 +3,79 @@
 Each layer still decides by itself, by its own parameters, whether what was prepared is up to date; a group only does
 ahead of time, in one batch, what its members would do one by one. Nothing is shared but work, so a member that is
 skipped, frozen, copied, moved, tied or compiled is right with or without its group.
-
-The gradients of a batch come from one node that runs when its last layer has delivered. Where other code relies on a
-layer's gradients being there when the layer's own backward is over (torch.distributed: DDP's reducer, FSDP's
-resharding), each layer has a node of its own.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from .ops.batch import attach_many, prepare_batch
+from .cache import Batch, Cache
 from .ops.dispatch import preparation
+from .ops.engines import prepare
+from .ops.preparation import Prepared, Source
 
-if TYPE_CHECKING:
-    from .linear import SSVDOLinear
-    from .ops.preparation import Gradients, Prepared
+class Member(NamedTuple):
+    """A layer: its cache, its shape and configuration, and what it would be prepared from now (None: it is gone)."""
 
-
-class Batch:
-    """What one call prepared: its preparations, the parameters they came from, and their outputs in the graph."""
-
-    def __init__(self, prepared: list[Prepared], parameters: list[Gradients]) -> None:
-        self._prepared, self._parameters = prepared, parameters
-        self._trained: tuple[bool, ...] = ()
-        self._attached: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attached(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
-        """mixer and columns of one of the batch, from the node that they share."""
-        trained = tuple(p.requires_grad for three in self._parameters for p in three)
-        if trained != self._trained:
-            found = attach_many(self._prepared, self._parameters)
-            self._attached = {id(p): pair for p, pair in zip(self._prepared, found, strict=True)}
-            self._trained = trained
-        return self._attached[id(prepared)]
+    cache: Cache
+    kind: Hashable
+    source: Callable[[], Source | None]
 
 
 class Group:
     """Members by weak reference."""
 
-    def __init__(self, layers: Iterable[SSVDOLinear]) -> None:
-        self._members = [weakref.ref(layer) for layer in layers]
+    def __init__(self, members: Iterable[Member]) -> None:
+        self._members = [(weakref.ref(m.cache), m.source) for m in members]
 
-    def prepare(self, first: SSVDOLinear) -> list[tuple[SSVDOLinear, Prepared, Batch]]:
-        """Prepares `first` and all members that fit and are out of date; [] where a batch would bring nothing.
+    def prepare(self, cache: Cache, source: Source) -> Prepared | None:
+        """Prepares the layer of `cache` and all members that fit and are out of date; None where that brings nothing.
 
         A member whose pivot fails is left out: its own forward will say so.
         """
-        members = [layer for layer in (ref() for ref in self._members) if layer is not None]
-        if not any(layer is first for layer in members) or not _plain(first):  # a replica, or sharded
-            return []
-        if preparation(first.config.backend, first.weight.device)[0] == "reference":
-            return []
-        todo = [first, *(x for x in members if x is not first and _alike(x, first) and x.out_of_date())]
+        if not _plain(source) or preparation(source.config.backend, source.base.weight.device)[0] == "reference":
+            return None  # a replica, or sharded
+        todo = [(cache, source)]
+        for reference, of in self._members:
+            other = reference()
+            if other is None or other is cache:
+                continue
+            theirs = of()
+            if theirs is not None and _alike(theirs, source) and other.out_of_date(theirs, by_value=False):
+                todo.append((other, theirs))
         if len(todo) < 2:
-            return []
-        parameters = [layer.adapter_parameters for layer in todo]
-        found = prepare_batch(parameters, [layer.factors() for layer in todo],
-                              [layer.name for layer in todo], first.shape, first.config)
-        good = [(layer, made, p) for layer, made, p in zip(todo, found, parameters, strict=True) if made is not None]
-        batch = Batch([made for _, made, _ in good], [p for _, _, p in good])
-        return [(layer, made, batch) for layer, made, _ in good]
+            return None
+        found = prepare([theirs for _, theirs in todo])
+        good = [(c, made) for (c, _), made in zip(todo, found, strict=True) if made is not None]
+        batch = Batch([made for _, made in good])
+        for c, made in good:
+            c.keep(made, batch)
+        return found[0]
 
 
-def group_alike(layers: Iterable[SSVDOLinear]) -> None:
+def group_alike(members: Iterable[Member]) -> None:
     """Puts layers of one shape and configuration into one group; a layer alone has none."""
-    alike: dict[tuple[object, ...], list[SSVDOLinear]] = {}
-    for layer in layers:
-        alike.setdefault((layer.shape, layer.config), []).append(layer)
-    for members in alike.values():
-        group = Group(members) if len(members) > 1 else None
-        for layer in members:
-            layer._group = group
+    alike: dict[Hashable, list[Member]] = {}
+    for member in members:
+        alike.setdefault(member.kind, []).append(member)
+    for found in alike.values():
+        group = Group(found) if len(found) > 1 else None
+        for member in found:
+            member.cache.group = group
 
 
-def one_node() -> bool:
-    """Whether a batch's gradients may come from one node."""
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+def _plain(source: Source) -> bool:
+    return all(type(p) in (nn.Parameter, Tensor) for p in source.parameters if p is not None)
 
 
-def _plain(layer: SSVDOLinear) -> bool:
-    return all(type(p) in (nn.Parameter, Tensor) for p in layer.adapter_parameters)
+def _alike(a: Source, b: Source) -> bool:
+    def key(s: Source) -> tuple[object, ...]:
+        frozen = (*s.base.tensors, *s.factors.tensors().values())
+        return (s.shape, s.config, s.parameters[1].dtype, s.factors.null,
+                *((t.dtype, t.device, t.shape, t.stride()) for t in frozen))  # fmt: skip
 
-
-def _alike(a: SSVDOLinear, b: SSVDOLinear) -> bool:
-    return (_plain(a) and a.shape == b.shape and a.config == b.config and a.weight.device == b.weight.device
-            and a.null_basis.shape == b.null_basis.shape and a.weight.dtype == b.weight.dtype
-            and a.outer.dtype == b.outer.dtype)  # fmt: skip
+    return _plain(a) and key(a) == key(b)

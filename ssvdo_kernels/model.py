@@ -1,4 +1,4 @@
-"""Whole models: choose layers by name, adapt them, merge them, give them back."""
+"""Whole models: choose layers by name and adapt them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .config import LayerShape, SSVDOConfig
 from .distributed import factorize_together
 from .factorize import Factors, check_weight, factorize
-from .group import group_alike
+from .host import Host, group_hosts, hosts
 from .linear import SSVDOLinear
 
 # Feed-forward layers: ESPnet (macaron too), Whisper / BART, wav2vec2 / BERT, LLaMA.
@@ -76,11 +76,11 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, nn.Linear]:
     found: dict[str, nn.Linear] = {}
     linear_names = []
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, SSVDOLinear)):
+        if isinstance(module, (nn.Linear, Host)):
             linear_names.append(name)
         if not name or not wanted(name, config):
             continue
-        if isinstance(module, SSVDOLinear):
+        if isinstance(module, Host):
             raise TypeError(f"{name} is adapted already; call remove_ssvdo(model) first")
         if type(module) is nn.Linear:
             if everything and (module is head or id(module.weight) in embeddings):
@@ -128,7 +128,7 @@ class Plan:
     def adapt(self, factors: Factors) -> SSVDOLinear:
         """The layer that takes its place."""
         layer = SSVDOLinear(self.linear.weight, self.linear.bias, factors, self.shape, self.config)
-        layer.name = self.name
+        layer.adapter.name = self.name
         return layer.train(self.linear.training)
 
 
@@ -189,12 +189,12 @@ def apply_ssvdo(
 
 def group_layers(model: nn.Module) -> None:
     """Lets layers of one shape be prepared together. For models that were not made by `apply_ssvdo`, or were copied."""
-    group_alike(layer for _, layer in adapted_layers(model))
+    group_hosts(layer for _, layer in hosts(model))
 
 
 def freeze_rest(model: nn.Module) -> None:
     """Trains the adapters' parameters and nothing else."""
-    ours = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter_parameters}
+    ours = {id(p) for _, layer in hosts(model) for adapter in layer.adapters() for p in adapter.trained}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in ours)
 
@@ -207,7 +207,7 @@ def exchange(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
                 continue
             new = replacements[id(child)]
             setattr(parent, name, new)
-            if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new, SSVDOLinear):
+            if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new, Host):
                 # torch's inference fast path reads linear1.weight and would pass the adapter by; a hook turns it off.
                 new.register_forward_pre_hook(_no_fast_path)
 
@@ -216,39 +216,9 @@ def _no_fast_path(module: nn.Module, args: tuple[object, ...]) -> None:
     return None
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, SSVDOLinear]]:
-    """(name, layer) of every SSVDOLinear of the model, each layer once."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, SSVDOLinear))
-
-
-def require_adapted(model: nn.Module) -> dict[str, SSVDOLinear]:
+def require_adapted(model: nn.Module) -> dict[str, Host]:
     """The adapted layers by name; a ValueError where there are none."""
-    layers = dict(adapted_layers(model))
+    layers = dict(hosts(model))
     if not layers:
         raise ValueError("model has no SSVDOLinear; call apply_ssvdo(model, config) first")
     return layers
-
-
-def merge_ssvdo(model: nn.Module) -> nn.Module:
-    """`SSVDOLinear.merge` on every adapted layer: dense W' for inference, W0 kept bit for bit."""
-    for layer in require_adapted(model).values():
-        layer.merge()
-    return model
-
-
-def unmerge_ssvdo(model: nn.Module) -> nn.Module:
-    """Undoes `merge_ssvdo`."""
-    for layer in require_adapted(model).values():
-        layer.unmerge()
-    return model
-
-
-@torch.no_grad()
-def remove_ssvdo(model: nn.Module, *, merge: bool = False) -> nn.Module:
-    """Puts plain nn.Linear layers back, with W0 (the original tensors) or, with merge=True, with W'.
-
-    The layers stay frozen, as the rest of the model: what is to be trained next is the caller's to say.
-    """
-    layers = require_adapted(model)
-    exchange(model, {id(layer): layer.to_linear(merge) for layer in layers.values()})
-    return model

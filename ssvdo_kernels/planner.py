@@ -24,9 +24,14 @@ of every launch (traffic.py).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
 from . import traffic
-from .config import LayerShape
-from .traffic import Machine, Traffic
+from .config import LayerShape, SSVDOConfig
+from .traffic import Machine, Traffic, machine
 
 FORMS = ("factored", "folded", "core", "merged")
 
@@ -72,8 +77,11 @@ def call_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
     return b * d * w + b * (w + e) * d + d * (w + e) * w + b * d * e
 
 
-def plan(shape: LayerShape, extra: int, tokens: int, seen: int, grad: bool, built: frozenset[str]) -> str:
-    """The cheapest form for `tokens` rows.
+def plan(
+    shape: LayerShape, extra: int, tokens: int, seen: int, grad: bool, built: frozenset[str],
+    forms: tuple[str, ...] = FORMS,
+) -> str:  # fmt: skip
+    """The cheapest of `forms` for `tokens` rows.
 
     Args:
         extra: e, the columns of F.
@@ -88,7 +96,7 @@ def plan(shape: LayerShape, extra: int, tokens: int, seen: int, grad: bool, buil
         running = token_cost(form, shape, extra, grad) * (tokens + seen) + calls * call_cost(form, shape, extra, grad)
         return running + build
 
-    return min(FORMS, key=cost)
+    return min(forms, key=cost)
 
 
 def joins(tokens: int, d: int, extra: int) -> bool:
@@ -150,3 +158,53 @@ def plan_kernels(
         return calls * (running + fixed) + sum(t.seconds(machine, single=True) for t in build)
 
     return min(("folded", "merged"), key=seconds)
+
+
+class History(Protocol):
+    """What the planner reads of a preparation."""
+
+    shape: LayerShape
+    config: SSVDOConfig
+    tokens: int
+    expected: int
+    choices: dict[int, str]
+
+    @property
+    def extra(self) -> int: ...
+    @property
+    def built(self) -> frozenset[str]: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """One forward: its rows, whether parameters get gradients, what computes it, and on what."""
+
+    tokens: int
+    grad: bool
+    backend: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+ALIKE = ("factored", "folded")
+"""Forms that save the same tensors for backward."""
+
+
+def choose(prepared: History, work: Work) -> str:
+    """The form for one forward through a preparation: the configuration's, or the cheapest."""
+    if prepared.config.path != "auto":
+        return prepared.config.path
+    seen = max(prepared.tokens, prepared.expected - work.tokens)
+    if work.backend == "triton":
+        name = torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else ""
+        peaks = machine(name, work.dtype, torch.backends.cuda.matmul.allow_tf32)
+        form = plan_kernels(prepared.shape, prepared.extra, work.tokens, seen, work.grad, prepared.built,
+                            work.dtype.itemsize, peaks)  # fmt: skip
+    else:
+        form = plan(prepared.shape, prepared.extra, work.tokens, seen, work.grad, prepared.built)
+    if not work.grad:
+        return form
+    # Activation checkpointing runs a forward twice and needs the same tensors saved: within a preparation, forwards of as
+    # many rows keep to forms that save alike.
+    first = prepared.choices.setdefault(work.tokens, form)
+    return form if form == first or (form in ALIKE and first in ALIKE) else first

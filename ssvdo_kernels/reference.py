@@ -4,8 +4,9 @@ Nothing here is fast. Everything fast in this package is tested against these fu
 For A = W0 (tall or square) or W0^T (wide), A = U diag(S) V^T with U (large x d), V (d x d):
 
     K = skew(inner_rotation),  G = rotation(K) (k x k),  L = outer_scale * outer (c x l)
-    R = chol(L^T L + tau I),   Q = L R^-T,   C = sqrt(tau) R^-T
-    U_l' = U_l C + U2 Q   ("rotation")   or   U_l + U2 Q   ("additive")
+    Z = P [0; L],  P = I - U U^T  (large x l; U there without weak components beyond k and l)
+    R = chol(Z^T Z + tau I),   Q = Z R^-T,   C = sqrt(tau) R^-T
+    U_l' = U_l C + Q   ("rotation")   or   U_l + Q   ("additive")
     A' = U' diag(S + dS) blockdiag(G, I) V^T
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .config import LayerShape, SSVDOConfig
 from .factorize import thin_svd
+from .ops.complement import LEAST
 
 
 def skew(packed: Tensor, k: int) -> Tensor:
@@ -43,25 +45,23 @@ def rotation(K: Tensor, kind: str = "cayley", terms: int = 4) -> Tensor:
     raise ValueError(f"kind={kind!r} is unknown; allowed: 'cayley', 'neumann', 'first_order'")
 
 
-def outer_blocks(L: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """(C, Q) = (sqrt(tau) R^-T, L R^-T) with R = chol(L^T L + tau I): C^T C + Q^T Q = I. L: c x l."""
-    identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device)
-    R = torch.linalg.cholesky(L.mT @ L + tau * identity)
+def outer_blocks(Z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """(C, Q) = (sqrt(tau) R^-T, Z R^-T) with R = chol(Z^T Z + tau I): C^T C + Q^T Q = I. Z: large x l."""
+    identity = torch.eye(Z.shape[1], dtype=Z.dtype, device=Z.device)
+    R = torch.linalg.cholesky(Z.mT @ Z + tau * identity)
     inverse = torch.linalg.solve_triangular(R, identity, upper=False)
-    return tau**0.5 * inverse.mT, L @ inverse.mT
+    return tau**0.5 * inverse.mT, Z @ inverse.mT
 
 
-def complement(U: Tensor) -> Tensor:
-    """U2 (large x (large - d)): the last columns of the symmetric block reflector that carries span(I_d) to span(U).
+def turned(U: Tensor, S: Tensor, L: Tensor, width: int) -> Tensor:
+    """Z = P [0; L] (large x l): L on the last c rows, taken to the complement of U's columns.
 
-    With the polar decomposition U_top = O M:  U2 = [-O U_bot^T; I - U_bot (I + M)^-1 U_bot^T].
+    Left out of U are components beyond the first `width` (adapted ones) with S_i <= LEAST S_0.
     """
-    d = U.shape[1]
-    p, cosine, rt = torch.linalg.svd(U[:d])
-    bottom = U[d:]
-    inverse = rt.mT @ torch.diag(1 / (1 + cosine)) @ rt
-    identity = torch.eye(bottom.shape[0], dtype=U.dtype, device=U.device)
-    return torch.cat([-(p @ rt) @ bottom.mT, identity - bottom @ inverse @ bottom.mT])
+    kept = S > S[0] * LEAST
+    kept[:width] = True
+    span, lifted = U[:, kept], torch.cat([L.new_zeros(U.shape[1], L.shape[1]), L])
+    return lifted - span @ (span.mT @ lifted)
 
 
 def adapted_weight(
@@ -70,7 +70,7 @@ def adapted_weight(
     inner_scale: Tensor,
     outer: Tensor,
     config: SSVDOConfig,
-    factors: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    factors: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """W' (out_features x in_features), with gradients to the three parameters.
 
@@ -78,27 +78,28 @@ def adapted_weight(
         weight: W0, out_features x in_features.
         inner_rotation: k(k-1)/2, strict upper triangle of K. inner_scale: dS, k. outer: L / s, c x l.
         config: the adapter's configuration.
-        factors: (U, S, V, U2) if the caller has them; otherwise they are computed from weight.
+        factors: (U, S, V) if the caller has them; otherwise they are computed from weight.
     """
     shape = LayerShape.of(weight.shape[0], weight.shape[1], config)
-    U, S, V, U2 = factors if factors is not None else dense_factors(weight, shape)
+    U, S, V = factors if factors is not None else dense_factors(weight, shape)
     k, l = shape.k, shape.l  # noqa: E741
     G = rotation(skew(inner_rotation, k), config.rotation, config.neumann_terms)
     scale = torch.cat([S[:k] + inner_scale, S[k:]])
     if l:
-        C, Q = outer_blocks(shape.outer_scale(config) * outer, config.tau)
-        U_l = U[:, :l] @ C + U2 @ Q if config.outer == "rotation" else U[:, :l] + U2 @ Q
+        C, Q = outer_blocks(turned(U, S, shape.outer_scale(config) * outer, shape.width), config.tau)
+        U_l = U[:, :l] @ C + Q if config.outer == "rotation" else U[:, :l] + Q
         U = torch.cat([U_l, U[:, l:]], 1)
     rotated = torch.cat([G @ V[:, :k].mT, V[:, k:].mT])  # blockdiag(G, I) V^T
     adapted = U @ (scale[:, None] * rotated)
     return adapted.mT if shape.transposed else adapted
 
 
-def dense_factors(weight: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(U, S, V, U2) of weight, all dense: large x d, d, d x d, large x c; computed in float64, as `factorize` does."""
+def dense_factors(weight: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, S, V) of weight, dense: large x d, d, d x d; computed in float64, as `factorize` does."""
     exact = weight.detach().double()
     U, S, V = thin_svd(exact.mT if shape.transposed else exact)
-    return U.to(weight.dtype), S.to(weight.dtype), V.to(weight.dtype), complement(U).to(weight.dtype)
+    assert U is not None
+    return U.to(weight.dtype), S.to(weight.dtype), V.to(weight.dtype)
 
 
 def linear(

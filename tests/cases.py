@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from ssvdo_kernels import SSVDOConfig
 from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.factorize import Factors
-from ssvdo_kernels.ops.preparation import Prepared
+from ssvdo_kernels.ops.complement import Projector
+from ssvdo_kernels.ops.outer import Outer
+from ssvdo_kernels.ops.preparation import Prepared, Source
 
 
 def orthonormal(rows, columns):
@@ -20,6 +22,29 @@ def shifted(tensor, offset):
     storage = tensor.new_empty(tensor.numel() + offset)
     storage[offset:] = tensor.flatten()
     return storage[offset:].view(tensor.shape)
+
+
+def lying(matrix, by_rows, pad=0, offset=0):
+    """The same numbers by rows or by columns, `offset` elements into a storage, with `pad` NaN between two."""
+    lines = matrix if by_rows else matrix.mT
+    storage = matrix.new_full((offset + lines.shape[0] * (lines.shape[1] + pad),), math.nan)
+    view = storage[offset:].view(lines.shape[0], -1)[:, : lines.shape[1]]
+    view.copy_(lines)
+    return view if by_rows else view.mT
+
+
+STORED = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
+          (torch.float64, torch.float64)]  # fmt: skip
+"""Dtypes of the work, and of the frozen matrices beside it."""
+
+
+@st.composite
+def product_cases(draw):
+    """(dtypes, count, (rows, inner, columns), [by rows, pad, offset] of either side, seed)."""
+    size = st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 127, 128, 129, 150]))
+    side = st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 5))
+    return (draw(st.sampled_from(STORED)), draw(st.integers(1, 3)), draw(st.tuples(size, size, size)),
+            draw(st.tuples(side, side)), draw(st.integers(0, 9)))  # fmt: skip
 
 
 KINDS = ("normal", "zero", "ill-conditioned", "duplicated", "one huge entry")
@@ -55,19 +80,18 @@ def inner_cases(draw):
 
 
 def outer_layers(case, count):
-    """(shape, config, [(parameters, factors)]) of `count` layers of other alignments."""
+    """[Outer] of `count` layers of other alignments, a null space of one column where there is room."""
     d, c, l, kind, tau, outer, seed = case  # noqa: E741
     torch.manual_seed(seed)
-    config = SSVDOConfig(outer_rank=l, tau=tau, outer=outer, outer_scale=1.0, backend="reference")
-    shape = LayerShape.of(c + d, d, config)
     layers = []
     for i in range(count):
-        basis = orthonormal(c + d, d)
-        factors = Factors(torch.eye(d, dtype=torch.float64)[:, : shape.width], torch.rand(shape.width).double() + 0.5,
-                          basis[:, :l].contiguous(), shifted(orthonormal(c + d, min(d, c)), i), basis[:, :0])
-        packed, scale = torch.zeros(shape.k * (shape.k - 1) // 2).double(), torch.zeros(shape.k).double()
-        layers.append(((packed, scale, shifted(make_outer(kind, c, l), i)), factors))
-    return shape, config, layers
+        U, V, null = orthonormal(c + d, d), orthonormal(d, d), min(1, d - l)
+        inverse = 1 / (torch.rand(d).double() + 0.5)
+        tall = shifted((U / inverse) @ V.mT, i)
+        inverse[d - null :] = 0
+        layers.append(Outer(shifted(make_outer(kind, c, l), i), U[:, :l].contiguous() if outer == "rotation" else None,
+                            Projector(tall, V, inverse, U[:, d - null :] if null else None), tau))  # fmt: skip
+    return layers
 
 
 def inner_layers(case, count):
@@ -85,8 +109,9 @@ def inner_layers(case, count):
 
 
 def unprepared(packed, shift, singular, null, shape, config):
-    """A Prepared of an inner part alone, for its PyTorch path."""
-    made = Prepared.__new__(Prepared)
-    made.shape, made.config, made.null, made.dtype = shape, config, null, packed.dtype
-    made.rotation, made.shift, made.singular, made.engine = packed, shift, singular, "reference"
+    """A Prepared of an inner part alone, made by PyTorch; null: q."""
+    space = packed.new_zeros(shape.large, null + shape.width - shape.k)
+    factors = Factors(packed.new_zeros(shape.d, shape.width), singular, None, space)
+    made = Prepared(Source((packed, shift, None), factors, packed.new_zeros(0, 0), shape, config, "layer"))
+    made.finish(made.inner_reference(), packed.new_zeros(shape.large, shape.l), packed.new_zeros(0, 0), None)
     return made

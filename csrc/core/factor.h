@@ -1,10 +1,4 @@
-// Cholesky factor and the inverse of it, for one matrix of l x l by a team. Row-major.
-//
-//     R R^T = Gram (lower)     X = R^-T (upper)     Q = L X,  C = sqrt(tau) X
-//
-// Adjoint, as prepare.h and the kernels have it in products: with dX given, Phi = -tril(dX^T X) with its diagonal
-// halved, dGram = X Phi X^T, and what L receives is L (dGram + dGram^T): the standard adjoint (Murray, "Differentiation
-// of the Cholesky decomposition", 2016) with R^-1 at hand.
+// R R^T = Gram (R lower triangular) and R^-1, for one matrix of l x l by a team. Row-major.
 #pragma once
 
 #include "team.h"
@@ -39,21 +33,17 @@ SSVDO_HD int cholesky(const Team& team, T* A, int l, ptrdiff_t ld) {
     return 0;
 }
 
-// R^-1 from the lower triangle of R, element (i, j) at Y[i * row + j * column], zeros above its diagonal. A worker solves
-// for whole columns. row = 1: each lies in one piece, for one worker; column = 1: next to each other, for many.
+// R^-1 (l x l) from the lower triangle of R, zeros above its diagonal. A worker solves for whole columns.
 template <class Team, class T>
-SSVDO_HD void inverse_lower(const Team& team, const T* R, ptrdiff_t ld, T* Y, ptrdiff_t row, ptrdiff_t column, int l) {
+SSVDO_HD void inverse_lower(const Team& team, const T* R, ptrdiff_t ld, T* inverse, int l) {
     for (int j = team.rank; j < l; j += team.size) {
-        T* y = Y + j * column;
-        for (int i = 0; i < j; i++) y[i * row] = 0;
+        T* y = inverse + j;
+        for (int i = 0; i < j; i++) y[ptrdiff_t(i) * l] = 0;
         for (int i = j; i < l; i++) {
             const T* r = R + i * ld;
             T sum = i == j ? T(1) : T(0);
-            if (row == 1)
-                sum -= dot(r + j, y + j, i - j);
-            else
-                for (int k = j; k < i; k++) sum -= r[k] * y[k * row];
-            y[i * row] = sum / r[i];
+            for (int k = j; k < i; k++) sum -= r[k] * y[ptrdiff_t(k) * l];
+            y[ptrdiff_t(i) * l] = sum / r[i];
         }
     }
     team.sync();

@@ -1,4 +1,5 @@
-// What host and device code share: the function qualifier, the namespace, and the team that runs an algorithm.
+// What host and device code share: the function qualifier and the namespace. `Team`, in the kernels: the workers of one
+// algorithm, worker `rank` of `size`, and a barrier sync(); a thread block on a GPU, threads in emulation.
 #pragma once
 
 #include <cstddef>
@@ -20,12 +21,6 @@
 
 namespace ssvdo {
 namespace SSVDO_ISA {
-
-// The workers of one algorithm: worker `rank` of `size`, and a barrier. Alone, on the host; a thread block, on a GPU.
-struct Alone {
-    static constexpr int rank = 0, size = 1;
-    SSVDO_HD void sync() const {}
-};
 
 SSVDO_HD float root(float x) {
 #if defined(__CUDA_ARCH__)

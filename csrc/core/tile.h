@@ -23,26 +23,25 @@ using Square = TileShape<T, 64, 64, 4, 4>;
 template <class T>  // what 128 registers a lane hold
 using Large = typename std::conditional<sizeof(T) == 4, TileShape<T, 128, 64, 8, 4>, Square<T>>::type;
 
-// factor * element (i, j) inside of rows x columns, else 0. RowMajor: at data[i * ld + j], else at data[j * ld + i].
+// Element (i, j) inside of rows x columns, else 0. RowMajor: at data[i * ld + j], else at data[j * ld + i].
 template <class T, class S, bool RowMajor>
 struct Matrix {
     static constexpr bool row_major = RowMajor;  // lanes next to each other then read along j
     const S* data;
     int rows, columns;
     ptrdiff_t ld;
-    T factor;
     SSVDO_HD T operator()(int i, int j) const {
         if (i >= rows || j >= columns) return T(0);
-        return factor * T(value(RowMajor ? data[i * ld + j] : data[j * ld + i]));
+        return T(value(RowMajor ? data[i * ld + j] : data[j * ld + i]));
     }
 };
 template <class T, class S>
-SSVDO_HD Matrix<T, S, true> matrix(const S* data, int rows, int columns, ptrdiff_t ld, T factor = T(1)) {
-    return {data, rows, columns, ld, factor};
+SSVDO_HD Matrix<T, S, true> matrix(const S* data, int rows, int columns, ptrdiff_t ld) {
+    return {data, rows, columns, ld};
 }
 template <class T, class S>
-SSVDO_HD Matrix<T, S, false> transposed(const S* data, int rows, int columns, ptrdiff_t ld, T factor = T(1)) {
-    return {data, rows, columns, ld, factor};
+SSVDO_HD Matrix<T, S, false> transposed(const S* data, int rows, int columns, ptrdiff_t ld) {
+    return {data, rows, columns, ld};
 }
 
 template <class Shape, class Team>

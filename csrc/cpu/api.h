@@ -7,25 +7,6 @@ namespace ssvdo {
 
 enum class Rotation { cayley, neumann, first_order };
 
-struct OuterShape {
-    int c, l, r, large;  // large = c + d; r columns of the reflector
-    double tau, scale;   // L = scale * outer
-    bool rotation;       // U_l C + U2 Q; else U_l + U2 Q
-};
-
-// Pointers to one layer's matrices, row-major. Those of a forward that a backward needs: outer, reflector, basis, X.
-template <class T>
-struct OuterLayer {
-    const T* outer;      // c x l
-    const T* reflector;  // large x r
-    const T* basis;      // U_l, large x l
-    T* X;                // l x l
-    T* columns;          // forward: F; backward: dF. large x l, rows `ld` apart
-    ptrdiff_t ld;
-    T* d_outer;          // c x l
-    int info;            // 0, or 1 + the column of the pivot that is not positive and finite
-};
-
 struct InnerShape {
     int k, l, q, width, terms;
     Rotation rotation;
@@ -49,8 +30,6 @@ struct InnerLayer {
 
 template <class T>
 struct Host {
-    void (*outer_forward)(const OuterShape&, OuterLayer<T>*, int count, int threads);
-    void (*outer_backward)(const OuterShape&, OuterLayer<T>*, int count, int threads);
     void (*inner_forward)(const InnerShape&, InnerLayer<T>*, int count, int threads);
     void (*inner_backward)(const InnerShape&, InnerLayer<T>*, int count, int threads);
 };

@@ -1,7 +1,7 @@
-// Preparation of a batch of layers on a CPU; the algebra is that of ssvdo_kernels/ops/preparation.py and rotation.py.
+// The inner part's preparation for a batch of layers on a CPU; the algebra is that of ssvdo_kernels/ops/preparation.py and
+// rotation.py.
 #pragma once
 
-#include "../core/factor.h"
 #include "../core/skew.h"
 #include "api.h"
 #include "gemm.h"
@@ -18,64 +18,6 @@ inline void each(Layer* layers, int count, int threads, Work work) {
         for (int i = 0; i < count; i++) work(layers[i], threads);
 }
 
-// -- outer -----------------------------------------------------------------------------------------------------------
-template <class T>
-inline void outer_forward_one(const OuterShape& s, OuterLayer<T>& layer, int threads) {
-    const int c = s.c, l = s.l, r = s.r, d = s.large - s.c;
-    Scratch<T> L(size_t(c) * l), gram(size_t(l) * l), W(size_t(l) * r);
-    const T scale = T(s.scale);
-    for (ptrdiff_t i = 0; i < ptrdiff_t(c) * l; i++) L.data[i] = scale * layer.outer[i];
-    const View<const T> left{L.data, l, 1}, Y{layer.reflector, r, 1}, U{layer.basis, l, 1};
-    const View<T> F{layer.columns, layer.ld, 1}, bottom = F.at(d, 0);
-    gemm<T>(l, l, c, T(1), left.transposed(), left, false, View<T>{gram.data, l, 1}, threads);
-    for (int i = 0; i < l; i++) gram.data[ptrdiff_t(i) * l + i] += T(s.tau);
-    layer.info = cholesky(Alone{}, gram.data, l, l);
-    if (layer.info) return;
-    inverse_lower(Alone{}, gram.data, l, layer.X, 1, l, l);
-    const View<const T> X{layer.X, l, 1};
-    gemm<T>(c, l, l, T(1), left, X, false, bottom, threads);  // Q
-    gemm<T>(l, r, c, T(1), View<const T>(bottom).transposed(), Y.at(d, 0), false, View<T>{W.data, r, 1}, threads);
-    const View<const T> right{W.data, 1, r};
-    gemm<T>(d, l, r, T(-1), Y, right, false, F, threads);
-    gemm<T>(c, l, r, T(-1), Y.at(d, 0), right, true, bottom, threads);
-    if (!s.rotation) return;
-    const T root_tau = root(T(s.tau));
-    for (int i = 0; i < l; i++)
-        for (int j = 0; j < l; j++)
-            gram.data[ptrdiff_t(i) * l + j] = root_tau * layer.X[ptrdiff_t(i) * l + j] - (i == j ? T(1) : T(0));
-    gemm<T>(s.large, l, l, T(1), U, View<const T>{gram.data, l, 1}, true, F, threads);
-}
-
-template <class T>
-inline void outer_backward_one(const OuterShape& s, OuterLayer<T>& layer, int threads) {
-    const int c = s.c, l = s.l, r = s.r, d = s.large - s.c;
-    Scratch<T> L(size_t(c) * l), dQ(size_t(c) * l), W(size_t(l) * r), dX(size_t(l) * l), P(size_t(l) * l);
-    const T scale = T(s.scale);
-    for (ptrdiff_t i = 0; i < ptrdiff_t(c) * l; i++) L.data[i] = scale * layer.outer[i];
-    const View<const T> left{L.data, l, 1}, Y{layer.reflector, r, 1}, U{layer.basis, l, 1}, X{layer.X, l, 1};
-    const View<const T> dF{layer.columns, layer.ld, 1};
-    gemm<T>(l, r, s.large, T(1), dF.transposed(), Y, false, View<T>{W.data, r, 1}, threads);
-    for (int i = 0; i < c; i++)
-        for (int j = 0; j < l; j++) dQ.data[ptrdiff_t(i) * l + j] = dF(d + i, j);
-    const View<T> dq{dQ.data, l, 1}, dx{dX.data, l, 1}, p{P.data, l, 1}, dL{layer.d_outer, l, 1};
-    gemm<T>(c, l, r, T(-1), Y.at(d, 0), View<const T>{W.data, 1, r}, true, dq, threads);
-    gemm<T>(l, l, c, T(1), left.transposed(), dq, false, dx, threads);
-    if (s.rotation) gemm<T>(l, l, s.large, root(T(s.tau)), U.transposed(), dF, true, dx, threads);
-    // S = dGram + dGram^T, the adjoint of core/factor.h
-    gemm<T>(l, l, l, T(-1), View<const T>(dx).transposed(), X, false, p, 1);
-    for (int i = 0; i < l; i++) {
-        p(i, i) /= 2;
-        for (int j = i + 1; j < l; j++) p(i, j) = 0;
-    }
-    gemm<T>(l, l, l, T(1), X, p, false, dx, 1);
-    gemm<T>(l, l, l, T(1), dx, X.transposed(), false, p, 1);
-    for (int i = 0; i < l; i++)
-        for (int j = 0; j < l; j++) dx(i, j) = p(i, j) + p(j, i);
-    gemm<T>(c, l, l, scale, dq, X.transposed(), false, dL, threads);
-    gemm<T>(c, l, l, scale, left, dx, true, dL, threads);
-}
-
-// -- inner -----------------------------------------------------------------------------------------------------------
 // A^-1 by Gauss-Jordan without pivots, for a leading part of I + K: its symmetric part is I, and so are at least those of
 // all its Schur complements.
 template <class T>
@@ -247,12 +189,6 @@ inline void inner_backward_one(const InnerShape& s, InnerLayer<T>& layer, int th
 // -- what the bindings call ------------------------------------------------------------------------------------------
 template <class T>
 struct Build {
-    static void outer_forward(const OuterShape& s, OuterLayer<T>* layers, int count, int threads) {
-        each(layers, count, threads, [&](OuterLayer<T>& one, int t) { outer_forward_one(s, one, t); });
-    }
-    static void outer_backward(const OuterShape& s, OuterLayer<T>* layers, int count, int threads) {
-        each(layers, count, threads, [&](OuterLayer<T>& one, int t) { outer_backward_one(s, one, t); });
-    }
     static void inner_forward(const InnerShape& s, InnerLayer<T>* layers, int count, int threads) {
         each(layers, count, threads, [&](InnerLayer<T>& one, int t) { inner_forward_one(s, one, t); });
     }
@@ -260,7 +196,7 @@ struct Build {
         each(layers, count, threads, [&](InnerLayer<T>& one, int t) { inner_backward_one(s, one, t); });
     }
     static const Host<T>* table() {
-        static const Host<T> found{outer_forward, outer_backward, inner_forward, inner_backward};
+        static const Host<T> found{inner_forward, inner_backward};
         return &found;
     }
 };

@@ -9,24 +9,29 @@ namespace ssvdo {
 
 constexpr int max_layers = 48;  // of one launch: their pointers travel with the kernel's arguments, 4 KiB in all
 
+// How a matrix lies: element (i, j) at [i * ld + j] by rows, else at [j * ld + i].
+struct Layout {
+    bool by_rows;
+    ptrdiff_t ld;
+};
+
 template <class T>
-struct OuterGroup {
-    int c, l, r, large, ld, count;
-    T tau, root_tau, scale;
-    bool rotation;
-    const T* outer[max_layers];      // c x l
-    const void* reflector[max_layers];  // large x r, as basis of the type S in which factors are stored
-    const void* basis[max_layers];   // U_l, large x l
-    T* columns[max_layers];          // forward: F; backward: dF. large x l, rows `ld` apart
-    T* d_outer[max_layers];          // c x l
-    T* inverse[max_layers];          // R^-1, l x l
-    T* left[max_layers];             // Y_bot^T L, r x l
-    int* info;                       // stacked: 0, or 1 + the column of the pivot that is not positive and finite
-    // stacked scratch
-    T* gram;   // l x l
-    T* right;  // r x l
-    T* more;   // backward: l x l
-    T* pull;   // backward: dQ, c x l
+struct ProductGroup {
+    int rows, inner, columns, count;
+    Layout left_layout, right_layout;
+    ptrdiff_t ld;                    // from row to row of `out`
+    const void* left[max_layers];    // rows x inner, of the type S in which it is stored
+    const T* right[max_layers];      // inner x columns
+    T* out[max_layers];              // rows x columns
+};
+
+template <class T>
+struct FactorGroup {  // all stacked
+    int l, count;
+    const T* gram;  // l x l; the lower triangle is read
+    T* work;        // scratch, l x l
+    T* inverse;     // R^-1, l x l; NaN where info is not 0
+    int* info;      // 0, or 1 + the column of the pivot that is not positive and finite
 };
 
 template <class T>
@@ -52,11 +57,6 @@ constexpr int max_blocks = 64;  // that share one layer's inverse
 
 // A device's kernels, or the same code with threads on the host. `stream`: a cudaStream_t; null: the default stream.
 template <class T>
-struct OuterDevice {
-    void (*forward)(const OuterGroup<T>&, void* stream);
-    void (*backward)(const OuterGroup<T>&, void* stream);
-};
-template <class T>
 struct InnerDevice {
     void (*forward)(const InnerGroup<T>&, void* stream);
     void (*backward)(const InnerGroup<T>&, void* stream);
@@ -65,13 +65,17 @@ struct InnerDevice {
 // Throw std::runtime_error with CUDA's message where a launch fails.
 namespace emulated {
 template <class T, class S>
-const OuterDevice<T>* outer_device();
+void product(const ProductGroup<T>&, void* stream);
+template <class T>
+void factor(const FactorGroup<T>&, void* stream);
 template <class T>
 const InnerDevice<T>* inner_device();
 }  // namespace emulated
 namespace device {
 template <class T, class S>
-const OuterDevice<T>* outer_device();
+void product(const ProductGroup<T>&, void* stream);
+template <class T>
+void factor(const FactorGroup<T>&, void* stream);
 template <class T>
 const InnerDevice<T>* inner_device();
 int set_device(int index);  // returns the one that was current

@@ -1,7 +1,8 @@
 // The device code for Python: on a GPU by its index, or emulated on the host (device < 0).
 #include "../bindings.h"
 
-#include <cmath>
+#include <algorithm>
+#include <utility>
 
 #include "api.h"
 
@@ -33,35 +34,32 @@ void on_device(int index, Work work) {
 }
 
 template <class T, class S>
-void run_outer(bool forward, const OuterShape& s, const Addresses& layers, const Stacked& stacked, int ld,
-               std::uintptr_t stream, int device) {
-    const OuterDevice<T>* table = emulated::outer_device<T, S>();
+void run_product(ProductGroup<T> g, const Addresses& layers, std::uintptr_t stream, int device) {
+    auto run = emulated::product<T, S>;
 #ifdef SSVDO_CUDA
-    if (device >= 0) table = device::outer_device<T, S>();
+    if (device >= 0) run = device::product<T, S>;
 #endif
     for (size_t first = 0; first < layers.size(); first += max_layers) {
-        OuterGroup<T> g{};
-        g.c = s.c, g.l = s.l, g.r = s.r, g.large = s.large, g.ld = ld, g.rotation = s.rotation;
-        g.tau = T(s.tau), g.root_tau = T(std::sqrt(s.tau)), g.scale = T(s.scale);
         g.count = int(std::min<size_t>(max_layers, layers.size() - first));
         for (int i = 0; i < g.count; i++) {
             const auto& a = layers[first + i];
-            g.outer[i] = reinterpret_cast<const T*>(a[0]);
-            g.reflector[i] = reinterpret_cast<const void*>(a[1]);
-            g.basis[i] = reinterpret_cast<const void*>(a[2]);
-            g.columns[i] = reinterpret_cast<T*>(a[3]);
-            g.inverse[i] = reinterpret_cast<T*>(a[4]);
-            g.left[i] = reinterpret_cast<T*>(a[5]);
-            g.d_outer[i] = forward ? nullptr : reinterpret_cast<T*>(a[6]);
+            g.left[i] = reinterpret_cast<const void*>(a[0]);
+            g.right[i] = reinterpret_cast<const T*>(a[1]);
+            g.out[i] = reinterpret_cast<T*>(a[2]);
         }
-        const auto at = [&](int index) { return reinterpret_cast<T*>(stacked[index]); };  // scratch: launches take turns
-        g.gram = at(0), g.right = at(1);
-        if (forward)
-            g.info = reinterpret_cast<int*>(stacked[2]) + first;
-        else
-            g.more = at(2), g.pull = at(3);
-        on_device(device, [&] { (forward ? table->forward : table->backward)(g, reinterpret_cast<void*>(stream)); });
+        on_device(device, [&] { run(g, reinterpret_cast<void*>(stream)); });
     }
+}
+
+template <class T>
+void run_factor(const Stacked& stacked, int l, int count, std::uintptr_t stream, int device) {
+    const FactorGroup<T> g{l, count, reinterpret_cast<const T*>(stacked[0]), reinterpret_cast<T*>(stacked[1]),
+                           reinterpret_cast<T*>(stacked[2]), reinterpret_cast<int*>(stacked[3])};
+    auto run = emulated::factor<T>;
+#ifdef SSVDO_CUDA
+    if (device >= 0) run = device::factor<T>;
+#endif
+    on_device(device, [&] { run(g, reinterpret_cast<void*>(stream)); });
 }
 
 template <class T>
@@ -96,23 +94,48 @@ void run_inner(bool forward, const InnerShape& s, const Addresses& layers, const
     }
 }
 
-void outer(bool forward, const std::string& dtype, const std::string& factors, const Addresses& layers,
-           const Stacked& stacked, const OuterShape& s, long long ld, std::uintptr_t stream, int device) {
-    check(layers, forward ? 6 : 7);
-    check({stacked}, forward ? 3 : 4);
-    at_least("ld", ld, s.l);
-    at_least("r", s.r, 1);
-    if (dtype == "float32" && factors == "float32")
-        run_outer<float, float>(forward, s, layers, stacked, int(ld), stream, device);
-    else if (dtype == "float32" && factors == "bfloat16")
-        run_outer<float, Bfloat16>(forward, s, layers, stacked, int(ld), stream, device);
-    else if (dtype == "float32" && factors == "float16")
-        run_outer<float, Float16>(forward, s, layers, stacked, int(ld), stream, device);
-    else if (dtype == "float64" && factors == "float64")
-        run_outer<double, double>(forward, s, layers, stacked, int(ld), stream, device);
+using Lies = std::pair<bool, ptrdiff_t>;  // a Layout, as Python gives it
+
+void product(const std::string& dtype, const std::string& stored, const Addresses& layers, int rows, int inner,
+             int columns, Lies left, Lies right, ptrdiff_t ld, std::uintptr_t stream, int device) {
+    check(layers, 3);
+    at_least("rows", rows, 1);
+    at_least("inner", inner, 1);
+    at_least("columns", columns, 1);
+    at_least("leading dimension of left", left.second, left.first ? inner : rows);
+    at_least("leading dimension of right", right.second, right.first ? columns : inner);
+    at_least("ld", ld, columns);
+    const auto run = [&](auto number, auto storage) {
+        using T = decltype(number);
+        const Layout a{left.first, left.second}, b{right.first, right.second};
+        run_product<T, decltype(storage)>(ProductGroup<T>{rows, inner, columns, 0, a, b, ld, {}, {}, {}}, layers, stream,
+                                          device);
+    };
+    if (dtype == "float32" && stored == "float32")
+        run(0.0f, 0.0f);
+    else if (dtype == "float32" && stored == "bfloat16")
+        run(0.0f, Bfloat16{});
+    else if (dtype == "float32" && stored == "float16")
+        run(0.0f, Float16{});
+    else if (dtype == "float64" && stored == "float64")
+        run(0.0, 0.0);
     else
-        throw py::type_error("dtype=" + dtype + " with factors=" + factors +
-                             "; allowed: float32 with float32, bfloat16 or float16, float64 with float64");
+        throw py::value_error("a product of " + stored + " with " + dtype + " has no kernel; allowed: float32, bfloat16 "
+                              "or float16 with float32, float64 with float64");
+}
+
+void factor(const std::string& dtype, const Stacked& stacked, int l, int count, std::uintptr_t stream, int device) {
+    check({stacked}, 4);
+    at_least("l", l, 1);
+    at_least("count", count, 1);
+    if (l > 46340) refuse("l", l, "<= 46340");              // l * l is an int
+    if (count > 65535) refuse("count", count, "<= 65535");  // a grid's second dimension
+    if (dtype == "float32")
+        run_factor<float>(stacked, l, count, stream, device);
+    else if (dtype == "float64")
+        run_factor<double>(stacked, l, count, stream, device);
+    else
+        throw py::type_error("dtype=" + dtype + "; allowed: float32, float64");
 }
 
 void inner(bool forward, const std::string& dtype, const Addresses& layers, const Stacked& stacked, const InnerShape& s,
@@ -139,21 +162,15 @@ void bind_device(py::module_& m) {
 #else
     m.def("device_architectures", [] { return ""; }, "What the CUDA code was built for; \"\": not built.");
 #endif
+    m.def("device_product", &product, py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("stored"),
+          py::arg("layers"), py::kw_only(), py::arg("rows"), py::arg("inner"), py::arg("columns"), py::arg("left"),
+          py::arg("right"), py::arg("ld"), py::arg("stream"), py::arg("device"),
+          "out = left right. One row of addresses a layer: left, right, out; left and right: (by rows?, leading "
+          "dimension). device < 0: emulated on the host.");
+    m.def("device_factor", &factor, py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("stacked"),
+          py::kw_only(), py::arg("l"), py::arg("count"), py::arg("stream"), py::arg("device"),
+          "Stacked over layers: gram, work, inverse, info. device < 0: emulated on the host.");
     for (bool forward : {true, false}) {
-        m.def(
-            forward ? "device_outer_forward" : "device_outer_backward",
-            [forward](const std::string& dtype, const std::string& factors, const Addresses& layers,
-                      const Stacked& stacked, int c, int l, int r, int large, double tau, double scale, bool rotation,
-                      long long ld, std::uintptr_t stream, int device) {
-                const OuterShape s = outer_shape(c, l, r, large, tau, scale, rotation);
-                py::gil_scoped_release release;
-                outer(forward, dtype, factors, layers, stacked, s, ld, stream, device);
-            },
-            py::arg("dtype"), py::arg("factors"), py::arg("layers"), py::arg("stacked"), py::kw_only(), py::arg("c"),
-            py::arg("l"), py::arg("r"), py::arg("large"), py::arg("tau"), py::arg("scale"), py::arg("rotation"),
-            py::arg("ld"), py::arg("stream"), py::arg("device"),
-            "One row of addresses a layer: outer, reflector, basis, columns, inverse, left (backward: and d_outer). Stacked "
-            "over layers: gram, right, info (backward: gram, right, more, pull). device < 0: emulated on the host.");
         m.def(
             forward ? "device_inner_forward" : "device_inner_backward",
             [forward](const std::string& dtype, const Addresses& layers, const Stacked& stacked, int k, int l, int q,

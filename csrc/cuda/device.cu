@@ -47,7 +47,9 @@ __global__ void __launch_bounds__(256, Kernel::min_blocks) run_kernel(const __gr
 }
 
 template <class T>
-T number_of(const OuterGroup<T>&);
+T number_of(const ProductGroup<T>&);
+template <class T>
+T number_of(const FactorGroup<T>&);
 template <class T>
 T number_of(const InnerGroup<T>&);
 

@@ -12,26 +12,20 @@ namespace ssvdo {
 namespace SSVDO_ISA {
 
 template <class Launch, class T, class S>
-struct OuterSteps {
-    static void forward(const OuterGroup<T>& g, void* stream) {
-        Launch::run(GramKernel<T, S>{{g}}, stream);
-        FactorKernel<T> factor{{g}, true};
-        factor.in_shared = size_t(factor.shared()) * sizeof(T) <= Launch::shared_limit();
-        Launch::run(factor, stream);
-        Launch::run(TurnKernel<T>{{g}}, stream);
-        Launch::run(ColumnsKernel<T, S>{{g}}, stream);
-    }
-    static void backward(const OuterGroup<T>& g, void* stream) {
-        Launch::run(ProjectKernel<T, S>{{g}}, stream);
-        Launch::run(PullKernel<T, S>{{g}}, stream);
-        Launch::run(AdjointKernel<T>{{g}}, stream);
-        Launch::run(GradientKernel<T>{{g}}, stream);
-    }
-    static const OuterDevice<T>* table() {
-        static const OuterDevice<T> found{forward, backward};
-        return &found;
-    }
-};
+void launch_product(const ProductGroup<T>& g, void* stream) {
+    const bool left = g.left_layout.by_rows, right = g.right_layout.by_rows;
+    if (left && right) Launch::run(ProductKernel<T, S, true, true>{g}, stream);
+    if (left && !right) Launch::run(ProductKernel<T, S, true, false>{g}, stream);
+    if (!left && right) Launch::run(ProductKernel<T, S, false, true>{g}, stream);
+    if (!left && !right) Launch::run(ProductKernel<T, S, false, false>{g}, stream);
+}
+
+template <class Launch, class T>
+void launch_factor(const FactorGroup<T>& g, void* stream) {
+    FactorKernel<T> kernel{g, true};
+    kernel.in_shared = size_t(kernel.shared()) * sizeof(T) <= Launch::shared_limit();
+    Launch::run(kernel, stream);
+}
 
 template <class Launch, class T>
 struct InnerSteps {
@@ -54,18 +48,22 @@ struct InnerSteps {
 }  // namespace SSVDO_ISA
 }  // namespace ssvdo
 
-// The tables of one Launch.
+// What api.h declares, by one Launch.
 #define SSVDO_DEVICE(where, Launch) \
     namespace ssvdo { \
     namespace where { \
     template <class T, class S> \
-    const OuterDevice<T>* outer_device() { return OuterSteps<Launch, T, S>::table(); } \
+    void product(const ProductGroup<T>& g, void* stream) { launch_product<Launch, T, S>(g, stream); } \
+    template <class T> \
+    void factor(const FactorGroup<T>& g, void* stream) { launch_factor<Launch>(g, stream); } \
     template <class T> \
     const InnerDevice<T>* inner_device() { return InnerSteps<Launch, T>::table(); } \
-    template const OuterDevice<float>* outer_device<float, float>(); \
-    template const OuterDevice<float>* outer_device<float, Bfloat16>(); \
-    template const OuterDevice<float>* outer_device<float, Float16>(); \
-    template const OuterDevice<double>* outer_device<double, double>(); \
+    template void product<float, float>(const ProductGroup<float>&, void*); \
+    template void product<float, Bfloat16>(const ProductGroup<float>&, void*); \
+    template void product<float, Float16>(const ProductGroup<float>&, void*); \
+    template void product<double, double>(const ProductGroup<double>&, void*); \
+    template void factor(const FactorGroup<float>&, void*); \
+    template void factor(const FactorGroup<double>&, void*); \
     template const InnerDevice<float>* inner_device(); \
     template const InnerDevice<double>* inner_device(); \
     } \

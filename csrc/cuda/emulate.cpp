@@ -41,7 +41,9 @@ struct Threads {
 };
 
 template <class T>
-T number_of(const OuterGroup<T>&);
+T number_of(const ProductGroup<T>&);
+template <class T>
+T number_of(const FactorGroup<T>&);
 template <class T>
 T number_of(const InnerGroup<T>&);
 

@@ -23,20 +23,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
+from ..cache import stamp
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, compute_dtype, content_key, factorize, without_inverse
-from ..group import group_alike
-from ..linear import SSVDOLinear, _stamp
+from ..host import Host, group_hosts
+from ..linear import SSVDOLinear
 from ..model import exchange, matches
 from ..ops import lasting
+from ..ops.base import DenseBase
 
 FEED_FORWARD = ("feed_forward.w_1", "feed_forward.w_2")
-_FACTORS = ("inner_basis", "outer_basis", "reflector", "null_basis")
 _log = logging.getLogger(__name__)
 
 
-class DeferredSSVDOLinear(SSVDOLinear):
-    """An SSVDOLinear made before its pretrained weight is there; arguments as ESPnet's adapter classes have them.
+class DeferredSSVDOLinear(Host):
+    """An adapted layer made before its pretrained weight is there; arguments as ESPnet's adapter classes have them.
 
     Args:
         in_features, out_features, bias: as nn.Linear.
@@ -49,6 +51,8 @@ class DeferredSSVDOLinear(SSVDOLinear):
         ValueError: a size does not fit. (Forward) RuntimeError: the adapter was trained on another weight.
     """
 
+    lora_singular_values: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -60,80 +64,63 @@ class DeferredSSVDOLinear(SSVDOLinear):
         cache_dir: str | None = None,
         **options: Any,
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         if lora_dropout:
             raise ValueError(f"lora_dropout={lora_dropout} is not supported; allowed: 0")
         config = SSVDOConfig(**options).fitting(out_features, in_features)
         shape = LayerShape.of(out_features, in_features, config)
-        self._start(shape, config)
+        self.in_features, self.out_features = in_features, out_features
         plain = nn.Linear(in_features, out_features, bias)
         self.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
         self.register_parameter("bias", plain.bias)
-        self.lora_inner_rotation = nn.Parameter(torch.zeros(shape.k * (shape.k - 1) // 2))
-        self.lora_inner_scale = nn.Parameter(torch.zeros(shape.k))
-        self.lora_outer = nn.Parameter(torch.zeros(shape.c, shape.l))
-        self.register_buffer("lora_singular_values", torch.zeros(shape.width))  # those trained on; 0: not known yet
-        self.register_buffer("own_singular_values", torch.zeros(shape.width), persistent=False)
-        for name in _FACTORS:
-            self.register_buffer(name, torch.zeros(0), persistent=False)
-        self._cache_dir, self._key, self._made_for = cache_dir, "", None
-        self.reset_parameters()
+        self.lora_adapter = Adapter(shape, config, None, torch.float32, self.weight.device, buffers=True)
+        self.register_buffer("lora_singular_values", torch.zeros(shape.kept))  # those trained on; 0: not known yet
+        self._cache_dir, self._key = cache_dir, ""
+        self._made_for: tuple[object, ...] | None = None
 
-    lora_singular_values: Tensor
-    own_singular_values: Tensor
-    _made_for: tuple[object, ...] | None
-
-    @property
-    def inner_rotation(self) -> nn.Parameter:  # type: ignore[override]
-        return self.lora_inner_rotation
-
-    @property
-    def inner_scale(self) -> nn.Parameter:  # type: ignore[override]
-        return self.lora_inner_scale
-
-    @property
-    def outer(self) -> nn.Parameter:  # type: ignore[override]
-        return self.lora_outer
-
-    @property
-    def singular_values(self) -> Tensor:  # type: ignore[override]
-        return self.own_singular_values
-
-    def factors(self) -> Factors:
+    def base(self) -> DenseBase:
         self._factorise()
-        return super().factors()
+        return DenseBase(self.weight)
+
+    def adapters(self) -> list[Adapter]:
+        return [self.lora_adapter]
+
+    def adapted_weight(self) -> Tensor:
+        """W' (out_features x in_features), in the weight's dtype; a new tensor."""
+        return self.lora_adapter.adapted_weight(self.base())
 
     @lasting
     def forward(self, x: Tensor) -> Tensor:
         """y = x W'^T + b."""
         if not torch.compiler.is_compiling():  # compile after one eager forward
             self._factorise()
-        return super().forward(x)
+        y: Tensor = self.lora_adapter(x, DenseBase(self.weight), self.bias)
+        return y
 
     def _factorise(self) -> None:
-        stamp = _stamp(self.weight)
-        if stamp != self._made_for:
-            self._make_factors(stamp)
+        now = stamp(self.weight)
+        if now != self._made_for:
+            self._make_factors(now)
 
     @lasting
     @torch.no_grad()
-    def _make_factors(self, stamp: tuple[object, ...]) -> None:
+    def _make_factors(self, now: tuple[object, ...]) -> None:
         """Makes the factors of the weight if it is another than that of the factors at hand."""
-        key = content_key(self.weight, self.shape)
-        if key != self._key:
-            found = factorize(self.weight, self.shape, name=f"{self.name}.weight", cache_dir=self._cache_dir)
-            for name in _FACTORS:
-                setattr(self, name, getattr(found, name))
-            self.own_singular_values = found.singular_values
-        trained, own = self.lora_singular_values, self.own_singular_values
+        adapter = self.lora_adapter
+        key = content_key(self.weight, adapter.shape)
+        if key == self._key and adapter.singular_values is not None:
+            factors = adapter.factors
+        else:
+            factors = factorize(self.weight, adapter.shape, name=f"{adapter.name}.weight", cache_dir=self._cache_dir)
+        trained, own = self.lora_singular_values, factors.singular_values
         if bool(trained.any()) and float((trained - own).abs().max()) > 4e-3 * float(own.max()):  # bf16's rounding
             raise RuntimeError(
-                f"{self.name}: this adapter was trained on another base weight (largest singular value "
+                f"{adapter.name}: this adapter was trained on another base weight (largest singular value "
                 f"{float(trained.max()):.6g}, the weight's {float(own.max()):.6g}); load the base that it belongs to")
         trained.copy_(own)
-        self._key, self._made_for = key, stamp
+        adapter.set_factors(factors)
+        self._key, self._made_for = key, now
         self.weight.requires_grad_(False)
-        self.refresh()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         base, known = (prefix + name in state_dict for name in ("weight", "lora_singular_values"))
@@ -141,7 +128,8 @@ class DeferredSSVDOLinear(SSVDOLinear):
         self._made_for = None
         if base and not known:
             self.lora_singular_values.zero_()
-            _log.info("%s: the checkpoint holds a weight and no SSVD-O adapter; the adapter stays as it is", self.name)
+            _log.info("%s: the checkpoint holds a weight and no SSVD-O adapter; the adapter stays as it is",
+                      self.lora_adapter.name)  # fmt: skip
 
 
 def create_ssvdo_adapter(
@@ -174,7 +162,7 @@ def create_ssvdo_adapter(
         raise ValueError(f"Target modules {list(target_modules)} not found in the base model.")
     made: dict[int, nn.Module] = {}
     for name, linear in found.items():
-        if isinstance(linear, SSVDOLinear):
+        if isinstance(linear, Host):
             raise ValueError(f"{name} is adapted already; one adapter is enough")
         if type(linear) is not nn.Linear:
             kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
@@ -186,7 +174,7 @@ def create_ssvdo_adapter(
     for name, parameter in model.named_parameters():
         biases = name.rsplit(".", 1)[-1] == "bias" if bias_type == "all" else id(parameter) in own
         parameter.requires_grad_("lora_" in name or (bias_type in ("all", "lora_only") and biases))
-    group_alike(layers)
+    group_hosts(layers)
     model.eval()
 
 
@@ -196,7 +184,7 @@ def _deferred(name: str, linear: nn.Linear, cache_dir: str | None, options: Mapp
                                     cache_dir=cache_dir, **options)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    layer.name = name
+    layer.lora_adapter.name = name
     weight = linear.weight
     layer.to(device=weight.device, dtype=compute_dtype(weight.dtype))
     layer.weight = cast(nn.Parameter, linear.weight)
@@ -235,17 +223,17 @@ def _from_ssvd(prefix: str, state_dict: Mapping[str, Tensor]) -> SSVDOLinear:
     shape = LayerShape(rows, columns, rows < columns, k, 0)
     config = SSVDOConfig(inner_ratio=min(1.0, (k + 0.5) / d), outer_rank=0, rotation="first_order")
     dtype = compute_dtype(saved.dtype)
-    q = without_inverse(singular, shape, saved.dtype)
+    q = without_inverse(singular, k, shape.large, saved.dtype)
     tall = (u.double() * singular.double()) @ v.double()
     weight = (tall.mT if shape.transposed else tall).to(saved.dtype).contiguous()
-    factors = Factors(v[:k].mT.to(saved.dtype).contiguous(), singular[:k].to(dtype, copy=True),
-                      u[:, :0].to(saved.dtype).contiguous(), u[:, :0].to(saved.dtype).contiguous(),
-                      u[:, k - q : k].to(saved.dtype).contiguous())  # fmt: skip
+    factors = Factors(v[:k].mT.to(saved.dtype).contiguous(), singular[:k].to(dtype, copy=True), None,
+                      u[:, k - q : k].to(saved.dtype).contiguous() if q else None)  # fmt: skip
     bias = state_dict.get(prefix + "bias")
     layer = SSVDOLinear(weight, None if bias is None else nn.Parameter(bias.clone()), factors, shape, config)
-    layer.name = prefix.removesuffix(".") or "layer"
-    layer.inner_rotation.copy_(packed)
-    layer.inner_scale.copy_(s * torch.sigmoid(gate))
+    layer.adapter.name = prefix.removesuffix(".") or "layer"
+    if layer.adapter.inner_rotation is not None:
+        layer.adapter.inner_rotation.copy_(packed)
+    layer.adapter.inner_scale.copy_(s * torch.sigmoid(gate))
     return layer
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import peft
@@ -22,11 +22,12 @@ from peft.utils import PeftType, register_peft_method
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..config import LayerShape
 from ..config import SSVDOConfig as CoreConfig
-from ..factorize import Factors, compute_dtype, factorize
-from ..group import group_alike
-from ..linear import SSVDOLinear
+from ..factorize import factorize
+from ..host import Host, group_hosts
+from ..ops.base import DenseBase
 
 _FC = ["fc1", "fc2"]
 _GATED = ["gate_proj", "up_proj", "down_proj"]
@@ -114,53 +115,16 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
             neumann_terms=self.neumann_terms, backend=self.backend)  # fmt: skip
 
 
-class _Engine(SSVDOLinear):
-    """The layer's arithmetic on weight, bias and parameters that a PEFT layer holds."""
-
-    _owner: Linear
-
-    def __init__(self, owner: Linear, adapter: str, factors: Factors, shape: LayerShape, config: CoreConfig) -> None:
-        nn.Module.__init__(self)
-        self._start(shape, config)
-        self.__dict__["_owner"], self._adapter = owner, adapter  # no child of this module: it is the parent
-        for name, tensor in factors.tensors().items():
-            self.register_buffer(name, tensor, persistent=False)
-
-    @property
-    def weight(self) -> nn.Parameter:  # type: ignore[override]
-        original = self._owner.ssvdo_original
-        return self._owner.get_base_layer().weight if original is None else original  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
-        return self._owner.get_base_layer().bias
-
-    @property
-    def inner_rotation(self) -> nn.Parameter:  # type: ignore[override]
-        return cast(nn.Parameter, self._owner.ssvdo_inner_rotation[self._adapter])
-
-    @property
-    def inner_scale(self) -> nn.Parameter:  # type: ignore[override]
-        return cast(nn.Parameter, self._owner.ssvdo_inner_scale[self._adapter])
-
-    @property
-    def outer(self) -> nn.Parameter:  # type: ignore[override]
-        return cast(nn.Parameter, self._owner.ssvdo_outer[self._adapter])
-
-
-class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer with any number of SSVD-O adapters. Several active ones add their changes of W0."""
 
-    adapter_layer_names = ("ssvdo_inner_rotation", "ssvdo_inner_scale", "ssvdo_outer")
+    adapter_layer_names = ("ssvdo_adapters",)
     other_param_names = ()
 
-    ssvdo_inner_rotation: nn.ParameterDict
-    ssvdo_inner_scale: nn.ParameterDict
-    ssvdo_outer: nn.ParameterDict
+    ssvdo_adapters: nn.ModuleDict
     ssvdo_original: Tensor | None
     base_layer: nn.Linear
     if TYPE_CHECKING:  # what BaseTunerLayer has
-        weight: Tensor
         merged: bool
         disable_adapters: bool
         active_adapters: list[str]
@@ -172,14 +136,23 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
-        self.ssvdo_engines = nn.ModuleDict()
+        self.ssvdo_adapters = nn.ModuleDict()
         self.register_buffer("ssvdo_original", None, persistent=False)  # W0, while adapters are merged
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, key)
+
+    def base(self) -> DenseBase:
+        return DenseBase(self.get_base_layer().weight if self.ssvdo_original is None else self.ssvdo_original)
+
+    def adapters(self) -> list[Adapter]:
+        active = self.active_adapters
+        names = sorted(self.ssvdo_adapters, key=lambda name: name not in active)
+        return [self._adapter(name) for name in names]
+
+    def _adapter(self, name: str) -> Adapter:
+        return cast(Adapter, self.ssvdo_adapters[name])
 
     def update_layer(self, adapter_name: str, config: SSVDOConfig, key: str) -> None:
         """Adds an adapter.
@@ -187,38 +160,19 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Raises:
             ValueError: the sizes do not fit this layer, or its weight is on the meta device or not finite.
         """
-        weight = self.get_base_layer().weight if self.ssvdo_original is None else self.ssvdo_original
+        weight = self.base().weight
         own = config.core(key).fitting(self.out_features, self.in_features)
         try:
             shape = LayerShape.of(self.out_features, self.in_features, own)
         except ValueError as error:
             raise ValueError(f"{key}: {error}; see outer_rank_pattern") from None
         factors = factorize(weight, shape, name=f"{key}.weight", cache_dir=config.factor_cache)
-        dtype, k = compute_dtype(weight.dtype), shape.k
-        for name, size in zip(self.adapter_layer_names, ((k * (k - 1) // 2,), (k,), (shape.c, shape.l)), strict=True):
-            getattr(self, name)[adapter_name] = nn.Parameter(torch.zeros(size, dtype=dtype, device=weight.device))
-        engine = _Engine(self, adapter_name, factors, shape, own)
-        engine.name = key
-        self.ssvdo_engines[adapter_name] = engine
-        self._initialise(engine, config)
+        adapter = Adapter(shape, own, factors, weight.dtype, weight.device, buffers=True)
+        adapter.name = key
+        self.ssvdo_adapters[adapter_name] = adapter
+        if not config.init_weights and not adapter.inner_scale.is_meta:  # PEFT fills in what it loads
+            _randomise(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    @torch.no_grad()
-    def _initialise(self, engine: _Engine, config: SSVDOConfig) -> None:
-        if engine.outer.is_meta:  # PEFT fills in what it loads
-            return
-        if config.init_weights:
-            return engine.reset_parameters()
-        shape = engine.shape
-        engine.inner_rotation.normal_(0, 0.3 / shape.k**0.5)
-        engine.inner_scale.normal_(0, 0.05 * float(engine.singular_values[0]))
-        if shape.l:
-            engine.outer.normal_(0, 0.3 * (engine.config.tau / shape.c) ** 0.5 / shape.outer_scale(engine.config))
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.ssvdo_engines:
-            del self.ssvdo_engines[adapter_name]
-        super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts the adapted weight into the base layer; W0 is kept beside it.
@@ -226,14 +180,14 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Raises:
             ValueError: safe_merge, and the adapted weight is not finite; nothing is changed.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.ssvdo_engines]
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.ssvdo_adapters]
         if not names:
             return
         base = self.get_base_layer()
         original = base.weight.data if self.ssvdo_original is None else self.ssvdo_original
         made = base.weight.data
         for name in names:
-            adapted = cast(_Engine, self.ssvdo_engines[name]).adapted_weight()
+            adapted = self._adapter(name).adapted_weight(self.base())
             made = adapted if made is original else made + (adapted - original)
             if safe_merge and not torch.isfinite(made).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -253,20 +207,31 @@ class Linear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """y = x W'^T + b."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [n for n in self.active_adapters if n in self.ssvdo_engines]
+        names = [n for n in self.active_adapters if n in self.ssvdo_adapters]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        kind, given = self.weight.device.type, x.dtype
-        autocast = torch.is_autocast_enabled(kind)
+        base, bias, given = self.base(), self.get_base_layer().bias, x.dtype
+        autocast = torch.is_autocast_enabled(base.weight.device.type)
         if not autocast:
-            x = self._cast_input_dtype(x, self.weight.dtype)
-        y: Tensor = self.ssvdo_engines[names[0]](x)
+            x = self._cast_input_dtype(x, base.weight.dtype)
+        y: Tensor = self.ssvdo_adapters[names[0]](x, base, bias)
         for name in names[1:]:
-            y = y + (self.ssvdo_engines[name](x) - self.base_layer(x))
+            y = y + (self.ssvdo_adapters[name](x, base, bias) - self.base_layer(x))
         return y if autocast else y.to(given)
 
     def __repr__(self) -> str:
         return "ssvdo." + super().__repr__()
+
+
+@torch.no_grad()
+def _randomise(adapter: Adapter) -> None:
+    """Draws an adapter that departs from the base model, for tests."""
+    assert adapter.singular_values is not None
+    if adapter.inner_rotation is not None:
+        adapter.inner_rotation.normal_(0, 0.3 / adapter.shape.k**0.5)
+    adapter.inner_scale.normal_(0, 0.05 * float(adapter.singular_values[0]))
+    if adapter.outer is not None:
+        adapter.outer.normal_(0, adapter.shape.outer_deviation(replace(adapter.config, init_angle=0.3)))
 
 
 class SSVDOModel(BaseTuner):  # type: ignore[misc]
@@ -298,8 +263,7 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = [m for m in model.modules() if isinstance(m, Linear) and adapter_name in m.ssvdo_engines]
-        group_alike(cast(_Engine, layer.ssvdo_engines[adapter_name]) for layer in layers)
+        group_hosts(m for m in model.modules() if isinstance(m, Linear))
 
 
 if "SSVDO" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:

@@ -1,8 +1,7 @@
-"""The CUDA kernels (csrc/cuda) on batches of layers of one shape: four launches for the outer part, one for the inner;
-backward four and two. Its algebra is that of preparation.py.
+"""The CUDA kernels (csrc/cuda) on batches of layers of one shape: the products and the factor from which outer.py makes
+the outer part, a launch each; the inner part of preparation.py whole, one launch forward and two backward.
 
-Every argument that is a list has one tensor a layer, contiguous. On CPU tensors the same kernels are emulated with
-threads, which is how they are tested where there is no GPU.
+On CPU tensors the same kernels are emulated with threads, which is how they are tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
-from .host import _C, Tensors, inner_sizes, outer_sizes
+from .host import _C, Tensors, inner_sizes
 
 
 def obstacle(device: torch.device) -> str:
@@ -35,19 +34,21 @@ def architectures() -> str:
 
 
 def _call(
-    function: str, operands: Sequence[Tensors], stacked: Sequence[Tensor], *types: torch.dtype, **sizes: Any
+    function: str, operands: Sequence[Tensors], stacked: Tensors, *types: torch.dtype, check: bool = True, **sizes: Any
 ) -> None:
-    like = operands[0][0]
-    for tensor in (t for tensors in (*operands, stacked) for t in tensors):
+    """operands: of each kind one tensor a layer. check: that all are contiguous and on one device."""
+    tensors = [t for many in (*operands, stacked) for t in many]
+    like = tensors[0]
+    for tensor in tensors if check else ():
         if tensor.device != like.device or not tensor.is_contiguous():
             raise ValueError(f"a tensor of {function} is on {tensor.device} with strides {tensor.stride()}; "
                              f"allowed: contiguous, on {like.device}")
-    rows = [[t.data_ptr() for t in row] for row in zip(*operands, strict=True)]
+    addresses: list[Any] = [[[t.data_ptr() for t in row] for row in zip(*operands, strict=True)]] if operands else []
+    addresses += [[t.data_ptr() for t in stacked]] if stacked else []
     where = {"device": -1, "stream": 0}
     if like.is_cuda:
         where = {"device": like.get_device(), "stream": torch.cuda.current_stream(like.device).cuda_stream}
-    names = [str(t).removeprefix("torch.") for t in types]
-    getattr(_C, function)(*names, rows, [t.data_ptr() for t in stacked], **where, **sizes)
+    getattr(_C, function)(*(str(t).removeprefix("torch.") for t in types), *addresses, **where, **sizes)
 
 
 def _scratch(like: Tensor, layers: int, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -55,46 +56,69 @@ def _scratch(like: Tensor, layers: int, *shapes: tuple[int, ...]) -> list[Tensor
     return [like.new_empty(min(layers, _C.max_layers), *shape) for shape in shapes]
 
 
-def outer_forward(
-    outer: Tensors,
-    reflector: Tensors,
-    basis: Tensors,
-    columns: Tensors,
-    shape: LayerShape,
-    config: SSVDOConfig,
-    *,
-    info: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(R^-1, Y_bot^T L) of all layers; writes F into the first l columns of `columns`, large x (l + q).
+def _layout(matrix: Tensor) -> tuple[bool, int] | None:
+    """(whether by rows, leading dimension) of a matrix that the kernels read as it lies; None: they cannot."""
+    for by_rows, view in ((True, matrix), (False, matrix.mT)):
+        (rows, width), ld = view.shape, view.stride(0)
+        if (view.stride(1) == 1 or width == 1) and (ld >= width or rows == 1):
+            return by_rows, ld if rows > 1 else width
+    return None
 
-    info (int32, one a layer) becomes 0, or the bad pivot from 1.
+
+def product(matrices: Tensors, columns: Tensors) -> list[Tensor]:
+    """[A_i B_i], rows x cols in the dtype of the columns, for A_i: rows x inner and B_i: inner x cols.
+
+    Sums are in the dtype of the columns: float32 for matrices in float32, bfloat16 or float16, float64 for float64.
+    Layers that lie alike, by rows or by columns with one leading dimension, share a launch; what lies otherwise is
+    copied first.
+
+    Raises:
+        ValueError: the dtypes have no kernel; shapes that do not fit; matrices, or columns, that differ in more than
+            their strides.
     """
-    n, l, like = len(outer), shape.l, outer[0]  # noqa: E741
-    r = reflector[0].shape[1]
-    inverse, left = like.new_empty(n, l, l), like.new_empty(n, r, l)
-    _call("device_outer_forward", (outer, reflector, basis, columns, list(inverse), list(left)),
-          (*_scratch(like, n, (l, l), (r, l)), info), like.dtype, reflector[0].dtype,
-          **outer_sizes(shape, config, reflector[0], columns[0].shape[1]))  # fmt: skip
-    return inverse, left
+    for name, many in (("matrices", matrices), ("columns", columns)):
+        kinds = {(t.shape, t.dtype, t.device) for t in many}
+        if len(kinds) > 1 or any(len(shape) != 2 for shape, *_ in kinds):
+            found = ", ".join(f"{dtype} {tuple(shape)} on {device}" for shape, dtype, device in kinds)
+            raise ValueError(f"{name} of one product are {found}; allowed: two dimensions, one shape, dtype and device")
+    if not matrices and not columns:
+        return []
+    if len(matrices) != len(columns) or matrices[0].shape[1] != columns[0].shape[0]:
+        shapes = [tuple(t.shape) for many in (matrices, columns) for t in many[:1]]
+        raise ValueError(f"{len(matrices)} matrices and {len(columns)} blocks of columns do not fit: {shapes}")
+    if matrices[0].device != columns[0].device:
+        raise ValueError(f"matrices on {matrices[0].device} and columns on {columns[0].device}; allowed: one device")
+    (rows, inner), width = matrices[0].shape, columns[0].shape[1]
+    out = columns[0].new_empty(len(columns), rows, width)
+    results = list(out.unbind())
+    if not out.numel() or not inner:
+        out.zero_()
+        return results
+    alike: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for row in zip(matrices, columns, results, strict=True):
+        alike.setdefault((row[0].stride(), row[1].stride()), []).append(row)
+    for group in alike.values():
+        left, right, to = (list(t) for t in zip(*group, strict=True))
+        if not (left_layout := _layout(left[0])):
+            left, left_layout = [t.contiguous() for t in left], (True, inner)
+        if not (right_layout := _layout(right[0])):
+            right, right_layout = [t.contiguous() for t in right], (True, width)
+        _call("device_product", (left, right, to), (), right[0].dtype, left[0].dtype, check=False, rows=rows,
+              inner=inner, columns=width, left=left_layout, right=right_layout, ld=width)  # fmt: skip
+    return results
 
 
-def outer_backward(
-    outer: Tensors,
-    reflector: Tensors,
-    basis: Tensors,
-    inverse: Tensors,
-    left: Tensors,
-    d_columns: Tensors,
-    shape: LayerShape,
-    config: SSVDOConfig,
-) -> list[Tensor]:
-    """d outer (c x l) from the gradient of `columns`, of which the first l columns count."""
-    n, l, like = len(outer), shape.l, outer[0]  # noqa: E741
-    d_outer, r = [torch.empty_like(p) for p in outer], reflector[0].shape[1]
-    scratch = _scratch(like, n, (l, l), (r, l), (l, l), (shape.c, l))
-    _call("device_outer_backward", (outer, reflector, basis, d_columns, inverse, left, d_outer), scratch, like.dtype,
-          reflector[0].dtype, **outer_sizes(shape, config, reflector[0], d_columns[0].shape[1]))  # fmt: skip
-    return d_outer
+def factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(X, info) of R R^T = gram (n x l x l, float32 or float64; lower triangles are read): X = R^-T, n x l x l.
+
+    info (int32, n): 0, or from 1 the pivot that is not positive and finite; X is NaN then. Another dtype: TypeError.
+    """
+    gram = gram.contiguous()
+    work, inverse = torch.empty_like(gram), torch.empty_like(gram)
+    info = torch.zeros(gram.shape[0], dtype=torch.int32, device=gram.device)
+    if gram.numel():
+        _call("device_factor", (), (gram, work, inverse, info), gram.dtype, l=gram.shape[-1], count=gram.shape[0])
+    return inverse.mT, info
 
 
 def inner_forward(

@@ -1,50 +1,61 @@
 """Preparation of layers of one shape by the engine that serves them: PyTorch (reference), the compiled core (host) or
-the CUDA kernels (cuda). One layer is a list of one."""
+the CUDA kernels (cuda). One layer is a list of one.
+
+The outer part is products with W0 and V, which PyTorch's library serves on a CPU; the compiled core does the inner part
+there, the CUDA kernels do both on a GPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import device, host
-
-if TYPE_CHECKING:
-    from .preparation import Gradients, Prepared, Rows
+from . import device, host, outer
+from .preparation import Gradients, Prepared, Rows, Source, check_pivot
 
 Inner = tuple[Tensor, Tensor, Tensor]  # G, saved, mixer
 
 
-def prepare(many: Sequence[Prepared]) -> list[int]:
-    """Fills in state, mixer and columns. Returns each layer's bad pivot from 1, or 0; on a GPU 0, see `Verdict`."""
-    one, columns = many[0], [p.new_columns() for p in many]
-    info = [0] * len(many)
-    lefts: Sequence[Tensor | None] = [None] * len(many)
-    X: Sequence[Tensor] = [p.outer.new_zeros(0, 0) for p in many]
-    counts = one.outer.new_zeros(3, len(many), dtype=torch.int32) if one.outer.is_cuda or one.engine == "cuda" else None
+def prepare(sources: Sequence[Source]) -> list[Prepared | None]:
+    """Prepares layers of one shape, configuration, dtype and null space together; None: bad pivot."""
+    many = [Prepared(source) for source in sources]
+    return [None if bad else one for one, bad in zip(many, _prepare(many), strict=True)]
+
+
+def prepare_one(source: Source) -> Prepared:
+    """Prepares one layer; ArithmeticError where a pivot is bad."""
+    made = Prepared(source)
+    check_pivot(_prepare([made])[0], source.name, source.config)
+    return made
+
+
+def _means(engine: str) -> dict[str, Any]:
+    """What an engine brings to `outer.forward`."""
+    return {"product": device.product, "factor": device.factor} if engine == "cuda" else {}
+
+
+def _prepare(many: Sequence[Prepared]) -> list[int]:
+    """Fills in all. Returns each layer's bad pivot from 1, or 0; on a GPU 0, see `Verdict`."""
+    one, info = many[0], [0] * len(many)
+    F: Sequence[Tensor] = [p.shift.new_zeros(p.shape.large, 0) for p in many]
+    X: Tensor | Sequence[Tensor] = [p.shift.new_zeros(0, 0) for p in many]
+    late = one.shift.is_cuda or one.engine == "cuda"  # waiting for a GPU's news would stall its stream
+    counts = torch.zeros(3, len(many), dtype=torch.int32, device=one.shift.device) if late else None
     inner = _inner(many, counts)
-    if one.shape.l:
-        Y, U = zip(*(p.outer_factors() for p in many), strict=True)
-        operands = [p.outer for p in many], Y, U, columns, one.shape, one.config
-        if one.engine == "host":
-            X, info = host.outer_forward(*operands)
-        elif one.engine == "cuda":
-            assert counts is not None
-            inverse, left = device.outer_forward(*operands, info=counts[2])
-            X, lefts = inverse.mT.unbind(), left.unbind()
+    parts = [p.outer for p in many if p.outer is not None]
+    if parts:
+        F, X, status = outer.forward(parts, **_means(one.engine))
+        if counts is None:
+            info = status.tolist()
         else:
-            found = [p.outer_reference(c) for p, c in zip(many, columns, strict=True)]
-            X = [x for x, _ in found]
-            if counts is None:
-                info = [int(status) for _, status in found]
-            else:
-                torch.stack([status for _, status in found], out=counts[2])
+            counts[2] = status
     watch = counts is not None and not (counts.is_cuda and torch.cuda.is_current_stream_capturing())
     verdict = device.Verdict(counts[1:]) if watch and counts is not None else None
     for i, p in enumerate(many):
-        p.finish(inner[i], X[i], columns[i], lefts[i], None if verdict is None else (verdict, i))
+        p.finish(inner[i], F[i], X[i], None if verdict is None else (verdict, i))
     return info
 
 
@@ -71,11 +82,21 @@ def _inner(many: Sequence[Prepared], counts: Tensor | None) -> list[Inner]:
 def adjoint(
     many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows], d_columns: Sequence[Tensor]
 ) -> list[Gradients]:
-    """(d inner_rotation, d inner_scale, d outer) of each layer, in the dtype of the work."""
+    """(d inner_rotation, d inner_scale, d outer) of each layer, in the dtype of the work; None for what is not there."""
+    one = many[0]
     for p in many:
         p.verify()
+    parts = [p.outer for p in many if p.outer is not None]
+    d_outer: Sequence[Tensor | None] = [None] * len(many)
+    if parts:
+        scale, l = one.shape.outer_scale(one.config), one.shape.l  # noqa: E741
+        product = {"product": device.product} if one.engine == "cuda" else {}
+        dF = [d[:, :l].to(one.dtype) for d in d_columns]
+        dL = outer.backward(parts, [p.X for p in many], [p.columns[:, :l] for p in many], dF, **product)
+        d_outer = [d.mul_(scale) for d in dL]
     inner = _inner_gradients(many, d_mixer)
-    return [(*pair, outer) for pair, outer in zip(inner, _outer_gradients(many, d_columns), strict=True)]
+    return [(pair[0] if p.rotation.numel() else None, pair[1], outer)
+            for p, pair, outer in zip(many, inner, d_outer, strict=True)]  # fmt: skip
 
 
 def _inner_gradients(many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows]) -> list[tuple[Tensor, Tensor]]:
@@ -84,7 +105,7 @@ def _inner_gradients(many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows])
     if one.engine == "reference" or (one.engine == "cuda" and (rows or one.config.rotation == "neumann")):
         return [p.inner_reference_backward(d) for p, d in zip(many, d_mixer, strict=True)]
     state = ([p.rotation for p in many], [p.shift for p in many], [p.singular for p in many],
-             [p.state.G.contiguous() for p in many], [p.state.saved.contiguous() for p in many])  # fmt: skip
+             [p.G.contiguous() for p in many], [p.saved.contiguous() for p in many])  # fmt: skip
     rest = one.null, one.shape, one.config
     if not rows:
         dense = [d.to(one.dtype).contiguous() for d in d_mixer if isinstance(d, Tensor)]
@@ -94,17 +115,3 @@ def _inner_gradients(many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows])
     pairs = [(d.left.to(one.dtype).contiguous(), d.right.to(one.dtype).contiguous()) for d in rows]
     left, right = ([pair[i] for pair in pairs] for i in range(2))
     return host.inner_backward(*state, left, *rest, rows=(left, right))
-
-
-def _outer_gradients(many: Sequence[Prepared], d_columns: Sequence[Tensor]) -> list[Tensor]:
-    one, dense = many[0], [d.to(many[0].dtype).contiguous() for d in d_columns]
-    if not one.shape.l:
-        return [d.new_zeros(one.shape.c, 0) for d in dense]
-    left = [p.state.left for p in many if p.state.left is not None]
-    if one.engine == "reference" or (one.engine == "cuda" and len(left) < len(many)):  # restored without `left`
-        return [p.outer_reference_backward(d) for p, d in zip(many, dense, strict=True)]
-    Y, U = zip(*(p.outer_factors() for p in many), strict=True)
-    outer, rest = [p.outer for p in many], (dense, one.shape, one.config)
-    if one.engine == "host":
-        return host.outer_backward(outer, Y, U, [p.state.X.contiguous() for p in many], *rest)
-    return device.outer_backward(outer, Y, U, [p.state.X.mT for p in many], left, *rest)

@@ -1,4 +1,5 @@
-"""The compiled core on CPU tensors: batches of layers of one shape (csrc/cpu). Its algebra is that of preparation.py.
+"""The compiled core on CPU tensors: the inner part of batches of layers of one shape (csrc/cpu), with the algebra of
+preparation.py.
 
 Every argument that is a list has one tensor a layer, all float32 or all float64, contiguous, on the CPU.
 """
@@ -47,44 +48,6 @@ def _call(function: str, operands: Sequence[Tensors], build: str, **sizes: Any) 
     rows = [[t.data_ptr() for t in row] for row in zip(*operands, strict=True)]
     name, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
     return getattr(_C, function)(name, rows, threads=threads, build=build, **sizes)
-
-
-def outer_sizes(shape: LayerShape, config: SSVDOConfig, reflector: Tensor, ld: int) -> dict[str, Any]:
-    """What the outer part's functions take beside addresses, here and in device.py."""
-    return {"c": shape.c, "l": shape.l, "r": reflector.shape[1], "large": shape.large, "tau": config.tau, "ld": ld,
-            "scale": shape.outer_scale(config), "rotation": config.outer == "rotation"}  # fmt: skip
-
-
-def outer_forward(
-    outer: Tensors,
-    reflector: Tensors,
-    basis: Tensors,
-    columns: Tensors,
-    shape: LayerShape,
-    config: SSVDOConfig,
-    build: str = "",
-) -> tuple[list[Tensor], list[int]]:
-    """(X, info); writes F into the first l columns of `columns`, large x (l + q). info: 0, or the bad pivot from 1."""
-    X = [p.new_empty(shape.l, shape.l) for p in outer]
-    sizes = outer_sizes(shape, config, reflector[0], columns[0].shape[1])
-    return X, _call("outer_forward", (outer, reflector, basis, X, columns), build, **sizes)
-
-
-def outer_backward(
-    outer: Tensors,
-    reflector: Tensors,
-    basis: Tensors,
-    X: Tensors,
-    d_columns: Tensors,
-    shape: LayerShape,
-    config: SSVDOConfig,
-    build: str = "",
-) -> list[Tensor]:
-    """d outer (c x l) from the gradient of `columns`, of which the first l columns count."""
-    d_outer = [torch.empty_like(p) for p in outer]
-    sizes = outer_sizes(shape, config, reflector[0], d_columns[0].shape[1])
-    _call("outer_backward", (outer, reflector, basis, X, d_columns, d_outer), build, **sizes)
-    return d_outer
 
 
 def inner_sizes(shape: LayerShape, config: SSVDOConfig, null: int) -> dict[str, Any]:

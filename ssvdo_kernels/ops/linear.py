@@ -17,28 +17,47 @@ token, and the wide one another pass over W0. The core form keeps x alone if tal
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..planner import joins
 from . import own_dtypes
-from .matrices import Matrices
-from .preparation import Rows
+from .attach import Pair, stand_ins
+from .base import DenseBase
+from .preparation import Prepared, Rows
+
+
+NAMES = {"mixer": "M", "lower": "B", "folded": "MV", "folded_transposed": "NtV", "core": "E", "expansion": "R"}
 
 
 class SmallSide:
     """expand and contract of one layer's matrices, in the dtype of the tokens, through PyTorch's own products."""
 
-    def __init__(self, matrices: Matrices, form: str, dtype: torch.dtype) -> None:
-        self.form, self.d, self.width = form, matrices.shape.d, matrices.shape.width
-        self.extra = matrices.columns.shape[1]
-        self.V = matrices.cast("basis", dtype)
-        self.M = matrices.cast("mixer", dtype)
-        if form == "folded":
-            self.MV, self.NtV = matrices.cast("folded", dtype), matrices.cast("folded_transposed", dtype)
-        elif form == "core":
-            self.E = matrices.cast("core", dtype)
+    def __init__(self, prepared: Prepared, form: str, dtype: torch.dtype) -> None:
+        self.form, self.d, self.width, self.extra = form, prepared.shape.d, prepared.shape.width, prepared.extra
+        self.V, self.F = prepared.get("basis", dtype), prepared.get("columns", dtype)
+        for name in self.needed():
+            setattr(self, NAMES[name], prepared.get(name, dtype))
+        prepared.settle(dtype)
+
+    M: Tensor
+    B: Tensor
+    MV: Tensor
+    NtV: Tensor
+    E: Tensor
+    R: Tensor
+
+    def needed(self) -> tuple[str, ...]:
+        """The matrices of the form, beside V and F."""
+        return {"factored": ("mixer",), "core": ("core",)}.get(self.form, ("lower", "folded", "folded_transposed"))
+
+    @property
+    def lower(self) -> Tensor:
+        """B_z, e x width."""
+        return self.M[self.width :] if self.form == "factored" else self.B
 
     def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
         """([x' | z], h = x V); h is None for the core form."""
@@ -48,7 +67,7 @@ class SmallSide:
         out = x.new_empty(x.shape[0], self.d + self.extra)
         if self.form == "folded":
             torch.addmm(x, h, self.NtV, out=out[:, : self.d])
-            torch.mm(h, self.M[self.width :].mT, out=out[:, self.d :])
+            torch.mm(h, self.lower.mT, out=out[:, self.d :])
         else:
             mixed = h @ self.M.mT
             torch.addmm(x, mixed[:, : self.width], self.V.mT, out=out[:, : self.d])
@@ -75,7 +94,7 @@ class SmallSide:
         if self.form == "core":
             return None, x @ self.E[:, self.d :]
         h = x @ self.V if saved is None else saved
-        return h, h @ self.M[self.width :].mT
+        return h, h @ self.lower.mT
 
     def mixer_gradient(self, g: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
         """dM ((width + e) x width) from contract's g and expand's x and h (None in the core form, and only there)."""
@@ -92,9 +111,8 @@ class SmallSide:
 class _TritonSide(SmallSide):
     """The folded form through the Triton kernels; x V is computed again in backward rather than kept."""
 
-    def __init__(self, matrices: Matrices, dtype: torch.dtype) -> None:
-        super().__init__(matrices, "folded", dtype)
-        self.R = matrices.cast("expansion", dtype)
+    def needed(self) -> tuple[str, ...]:
+        return "lower", "folded", "expansion"
 
     def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
         from ..triton import launch
@@ -115,54 +133,59 @@ class _TritonSide(SmallSide):
         return launch.token_product(a, b)
 
 
-def small_side(matrices: Matrices, form: str, dtype: torch.dtype, backend: str) -> SmallSide:
+def small_side(prepared: Prepared, form: str, dtype: torch.dtype, backend: str) -> SmallSide:
     """The engine of a form."""
-    fused = backend == "triton" and form == "folded"
-    return _TritonSide(matrices, dtype) if fused else SmallSide(matrices, form, dtype)
+    return (_TritonSide if backend == "triton" and form == "folded" else SmallSide)(prepared, form, dtype)
 
 
-def _join(weight: Tensor, F: Tensor, wide: bool) -> Tensor:
+def keeps(form: str, backend: str, wide: bool) -> bool:
+    """Whether a forward keeps more than x for its backward."""
+    if form == "merged":
+        return False
+    return wide or (form != "core" and backend != "triton")
+
+
+def _join(base: DenseBase, F: Tensor, wide: bool) -> Tensor:
     """[W0 | F], large x (d + e), or its transpose for a wide layer."""
-    return torch.cat([weight, F.mT], 0) if wide else torch.cat([weight, F], 1)
+    return torch.cat([base.weight, F.mT], 0) if wide else torch.cat([base.weight, F], 1)
 
 
-def _shrink(rows: Tensor, weight: Tensor, F: Tensor, side: SmallSide, wide: bool) -> Tensor:
+def _shrink(rows: Tensor, base: DenseBase, side: SmallSide, wide: bool) -> Tensor:
     """[u | z] = rows [A | F]: T x large -> T x (d + e)."""
     if side.joins(len(rows)):
-        joined = _join(weight, F, wide)
+        joined = _join(base, side.F, wide)
         return rows @ (joined.mT if wide else joined)
     uz = rows.new_empty(rows.shape[0], side.d + side.extra)
-    torch.mm(rows, weight.mT if wide else weight, out=uz[:, : side.d])
-    torch.mm(rows, F, out=uz[:, side.d :])
+    (base.forward if wide else base.transpose)(rows, out=uz[:, : side.d])
+    torch.mm(rows, side.F, out=uz[:, side.d :])
     return uz
 
 
-def _grow(uz: Tensor, weight: Tensor, bias: Tensor | None, F: Tensor, side: SmallSide, wide: bool) -> Tensor:
+def _grow(uz: Tensor, base: DenseBase, bias: Tensor | None, side: SmallSide, wide: bool) -> Tensor:
     """[u | z] [A | F]^T + bias: T x (d + e) -> T x large."""
     if side.joins(len(uz)):
-        joined = _join(weight, F, wide)
+        joined = _join(base, side.F, wide)
         joined = joined if wide else joined.mT
         return uz @ joined if bias is None else torch.addmm(bias, uz, joined)
-    u, right = uz[:, : side.d], weight if wide else weight.mT
-    y = u @ right if bias is None else torch.addmm(bias, u, right)
-    return y.addmm_(uz[:, side.d :], F.mT) if side.extra else y
+    u = uz[:, : side.d]
+    y = base.transpose(u) if wide else base.forward(u, bias)
+    return y.addmm_(uz[:, side.d :], side.F.mT) if side.extra else y
 
 
 def linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, F: Tensor, side: SmallSide, wide: bool, keep: bool
+    x: Tensor, base: DenseBase, bias: Tensor | None, side: SmallSide, wide: bool, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, saved); keep: whether a backward to the parameters will want `saved` (None for a tall layer)."""
+    """(y, saved); keep: whether a backward to the parameters will want `saved` (None where there is none)."""
     if wide:
-        return side.contract(_shrink(x, weight, F, side, wide), bias, keep)
+        return side.contract(_shrink(x, base, side, wide), bias, keep)
     xz, saved = side.expand(x, False)
-    return _grow(xz, weight, bias, F, side, wide), saved
+    return _grow(xz, base, bias, side, wide), saved
 
 
 def linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    F: Tensor,
+    base: DenseBase,
     side: SmallSide,
     wide: bool,
     saved: Tensor | None,
@@ -174,14 +197,14 @@ def linear_backward(
     if wide:
         uz, h = side.expand(dy, need_mixer)
         if need_x:
-            dx = _grow(uz, weight, None, F, side, wide)
+            dx = _grow(uz, base, None, side, wide)
         if need_mixer:
             assert saved is not None
             rows = (saved, dy, h)
         if need_columns:
             d_columns = side.over_tokens(x, uz[:, side.d :])
         return dx, rows, d_columns
-    dx, g = side.contract(_shrink(dy, weight, F, side, wide), None, need_mixer)
+    dx, g = side.contract(_shrink(dy, base, side, wide), None, need_mixer)
     if need_mixer or need_columns:
         h, z = side.inner(x, saved)
         if need_mixer:
@@ -191,92 +214,81 @@ def linear_backward(
     return dx, rows, d_columns
 
 
+@dataclass(frozen=True)
+class Call:
+    """How one forward is computed.
+
+    form: factored, folded, core or merged. backend: reference or triton (which serves folded and merged). sink: that of
+    `attach`, where few rows leave the mixer's gradient in factored form; None: always dense.
+    """
+
+    prepared: Prepared
+    form: str
+    backend: str
+    sink: list[Rows] | None = None
+
+
+def run(x: Tensor, base: DenseBase, bias: Tensor | None, call: Call, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """(y, saved) outside of autograd; x: T x in_features."""
+    if call.form == "merged":
+        return torch.nn.functional.linear(x, call.prepared.merged(base.weight, call.backend).to(x.dtype), bias), None
+    side = small_side(call.prepared, call.form, x.dtype, call.backend)
+    return linear_forward(x, base, bias, side, call.prepared.shape.transposed, keep)
+
+
+def pull_back(
+    dy: Tensor, x: Tensor, base: DenseBase, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | Rows | None, Tensor | None]:
+    """(dx, dM, dF) for those of (x, mixer, columns) that need it; dM as `Rows` where that is cheaper."""
+    prepared = call.prepared
+    if call.form == "merged":
+        dx = dy @ prepared.merged(base.weight, call.backend).to(dy.dtype) if needs[0] else None
+        if not (needs[1] or needs[2]):
+            return dx, None, None
+        return dx, *prepared.merged_backward(base.weight, dy.mT @ x, *needs[1:])
+    side = small_side(prepared, call.form, dy.dtype, call.backend)
+    dx, rows, d_columns = linear_backward(dy, x, base, side, prepared.shape.transposed, saved, needs)
+    d_mixer: Tensor | Rows | None = None
+    if rows is not None:
+        g, _, h = rows
+        few = h is not None and prepared.wants_rows(len(x))
+        d_mixer = Rows(g, h) if few and h is not None else side.mixer_gradient(*rows)
+    return dx, d_mixer, d_columns
+
+
 class AdaptedLinear(torch.autograd.Function):
-    """Forward and backward of the factored, folded and core forms; x is T x in_features, contiguous or not."""
+    """y = x W'^T + b as a function of x, the stand-ins of M and F, and the bias; `tensors` are the base operator's."""
 
     @staticmethod
-    def forward(ctx, x, mixer, columns, weight, bias, prepared, form, backend, sink):  # type: ignore[no-untyped-def]
-        side = small_side(prepared, form, x.dtype, backend)
-        F, wide = prepared.cast("columns", x.dtype), prepared.shape.transposed
+    def forward(ctx, x, mixer, columns, bias, base, call, *tensors):  # type: ignore[no-untyped-def]
         keep = mixer.requires_grad or columns.requires_grad
-        y, saved = linear_forward(x, weight, bias, F, side, wide, keep)
-        ctx.side, ctx.wide, ctx.grad_dtype = side, wide, mixer.dtype
-        ctx.sink = sink if form != "core" and prepared.wants_rows(x.shape[0]) else None
-        ctx.save_for_backward(x if keep else None, F, weight, saved if keep else None)
+        y, saved = run(x, base, bias, call, keep)
+        ctx.call, ctx.base = call, base
+        ctx.save_for_backward(x if keep else None, saved if keep else None, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     @own_dtypes()
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        need_x, need_mixer, need_columns, _, need_bias = ctx.needs_input_grad[:5]
-        x, F, weight, saved = ctx.saved_tensors
-        side, d_mixer = ctx.side, None
-        dy = dy.contiguous()
-        dx, rows, d_columns = linear_backward(
-            dy, x, weight, F, side, ctx.wide, saved, (need_x, need_mixer, need_columns))
-        if rows is not None and ctx.sink is not None:
-            g, _, h = rows
-            assert h is not None  # the core form has none, and no sink
-            ctx.sink[:] = [Rows(g, h)]
-        elif rows is not None:
-            d_mixer = side.mixer_gradient(*rows)
+        need_x, need_mixer, need_columns, need_bias = ctx.needs_input_grad[:4]
+        (x, saved, *_), call = ctx.saved_tensors, ctx.call
+        dx, d_mixer, d_columns = pull_back(
+            dy.contiguous(), x, ctx.base, saved, call, (need_x, need_mixer, need_columns))
+        dtype = call.prepared.dtype
+        if isinstance(d_mixer, Rows):
+            if call.sink is None:
+                d_mixer = d_mixer.left.mT @ d_mixer.right
+            else:
+                call.sink[:], d_mixer = [d_mixer], None
         d_bias = dy.sum(0) if need_bias else None
-
-        def cast(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(ctx.grad_dtype)
-
-        return dx, cast(d_mixer), cast(d_columns), None, d_bias, None, None, None, None
+        return (dx, None if d_mixer is None else d_mixer.to(dtype), None if d_columns is None else d_columns.to(dtype),
+                d_bias, None, None, *[None] * len(ctx.base.tensors))  # fmt: skip
 
 
-class MergedLinear(torch.autograd.Function):
-    """y = x W'^T + b with W' built once per preparation; dM and dF through dW' = dy^T x."""
-
-    @staticmethod
-    def forward(ctx, x, mixer, columns, weight, bias, prepared, backend):  # type: ignore[no-untyped-def]
-        merged = prepared.merged(weight, backend).to(x.dtype)
-        ctx.prepared = prepared
-        needs_inner = mixer.requires_grad or columns.requires_grad
-        ctx.save_for_backward(x if needs_inner else None, weight, merged)
-        return torch.nn.functional.linear(x, merged, bias)
-
-    @staticmethod
-    @once_differentiable
-    @own_dtypes()
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        need_x, need_mixer, need_columns, _, need_bias = ctx.needs_input_grad[:5]
-        x, weight, merged = ctx.saved_tensors
-        p: Matrices = ctx.prepared
-        dx = dy @ merged if need_x else None
-        d_mixer = d_columns = None
-        if need_mixer or need_columns:
-            d_mixer, d_columns = p.merged_backward(weight, dy.mT @ x, need_mixer, need_columns)
-        return dx, d_mixer, d_columns, None, dy.sum(0) if need_bias else None, None, None
-
-
-def adapted_linear(
-    x: Tensor,
-    mixer: Tensor,
-    columns: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    prepared: Matrices,
-    form: str,
-    backend: str = "reference",
-    sink: list[Rows] | None = None,
-) -> Tensor:
-    """y = x W'^T + b.
-
-    Args:
-        x: T x in_features. mixer, columns: from `attach`, or leaves.
-        form: factored, folded, core or merged. backend: reference or triton (which serves folded and merged).
-        sink: that of `attach`, where few rows leave the mixer's gradient in factored form; None: always dense.
-    """
-    if not torch.is_grad_enabled():  # a token at a time, autograd's bookkeeping would cost as much as the product
-        if form == "merged":
-            return torch.nn.functional.linear(x, prepared.merged(weight, backend).to(x.dtype), bias)
-        side, F = small_side(prepared, form, x.dtype, backend), prepared.cast("columns", x.dtype)
-        return linear_forward(x, weight, bias, F, side, prepared.shape.transposed, False)[0]
-    if form == "merged":
-        return MergedLinear.apply(x, mixer, columns, weight, bias, prepared, backend)  # type: ignore[no-untyped-call,no-any-return]
-    return AdaptedLinear.apply(x, mixer, columns, weight, bias, prepared, form, backend, sink)  # type: ignore[no-untyped-call,no-any-return]
+def adapted_linear(x: Tensor, pair: Pair | None, base: DenseBase, bias: Tensor | None, call: Call) -> Tensor:
+    """y = x W'^T + b. x: T x in_features; pair: stand-ins from `attach`, or leaves; None where no gradient is wanted."""
+    if pair is None and not torch.is_grad_enabled():
+        return run(x, base, bias, call, False)[0]  # a token at a time, autograd's bookkeeping costs as much as a product
+    mixer, columns = stand_ins(call.prepared) if pair is None else pair
+    return AdaptedLinear.apply(x, mixer, columns, bias, base, call, *base.tensors)  # type: ignore[no-untyped-call,no-any-return]

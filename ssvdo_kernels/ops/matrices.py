@@ -4,7 +4,8 @@
     F  (columns)   large x e               e = l + q
     V  (basis)     d x width
 
-`preparation` makes M and F from the parameters; every form of `linear` is built from these three.
+`preparation` makes M and F from the parameters; every form of `linear` is built from these three. A matrix is kept in
+the dtypes in which tokens have asked for it, and in no other.
 """
 
 from __future__ import annotations
@@ -13,83 +14,104 @@ import torch
 from torch import Tensor
 
 from ..config import LayerShape
+from .products import times
 
 
 class Matrices:
-    """M, F and V of one layer in float32 or float64; the rest is built once, when it is first asked for.
+    """M, F and V of one layer; the rest is built once, when it is first asked for.
 
-    Attributes: mixer M ((width + e) x width); columns F (large x e); basis V (d x width), in mixer's dtype.
+    Attributes: dtype: float32 or float64, in which everything is built; columns: F in it; basis: V in any dtype.
     """
 
-    def __init__(self, shape: LayerShape, mixer: Tensor, columns: Tensor, basis: Tensor) -> None:
-        self.shape, self.dtype = shape, mixer.dtype
-        self.mixer, self.columns, self.basis = mixer, columns, basis.to(mixer.dtype)
-        self._casts: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._folded: Tensor | None = None
-        self._folded_transposed: Tensor | None = None
-        self._core: Tensor | None = None
-        self._merged: Tensor | None = None
+    shape: LayerShape
+    dtype: torch.dtype
+    columns: Tensor
+    basis: Tensor
+    _mixer: Tensor | None
+    _kept: dict[tuple[str, torch.dtype], Tensor]
 
-    def wants_rows(self, tokens: int) -> bool:
-        """Whether the mixer's gradient is cheaper to use as `Rows` of that many tokens; see preparation.py."""
-        return False
+    @property
+    def extra(self) -> int:
+        """e."""
+        return self.columns.shape[1]
+
+    @property
+    def mixer(self) -> Tensor:
+        """M in `dtype`; made again where it has been let go."""
+        return self.remade_mixer() if self._mixer is None else self._mixer
+
+    def remade_mixer(self) -> Tensor:
+        """M from what a preparation keeps."""
+        raise NotImplementedError
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """Lets M go where tokens use it in another dtype than that of the work."""
+        if dtype != self.dtype:
+            self._mixer = None
+
+    def get(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A matrix by its name: mixer, columns, basis, lower, folded, folded_transposed, expansion or core."""
+        found = self._kept.get((name, dtype))
+        if found is None:
+            built: Tensor = getattr(self, name)
+            found = built.to(dtype)
+            if found is not built or name not in ("mixer", "columns", "basis"):
+                self._kept[name, dtype] = found
+        return found
+
+    def _rotated(self, rows: Tensor) -> Tensor:
+        """rows V^T."""
+        return times(self.basis, rows.mT).mT
+
+    @property
+    def lower(self) -> Tensor:
+        """B_z, e x width."""
+        return self.mixer[self.shape.width :]
 
     @property
     def folded(self) -> Tensor:
-        """M V^T = [N V^T; B_z V^T], (width + l + q) x d."""
-        if self._folded is None:
-            self._folded = self.mixer @ self.basis.mT
-        return self._folded
+        """M V^T = [N V^T; B_z V^T], (width + e) x d."""
+        return self._rotated(self.mixer).contiguous()
 
     @property
     def folded_transposed(self) -> Tensor:
         """N^T V^T, width x d."""
-        if self._folded_transposed is None:
-            self._folded_transposed = self.mixer[: self.shape.width].mT @ self.basis.mT
-        return self._folded_transposed
+        return self._rotated(self.mixer[: self.shape.width].mT).contiguous()
 
     @property
     def expansion(self) -> Tensor:
-        """R = [N^T V^T | B_z^T], width x (d + l + q)."""
-        return torch.cat([self.folded_transposed, self.mixer[self.shape.width :].mT], 1)
-
-    def cast(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One of the matrices (an attribute's name) in a dtype; kept, so that each is converted once."""
-        found = self._casts.get((name, dtype))
-        if found is None:
-            matrix: Tensor = getattr(self, name)
-            found = self._casts[name, dtype] = matrix.to(dtype)
-        return found
+        """[N^T V^T | B_z^T], width x (d + e)."""
+        return torch.cat([self.folded_transposed, self.lower.mT], 1)
 
     @property
     def core(self) -> Tensor:
-        """E = [I + V N^T V^T | V B_z^T], d x (d + l + q)."""
-        if self._core is None:
-            d, width, extra = self.shape.d, self.shape.width, self.columns.shape[1]
-            core = torch.empty(d, d + extra, dtype=self.dtype, device=self.basis.device)
-            torch.mm(self.basis, self.folded_transposed, out=core[:, :d])
-            core[:, :d].diagonal().add_(1)
-            core[:, d:] = self.folded[width:].mT
-            self._core = core
-        return self._core
+        """E = [I + V N^T V^T | V B_z^T], d x (d + e)."""
+        d = self.shape.d
+        core = times(self.basis, torch.cat([self.get("folded_transposed", self.dtype), self.lower.mT], 1))
+        core[:, :d].diagonal().add_(1)
+        return core
 
     def merged(self, weight: Tensor, backend: str = "reference") -> Tensor:
         """W' (out x in) in weight's dtype, from W0: A' = A + [A V | F] M V^T, which is `contract` over A's rows."""
-        if self._merged is None:
+        found = self._kept.get(("merged", weight.dtype))
+        if found is None:
             tall = weight.mT if self.shape.transposed else weight
             if backend == "triton":
                 from ..triton import launch
 
-                F, V, Q = (self.cast(name, weight.dtype) for name in ("columns", "basis", "folded"))
-                self._merged = launch.merge(tall, F, V, Q, self.shape.transposed)
-                return self._merged
-            tall = tall.to(self.dtype)
-            left = torch.cat([tall @ self.basis, self.columns], 1)
-            if self.shape.transposed:
-                self._merged = torch.addmm(weight.to(self.dtype), self.folded.mT, left.mT).to(weight.dtype)
+                F, V, Q = (self.get(name, weight.dtype) for name in ("columns", "basis", "folded"))
+                found = launch.merge(tall, F, V, Q, self.shape.transposed)
             else:
-                self._merged = torch.addmm(tall, left, self.folded).to(weight.dtype)
-        return self._merged
+                folded = self.get("folded", self.dtype) if weight.dtype == self.dtype else self.folded
+                change = self._left(tall) @ folded
+                change = change.mT if self.shape.transposed else change
+                found = torch.add(weight, change).to(weight.dtype).contiguous()
+            self._kept["merged", weight.dtype] = found
+        return found
+
+    def _left(self, tall: Tensor) -> Tensor:
+        """[A V | F]."""
+        return torch.cat([times(tall, self.basis.to(self.dtype)), self.columns], 1)
 
     def merged_backward(
         self, weight: Tensor, d_weight: Tensor, need_mixer: bool = True, need_columns: bool = True
@@ -98,15 +120,14 @@ class Matrices:
         tall, d_tall = (weight.mT, d_weight.mT) if self.shape.transposed else (weight, d_weight)
         d_tall, d_mixer, d_columns = d_tall.to(self.dtype), None, None
         if need_mixer:
-            left = torch.cat([tall.to(self.dtype) @ self.basis, self.columns], 1)
-            d_mixer = (left.mT @ d_tall) @ self.basis
+            d_mixer = self._left(tall).mT @ d_tall @ self.basis.to(self.dtype)
         if need_columns:
-            d_columns = d_tall @ self.folded[self.shape.width :].mT
+            d_columns = d_tall @ self.get("folded", self.dtype)[self.shape.width :].mT
         return d_mixer, d_columns
 
     @property
     def built(self) -> frozenset[str]:
         """The forms whose matrices exist already."""
-        have = {"folded": self._folded is not None and self._folded_transposed is not None,
-                "core": self._core is not None, "merged": self._merged is not None}
-        return frozenset(name for name, there in have.items() if there)
+        names = {name for name, _ in self._kept}
+        folded = {"folded"} if {"folded", "folded_transposed"} <= names or {"folded", "expansion"} <= names else set()
+        return frozenset(folded | (names & {"core", "merged"}))

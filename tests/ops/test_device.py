@@ -1,23 +1,23 @@
-"""The CUDA kernels, emulated with threads on the CPU, against the PyTorch preparation."""
+"""The CUDA kernels, emulated with threads on the CPU, against PyTorch in float64."""
 
 import math
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from cases import inner_cases, inner_layers, orthonormal, outer_cases, outer_layers, shifted, unprepared
+from cases import STORED, inner_cases, inner_layers, lying, outer_cases, outer_layers, product_cases, unprepared
 from helpers import assert_close, randomise
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo
 from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.model import adapted_layers
-from ssvdo_kernels.ops import device, host, preparation
-from ssvdo_kernels.ops.preparation import Prepared, State
+from ssvdo_kernels.ops import device, host, outer, preparation
 
 if not host.available():
     pytest.skip("the compiled core was not built", allow_module_level=True)
@@ -27,58 +27,154 @@ def ints(*sizes):
     return torch.zeros(*sizes, dtype=torch.int32)
 
 
-def run_outer(layers, columns, shape, config):
-    """(outers, Y, U, R^-1, left) after a forward that filled `columns`."""
-    outers, Y, U = [p[2] for p, _ in layers], [f.reflector for _, f in layers], [f.outer_basis for _, f in layers]
-    info = ints(len(layers)) - 1
-    inverse, left = device.outer_forward(outers, Y, U, columns, shape, config, info=info)
-    assert info.tolist() == [0] * len(layers)
-    return outers, Y, U, inverse.unbind(), left.unbind()
+def assert_products(got, matrices, columns):
+    """Each sum errs by at most inner u |A| |B|, u = eps / 2, and so does the one in float64 it is compared with."""
+    assert len(got) == len(matrices)
+    for out, A, B in zip(got, matrices, columns, strict=True):
+        A, wide, eps = A.double(), B.double(), torch.finfo(B.dtype).eps
+        assert out.dtype == B.dtype and out.shape == (A.shape[0], B.shape[1])
+        assert bool(((out.double() - A @ wide).abs() <= A.shape[1] * eps * (A.abs() @ wide.abs())).all())
+
+
+@given(case=product_cases())
+@example((STORED[1], 2, (129, 65, 65), ((False, 3, 1), (True, 1, 3)), 0))
+def test_products(case):
+    (work, stored), count, (rows, inner, columns), (left, right), seed = case
+    torch.manual_seed(seed)
+    A = [lying(torch.randn(rows, inner, dtype=torch.float64).to(stored), *left) for _ in range(count)]
+    B = [lying(torch.randn(inner, columns, dtype=work), *right) for _ in range(count)]
+    assert_products(device.product(A, B), A, B)
+
+
+def test_products_of_what_lies_in_other_ways(monkeypatch):
+    original, launches = device._call, []
+
+    def counting(function, operands, *rest, **sizes):
+        launches.append(len(operands[0]))
+        original(function, operands, *rest, **sizes)
+
+    monkeypatch.setattr(device, "_call", counting)
+    many = torch.randn(6, 14, 10)
+    for expected, A in [
+        ([3], [many[i, :5, :7] for i in range(3)]),  # parts of several, by rows
+        ([3], [many[i, :7, :5].mT for i in range(3)]),  # and by columns
+        ([3], [many[i, ::2, 3:10] for i in range(3)]),  # every second row
+        ([3], [many[i, :5, ::2].repeat(1, 2)[:, :7] for i in range(3)]),
+        ([3], [many[i, ::2, :5].mT for i in range(3)]),
+        ([3], [torch.randn(2, 10, 14)[0, ::2, ::2] for _ in range(3)]),  # gaps both ways
+        ([3], [torch.randn(1, 7).expand(5, 7) for _ in range(3)]),  # one row five times
+        ([3], [torch.randn(1, 1).expand(5, 7) for _ in range(3)]),
+        ([1, 1, 1], [torch.randn(5, 7), torch.randn(7, 5).mT, torch.randn(5, 9)[:, :7]]),  # in one list
+        ([1, 2], [torch.randn(5, 14)[:, ::2], *many[:2, :5, :7].unbind()]),
+    ]:
+        B = [torch.randn(7, 4) for _ in A]
+        launches.clear()
+        assert_products(device.product(A, B), A, B)
+        assert launches == expected
+        swapped = [b.mT for b in B], [a.mT for a in A]
+        assert_products(device.product(*swapped), *swapped)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 2), (3, 0, 2), (3, 2, 0), (0, 0, 0), (1, 1, 1), (1, 5, 1), (5, 1, 5)])
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_products_of_little(sizes, by_rows):
+    rows, inner, columns = sizes
+    A, B = [torch.randn(rows, inner)] * 2, [torch.randn(inner, columns)] * 2
+    if not by_rows:
+        A, B = ([t.mT.contiguous().mT for t in many] for many in (A, B))
+    assert_products(device.product(A, B), A, B)
+    assert device.product([], []) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_number_is_exact(dtype):
+    """All 2^16 of them, subnormal and not finite ones included."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1)
+    (got,) = device.product([numbers], [torch.ones(1, 1)])
+    assert torch.equal(got.nan_to_num(7.0), numbers.float().nan_to_num(7.0))
+    assert torch.equal(got.isnan(), numbers.isnan())
+
+
+def test_products_that_are_refused():
+    ones = torch.ones
+    for A, B, message in [
+        ([ones(2, 3)], [ones(2, 3)], "do not fit"),
+        ([ones(2, 3)] * 2, [ones(3, 2)], "2 matrices and 1 blocks"),
+        ([], [ones(3, 2)], "0 matrices"),
+        ([ones(2, 3), ones(2, 4)], [ones(3, 2)] * 2, "matrices of one product are"),
+        ([ones(2, 3)] * 2, [ones(3, 2), ones(3, 2).double()], "columns of one product are .*float64"),
+        ([ones(1, 2, 3)], [ones(3, 2)], "allowed: two dimensions"),
+        ([ones(2, 3)], [ones(3, 2, device="meta")], "matrices on cpu and columns on meta"),
+        ([ones(2, 3)], [ones(3, 2).double()], "a product of float32 with float64 has no kernel"),
+        ([ones(2, 3).bfloat16()], [ones(3, 2).bfloat16()], "allowed: float32, bfloat16 or float16 with float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            device.product(A, B)
+
+
+FACTORED = st.sampled_from([1, 2, 7, 20, 64, 77, 78, 130])  # in float64, 78 and more lie outside of shared memory
+
+
+@settings(max_examples=30)
+@given(l=FACTORED, dtype=st.sampled_from([torch.float32, torch.float64]), power=st.floats(-6, 0))
+def test_factor(l, dtype, power):  # noqa: E741
+    """R^-1 errs by eps times the condition of the Gram matrix (here up to 1e6), a few of them as l grows."""
+    L = torch.randn(3, 2 * l, l, dtype=torch.float64) * torch.logspace(0, power / 2, l, dtype=torch.float64)
+    gram = (L.mT @ L / l + 10**power * torch.eye(l)).to(dtype)
+    given = gram + torch.full_like(gram, math.nan).triu(1)  # which nobody is to read
+    given = lying(given.view(3 * l, l), True, 1).unflatten(0, (3, l))
+    before = given.clone()
+    X, info = device.factor(given)
+    assert info.tolist() == [0] * 3 and info.dtype == torch.int32 and X.dtype == dtype
+    assert torch.equal(given.nan_to_num(7.0), before.nan_to_num(7.0))
+    for one, exact in zip(X, gram.double(), strict=True):
+        want = torch.linalg.inv(torch.linalg.cholesky(exact)).mT
+        condition = float(torch.linalg.cond(exact))
+        assert bool((one.tril(-1) == 0).all())
+        assert_close("X", one, want, 8 * condition * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("l", [5, 130])
+@pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, math.inf])
+def test_bad_pivots(l, value):  # noqa: E741
+    gram = torch.eye(l, dtype=torch.float64).repeat(4, 1, 1)
+    for layer, pivot in ((0, 1), (1, 3), (3, l)):
+        gram[layer, pivot - 1, pivot - 1] = value
+    X, info = device.factor(gram)
+    assert info.tolist() == [1, 3, 0, l]
+    assert torch.equal(X[2], torch.eye(l, dtype=torch.float64))
+    assert bool(X[info != 0].isnan().all())
+    if value <= 0:
+        assert info.tolist() == outer.factor(gram)[1].tolist()
+
+
+def test_factors_of_nothing():
+    for sizes in ((0, 4, 4), (2, 0, 0)):
+        X, info = device.factor(torch.zeros(sizes))
+        assert X.shape == sizes and info.tolist() == [0] * sizes[0]
+    with pytest.raises(TypeError, match="dtype=bfloat16; allowed: float32, float64"):
+        device.factor(torch.eye(2, dtype=torch.bfloat16)[None])
 
 
 @settings(max_examples=40)
 @given(case=outer_cases(), count=st.sampled_from([1, 3]))
 def test_outer_part(case, count):
-    shape, config, layers = outer_layers(case, count)
-    want = [Prepared(p, f, shape, config) for p, f in layers]
-    columns = [torch.full((shape.large, shape.l), float("nan"), dtype=torch.float64) for _ in layers]
-    outers, Y, U, inverse, left = run_outer(layers, columns, shape, config)
-    dF = [shifted(torch.randn(shape.large, shape.l, dtype=torch.float64), i) for i in range(count)]
-    gradients = device.outer_backward(outers, Y, U, inverse, left, dF, shape, config)
-    for i in range(count):
-        # R^-1 and what is made of it err by the Gram matrix's condition
-        condition = 1 + float(torch.linalg.matrix_norm(outers[i], 2)) ** 2 / config.tau
+    """What outer.py makes of the kernels against what it makes of PyTorch: each step errs by a few eps of its size, and
+    R^-1 by the Gram matrix's condition times that."""
+    layers = outer_layers(case, count)
+    F, X, info = outer.forward(layers, device.product, device.factor)
+    want_F, want_X, _ = outer.forward(layers)
+    assert info.tolist() == [0] * count
+    dF = [torch.randn_like(f) for f in F]
+    got = outer.backward(layers, X, F, dF, device.product)
+    want = outer.backward(layers, want_X, want_F, dF)
+    for i, layer in enumerate(layers):
+        condition = 1 + float(torch.linalg.matrix_norm(layer.L, 2)) ** 2 / layer.tau
         tolerance = 64 * condition * 2**-52
-        assert_close("X", inverse[i].mT, want[i].state.X, tolerance)
-        assert_close("F", columns[i], want[i].columns, tolerance)
-        dX_norm = float(torch.linalg.matrix_norm(inverse[i], 2)) * condition  # the gradient's intermediate terms
-        reference = want[i].outer_reference_backward(dF[i])
-        assert float((gradients[i] - reference).norm()) <= 64 * 2**-52 * condition * dX_norm * float(dF[i].norm())
-
-
-@pytest.mark.parametrize("dtype, factors", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16),
-                                            (torch.float32, torch.float16), (torch.float64, torch.float64)])
-def test_several_tiles_and_every_storage_type(dtype, factors):
-    """Sizes beyond one tile each way; l = 130 leaves the factor outside of shared memory in float64."""
-    torch.manual_seed(0)
-    d, c, l = 150, 200, 130  # noqa: E741
-    config = SSVDOConfig(outer_rank=l, outer_scale=1.0)
-    shape = LayerShape.of(c + d, d, config)
-    basis = orthonormal(c + d, d).to(factors)
-    L = (0.3 * torch.randn(c, l, dtype=torch.float64) / math.sqrt(c)).to(dtype)
-    columns = torch.full((c + d, l + 2), 7.0, dtype=dtype)  # two null-space columns stand beside F
-    U = basis[:, :l].contiguous()
-    inverse, left = device.outer_forward([L], [basis], [U], [columns], shape, config, info=ints(1))
-    assert bool((columns[:, l:] == 7).all())
-    dF = torch.randn(c + d, l, dtype=dtype)
-    (gradient,) = device.outer_backward([L], [basis], [U], inverse.unbind(), left.unbind(), [dF], shape, config)
-    exact = torch.empty(c + d, l, dtype=torch.float64)
-    wide = [L.double()], [basis.double()], [U.double()]
-    (X,), _ = host.outer_forward(*wide, [exact], shape, config)
-    (want,) = host.outer_backward(*wide, [X], [dF.double()], shape, config)
-    tolerance = 200 * torch.finfo(dtype).eps  # condition 10, sums of 350
-    assert_close("F", columns[:, :l], exact, tolerance)
-    assert_close("d outer", gradient, want, 4 * tolerance)
+        assert_close("X", X[i], want_X[i], tolerance)
+        assert_close("F", F[i], want_F[i], tolerance)
+        dX_norm = float(torch.linalg.matrix_norm(X[i], 2)) * condition  # the gradient's intermediate terms
+        assert float((got[i] - want[i]).norm()) <= 64 * 2**-52 * condition * dX_norm * float(dF[i].norm())
 
 
 @settings(max_examples=40)
@@ -94,10 +190,8 @@ def test_inner_part(case, count):
     gradients = device.inner_backward(packed, shift, singular, G, saved, d_mixer, q, shape, config)
     for i in range(count):
         made = unprepared(packed[i], shift[i], singular[i], q, shape, config)
-        want = made.inner_reference()
-        made.state = State(want[0], want[1], want[0])
         names = ("G", "saved", "mixer") if rotation == "cayley" else ("G", "", "mixer")
-        for name, a, b in zip(names, got[i], want, strict=True):
+        for name, a, b in zip(names, got[i], made.inner_reference(), strict=True):
             assert not name or (a - b).abs().max() <= 1e-13 * (k + l), name
         back = made.inner_reference_backward(d_mixer[i])
         for name, a, b in zip(("packed", "shift"), gradients[i], back, strict=True):
@@ -127,39 +221,25 @@ def test_newton_mends_what_the_pivots_would_have_saved(k, size):
 
 
 def test_what_has_no_answer_is_reported():
-    config, shape = SSVDOConfig(inner_ratio=1.0, outer_rank=2), LayerShape(6, 3, False, 3, 2)
+    config, shape = SSVDOConfig(inner_ratio=1.0, outer_rank=0), LayerShape(6, 3, False, 3, 0)
     info = ints(2)
     packed = [torch.tensor([0.1, float("nan"), 0.1]), torch.full((3,), 0.1)]
     device.inner_forward(packed, [torch.zeros(3)] * 2, [torch.ones(3)] * 2, 0, shape, config, gate=ints(2), info=info)
     assert info.tolist() == [1, 0]
-    outers = [torch.ones(3, 2), torch.tensor([[1.0, 0.0], [0.0, float("inf")], [0.0, 0.0]])]
-    columns, Y = [torch.zeros(6, 2) for _ in range(2)], [torch.eye(6)[:, :3].contiguous()] * 2
-    device.outer_forward(outers, Y, [torch.zeros(6, 2)] * 2, columns, shape, config, info=info)
-    assert info.tolist() == [0, 2]
-    assert bool(columns[0].isfinite().all()) and bool(columns[1].isnan().any())
 
 
 def test_more_layers_than_one_launch_holds():
-    torch.manual_seed(0)
     config, shape = SSVDOConfig(inner_ratio=1.0, outer_rank=1), LayerShape(4, 2, False, 2, 1)
     n = 50
-    packed, outers = [torch.full((1,), 0.01 * i) for i in range(n)], [torch.full((2, 1), 0.1 * i) for i in range(n)]
-    rest = [torch.zeros(2)] * n, [torch.ones(2)] * n
-    info = ints(n)
-    got = device.inner_forward(packed, *rest, 0, shape, config, gate=ints(n), info=info)
+    packed, rest = [torch.full((1,), 0.01 * i) for i in range(n)], ([torch.zeros(2)] * n, [torch.ones(2)] * n)
+    got = device.inner_forward(packed, *rest, 0, shape, config, gate=ints(n), info=ints(n))
     for i in (0, 47, 48, 49):
         assert_close("G", got[i][0], device.inner_forward([packed[i]], rest[0][:1], rest[1][:1], 0, shape, config,
                                                           gate=ints(1), info=ints(1))[0][0], 1e-7)  # fmt: skip
-    Y, U = [orthonormal(4, 2).float()] * n, [orthonormal(4, 1).float()] * n
-    columns = [torch.empty(4, 1) for _ in range(n)]
-    inverse, left = device.outer_forward(outers, Y, U, columns, shape, config, info=info)
-    dF = [torch.randn(4, 1) for _ in range(n)]
-    gradients = device.outer_backward(outers, Y, U, inverse.unbind(), left.unbind(), dF, shape, config)
-    for i in (0, 47, 48, 49):
-        (X,), _ = host.outer_forward([outers[i]], Y[:1], U[:1], [torch.empty(4, 1)], shape, config)
-        assert_close("X", inverse[i].mT, X, 1e-6)
-        (want,) = host.outer_backward([outers[i]], Y[:1], U[:1], [X], [dF[i]], shape, config)
-        assert_close("d outer", gradients[i], want, 1e-5)
+    A, B = list(torch.randn(n, 3, 4)), list(torch.randn(n, 4, 2))
+    assert_products(device.product(A, B), A, B)
+    squares = torch.arange(1.0, n + 1).view(n, 1, 1)
+    assert_close("X", device.factor(squares**2 * torch.eye(2))[0], torch.eye(2) / squares, 1e-6)
 
 
 # -- whole layers and models, with the emulated kernels in the CUDA kernels' place ------------------------------------
@@ -168,9 +248,9 @@ def emulated(monkeypatch):
     calls = []
     original = device._call
 
-    def counting(function, operands, *rest, **sizes):
-        calls.append((function, len(operands[0])))
-        return original(function, operands, *rest, **sizes)
+    def counting(function, operands, stacked, *rest, **sizes):
+        calls.append((function, len(operands[0] if operands else stacked[0])))
+        return original(function, operands, stacked, *rest, **sizes)
 
     monkeypatch.setattr(device, "_call", counting)
     monkeypatch.setattr(preparation, "preparation", lambda *_: ("cuda", "emulated"))
@@ -208,8 +288,8 @@ def test_a_group_takes_one_call_each_way(emulated, monkeypatch):
     model = nn.Sequential(*(nn.Linear(8, 24) if i % 2 == 0 else nn.Linear(24, 8) for i in range(6)))
     apply_ssvdo(model, SSVDOConfig(target_modules="all-linear", outer_rank=3))
     model(torch.randn(5, 8)).sum().backward()
-    assert sorted(emulated) == [(f"device_{part}_{way}", 3) for part in ("inner", "outer")
-                                for way in ("backward", "forward") for _ in range(2)]
+    assert Counter(emulated) == {("device_inner_forward", 3): 2, ("device_inner_backward", 3): 2,
+                                 ("device_factor", 3): 2, ("device_product", 3): 2 * (7 + 10)}  # fmt: skip
     assert all(p.grad is not None for _, layer in adapted_layers(model) for p in layer.adapter_parameters)
 
 
@@ -236,9 +316,18 @@ def test_a_bad_pivot_stops_the_backward_and_names_the_layer(emulated):
 def test_bad_calls_are_refused():
     from ssvdo_kernels import _C
 
-    with pytest.raises(TypeError, match="float64 with factors=bfloat16"):
-        _C.device_outer_forward("float64", "bfloat16", [], [1, 1, 1], c=2, l=1, r=1, large=4, tau=0.1, scale=1.0,
-                                rotation=True, ld=1, stream=0, device=-1)
+    where = {"stream": 0, "device": -1}
+    product = {"rows": 2, "inner": 3, "columns": 4, "left": (True, 3), "right": (True, 4), "ld": 4, **where}
+    for change, message in [({"rows": 0}, "rows=0"), ({"left": (True, 2)}, "leading dimension of left=2 .* >= 3"),
+                            ({"left": (False, 1)}, "left=1"), ({"right": (True, 3)}, "right=3"),
+                            ({"right": (False, 2)}, "right=2"), ({"ld": 3}, "ld=3")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            _C.device_product("float32", "float32", [], **(product | change))
+    with pytest.raises(ValueError, match="address 2 of layer 0=0"):
+        _C.device_product("float32", "float32", [[8, 8, 0]], **product)
+    for change, message in [({"l": 0}, "l=0"), ({"l": 50000}, "l=50000"), ({"count": 70000}, "count=70000")]:
+        with pytest.raises(ValueError, match=message):
+            _C.device_factor("float32", [8] * 4, **({"l": 1, "count": 1, **where} | change))
     with pytest.raises(ValueError, match="neumann"):
         _C.device_inner_forward("float32", [], [1] * 4, k=2, l=0, q=0, width=2, rotation="neumann", stream=0, device=-1)
     with pytest.raises(ValueError, match="address 1 of layer 0=0"):
@@ -247,6 +336,9 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="allowed: contiguous"):
         device.inner_forward([torch.zeros(3)], [torch.zeros(6)[::2]], [torch.ones(3)], 0, LayerShape(6, 3, False, 3, 0),
                              SSVDOConfig(outer_rank=0), gate=ints(1), info=ints(1))
+    A, B, out = torch.ones(2, 3), torch.ones(3, 4), torch.full((2, 6), 7.0)
+    _C.device_product("float32", "float32", [[t.data_ptr() for t in (A, B, out)]], **(product | {"ld": 6}))
+    assert torch.equal(out, torch.tensor([[3.0] * 4 + [7.0] * 2] * 2))  # nothing is written between rows
     if not device.architectures():
         with pytest.raises(ValueError, match="no CUDA code"):
             _C.device_inner_forward("float32", [[1] * 6], [1] * 4, k=2, l=0, q=0, width=2, rotation="cayley", stream=0,

@@ -1,0 +1,84 @@
+"""Gradient accumulation: one preparation, forward and backward, for all micro-batches of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .cache import Cache
+from .ops.attach import Pair, stand_ins
+from .ops.preparation import Prepared
+
+
+class Accumulator:
+    """Sums one layer's gradients on its prepared matrices while it is open."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache, self._open = cache, False
+        self._prepared: Prepared | None = None
+        self._leaves: Pair | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_cache": self._cache, "_open": False, "_prepared": None, "_leaves": None}
+
+    def pair(self, prepared: Prepared) -> Pair | None:
+        """Leaves that collect the gradients of M and F; None where the context is not open.
+
+        Raises:
+            RuntimeError: the parameters have changed since the context was opened.
+        """
+        if not self._open:
+            return None
+        if self._leaves is None:
+            mixer, columns = stand_ins(prepared)
+            self._prepared, self._leaves = prepared, (mixer.requires_grad_(), columns.requires_grad_())
+        elif prepared is not self._prepared:
+            raise RuntimeError(f"{prepared.name}: the parameters changed inside gradient_accumulation; step the "
+                               "optimiser after the context")
+        return self._leaves
+
+    def start(self) -> None:
+        """Opens it."""
+        if self._open:
+            raise RuntimeError("gradient_accumulation is already open for this layer")
+        self._open = True
+
+    def finish(self) -> list[tuple[Tensor, Tensor]]:
+        """Closes it. M and F in the graph, each with the gradient that was summed on it."""
+        prepared, leaves = self._prepared, self._leaves
+        self._open, self._prepared, self._leaves = False, None, None
+        if prepared is None or leaves is None or all(leaf.grad is None for leaf in leaves):
+            return []
+        attached, _ = self._cache.pair(prepared, prepared.source.parameters)
+        return [(t, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+                for t, leaf in zip(attached, leaves, strict=True)]  # fmt: skip
+
+
+@contextmanager
+def gradient_accumulation(module: nn.Module) -> Iterator[None]:
+    """Prepares every adapted layer of `module` once, forward and backward, for all micro-batches inside.
+
+    Inside, gradients are summed on the prepared matrices; on leaving, one backward per layer brings them to the
+    parameters' ``.grad``, where they add to what is there. Without this context each backward of a micro-batch repeats
+    the preparation's backward: the same gradients, more work. An exception inside leaves ``.grad`` as it was.
+
+    Raises:
+        RuntimeError: the context is open already, or a parameter changes inside.
+    """
+    found = [getattr(m, "accumulator", None) for m in module.modules()]
+    opened: list[Accumulator] = []
+    completed = False
+    try:
+        for accumulator in found:
+            if isinstance(accumulator, Accumulator):
+                accumulator.start()
+                opened.append(accumulator)
+        yield
+        completed = True
+    finally:
+        summed = [pair for accumulator in opened for pair in accumulator.finish()]
+        if completed and summed:
+            torch.autograd.backward([t for t, _ in summed], [g for _, g in summed])

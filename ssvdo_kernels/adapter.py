@@ -1,0 +1,219 @@
+"""The adapter: three trained parameters, frozen V and S, and y = x W'^T + b on any base operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .accumulation import Accumulator
+from .cache import Cache
+from .config import LayerShape, SSVDOConfig
+from .factorize import FACTOR_NAMES, Factors, compute_dtype
+from .ops import lasting, own_dtypes
+from .ops.base import DenseBase
+from .ops.compiled import adapted, encode, enlist
+from .ops.dispatch import token_path
+from .ops.linear import Call, adapted_linear
+from .ops.preparation import Parameters, Prepared, Source
+from .planner import Work, choose
+
+PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
+
+
+class Adapter(nn.Module):
+    """W' = U' diag(S + dS) blockdiag(G, I) V^T in place of W0 = U diag(S) V^T (transposed for a wide layer).
+
+    Trained: ``inner_rotation`` (k(k-1)/2, the strict upper triangle of the skew K; absent where k = 1), ``inner_scale``
+    (k, dS) and ``outer`` (c x l, L / s; absent where l = 0), float32 where the weight is of half precision. Frozen: the
+    tensors of `Factors`, those that there are. No tensor is empty.
+
+    The matrices that depend on parameters alone are prepared once and kept until a parameter changes (cache.py). On a GPU
+    call `refresh` after writing through ``p.data`` by hand.
+
+    Args:
+        shape, config: sizes and formula.
+        factors: those of the weight; None: `set_factors` brings them before the first forward.
+        dtype, device: of the base weight.
+        buffers: whether the factors are buffers that no state_dict holds, instead of frozen parameters.
+    """
+
+    inner_rotation: nn.Parameter | None
+    inner_scale: nn.Parameter
+    outer: nn.Parameter | None
+    basis: Tensor | None
+    singular_values: Tensor | None
+    outer_basis: Tensor | None
+    null_basis: Tensor | None
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        config: SSVDOConfig,
+        factors: Factors | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        buffers: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape, self.config, self.spec = shape, config, encode(shape, config)
+        self.name = "layer"  # how errors call it
+        self.merged = False
+        self._buffered = buffers
+        self.cache = Cache()
+        self.accumulator = Accumulator(self.cache)
+        sizes = ((shape.rotated,), (shape.k,), (shape.c, shape.l))
+        for name, size in zip(PARAMETER_NAMES, sizes, strict=True):
+            made = torch.zeros(size, dtype=compute_dtype(dtype), device=device)
+            self.register_parameter(name, nn.Parameter(made) if made.numel() else None)
+        for name in FACTOR_NAMES:
+            self._hold(name, None)
+        if factors is not None:
+            self.set_factors(factors)
+        self.reset_parameters()
+        enlist(self)
+
+    def _hold(self, name: str, tensor: Tensor | None) -> None:
+        if self._buffered:
+            self.register_buffer(name, tensor, persistent=False)
+        else:
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    def set_factors(self, factors: Factors) -> None:
+        """Takes the factors of the weight that is to be adapted."""
+        for name in FACTOR_NAMES:
+            self._hold(name, getattr(factors, name))
+        self.cache.forget()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """K = 0, dS = 0 and L random: each outer vector is turned by about init_angle radians."""
+        for parameter in self.parameters3:
+            if parameter is not None:
+                parameter.zero_()
+        if self.outer is not None:
+            self.outer.normal_(0, self.shape.outer_deviation(self.config))
+
+    @property
+    def parameters3(self) -> Parameters:
+        """(inner_rotation, inner_scale, outer), None for what is not there."""
+        return self.inner_rotation, self.inner_scale, self.outer
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that there are."""
+        return [p for p in (self.inner_rotation, self.inner_scale, self.outer) if p is not None]
+
+    @property
+    def factors(self) -> Factors:
+        """The frozen factors."""
+        return Factors(*(getattr(self, name) for name in FACTOR_NAMES))
+
+    def source(self, base: DenseBase) -> Source:
+        """What a preparation is made from."""
+        return Source(self.parameters3, self.factors, base, self.shape, self.config, self.name)
+
+    @lasting
+    @own_dtypes()
+    def prepared(self, base: DenseBase) -> Prepared:
+        """The prepared matrices for the current parameters (kept until a parameter changes)."""
+        return self.cache.current(self.source(base))
+
+    def refresh(self) -> None:
+        """Forgets what was prepared; the next forward prepares anew."""
+        self.cache.forget()
+
+    def unmerge(self) -> None:
+        """Computes through the small matrices again, and lets W' go."""
+        self.merged = False
+        self.cache.reset()
+
+    def plan(self, tokens: int, base: DenseBase, grad: bool = True) -> str:
+        """The form ("factored", "folded", "core" or "merged") that a forward of `tokens` rows takes now."""
+        backend, _ = token_path(self.config.backend, base.weight.device, base.weight.dtype)
+        work = Work(tokens, grad, backend, base.weight.dtype, base.weight.device)
+        return "merged" if self.merged else choose(self.prepared(base), work)
+
+    def _check(self, x: Tensor, base: DenseBase, autocast: torch.dtype | None) -> None:
+        weight = base.weight
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}; allowed: a floating dtype")
+        if x.ndim < 1 or x.shape[-1] != self.shape.in_features:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; its last dimension must be in_features={self.shape.in_features}")
+        if x.device != weight.device:
+            raise ValueError(f"x is on {x.device}; the layer is on {weight.device}")
+        if autocast is None and x.dtype != weight.dtype:
+            raise TypeError(f"x has dtype {x.dtype}; allowed: the weight's {weight.dtype} (autocast would cast x)")
+        if weight.requires_grad:
+            raise RuntimeError("weight.requires_grad is True, but SSVD-O keeps W0 frozen; switch it off, or call "
+                               "remove_ssvdo to fine-tune the weight itself")
+
+    @lasting
+    def forward(self, x: Tensor, base: DenseBase, bias: Tensor | None = None) -> Tensor:
+        """y = x W'^T + b. x: (..., in_features); returns (..., out_features). Raises as `SSVDOLinear` says."""
+        kind = base.weight.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self._check(x, base, autocast)
+        tokens = base
+        if autocast is not None and x.dtype != torch.float64:
+            x, tokens = x.to(autocast), base.to(autocast)
+            bias = None if bias is None else bias.to(autocast)
+        rows = x.reshape(-1, self.shape.in_features)
+        if torch.compiler.is_compiling():
+            factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
+            y = adapted(rows, tokens.weight, base.weight, bias, self.parameters3, factors, self.spec, self.merged)
+        else:
+            y = self._forward(rows, tokens, base, bias)
+        return y.view(*x.shape[:-1], self.shape.out_features)
+
+    def _forward(self, rows: Tensor, tokens: DenseBase, base: DenseBase, bias: Tensor | None) -> Tensor:
+        with own_dtypes():
+            source = self.source(base)
+            prepared = self.cache.current(source)
+            pair, sink = None, None
+            if torch.is_grad_enabled() and any(p.requires_grad for p in self.trained):
+                pair = None if self.cache.capturing(source) else self.accumulator.pair(prepared)
+                if pair is None:
+                    pair, sink = self.cache.pair(prepared, source.parameters)
+            backend, _ = token_path(self.config.backend, rows.device, rows.dtype)
+            work = Work(rows.shape[0], pair is not None, backend, rows.dtype, rows.device)
+            form = "merged" if self.merged else choose(prepared, work)
+            prepared.serve(rows.shape[0], pair is not None)
+            return adapted_linear(rows, pair, tokens, bias, Call(prepared, form, backend, sink))
+
+    @lasting
+    @torch.no_grad()
+    @own_dtypes()
+    def adapted_weight(self, base: DenseBase) -> Tensor:
+        """W' (out_features x in_features) for the current parameters, in the weight's dtype; a new tensor."""
+        return self.cache.current(self.source(base)).merged(base.weight).clone()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Which factors there are, of what size and dtype, belongs to the weight: a checkpoint may bring others.
+        for name in FACTOR_NAMES if not self._buffered else ():
+            incoming, own = state_dict.get(prefix + name), getattr(self, name)
+            if incoming is None and name == "null_basis" and prefix + "basis" in state_dict:
+                self._hold(name, None)
+            elif isinstance(incoming, Tensor) and self._fits(name, incoming, own):
+                like = self.inner_scale if own is None else own
+                self._hold(name, torch.empty(incoming.shape, dtype=incoming.dtype, device=like.device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _fits(self, name: str, incoming: Tensor, own: Tensor | None) -> bool:
+        """Whether a place for `incoming` is to be made that is not there as it is."""
+        if name == "null_basis":
+            size, (rows, most) = tuple(incoming.shape), (self.shape.large, self.shape.width)
+            return (own is None or size != tuple(own.shape)) and len(size) == 2 and size[0] == rows and size[1] <= most
+        return name == "basis" and own is not None and incoming.shape == own.shape and incoming.dtype != own.dtype
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        enlist(self)
+
+    def extra_repr(self) -> str:
+        s, c = self.shape, self.config
+        held = "" if self.basis is None else f", basis={str(self.basis.dtype).removeprefix('torch.')}"
+        return f"inner={s.k}, outer_rank={s.l}, rotation={c.rotation!r}{held}, merged={self.merged}"

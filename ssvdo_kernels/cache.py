@@ -1,0 +1,157 @@
+"""A layer's preparation, kept until what it was made from changes; never stale.
+
+On the CPU the parameters are compared by value, so that no edit goes unseen; elsewhere by version counter, storage and
+optimiser step, because a comparison would stall the stream. Factors and base weights are compared by version and storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .ops.attach import Pair, attach
+from .ops.engines import prepare_one
+from .ops.preparation import Parameters, Prepared, Rows, Source
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Some optimisers write through `p.data`, which leaves no trace in the version counter; every step therefore counts.
+register_optimizer_step_post_hook(_count_step)
+
+
+def stamp(tensor: Tensor) -> tuple[object, ...]:
+    """What changes where a tensor is written to or replaced. Its storage must be alive for two stamps to be compared."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
+def _on_cpu(source: Source) -> bool:
+    return source.parameters[1].device.type == "cpu"
+
+
+def one_node() -> bool:
+    """Whether the gradients of several layers may come from one node: not where DDP's reducer or FSDP's resharding look
+    for a layer's gradients when that layer's own backward is over."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+class Batch:
+    """Layers that were prepared together, and their stand-ins in the graph."""
+
+    def __init__(self, prepared: Sequence[Prepared]) -> None:
+        self._prepared = prepared
+        self._trained: tuple[bool, ...] = ()
+        self._attached: dict[int, Pair] = {}
+
+    def attached(self, prepared: Prepared) -> Pair:
+        """M and F of one of the batch, from the node that they share."""
+        parameters = [p.source.parameters for p in self._prepared]
+        trained = tuple(t is not None and t.requires_grad for three in parameters for t in three)
+        if trained != self._trained:
+            found = attach(self._prepared, parameters)
+            self._attached = {id(p): pair for p, pair in zip(self._prepared, found, strict=True)}
+            self._trained = trained
+        return self._attached[id(prepared)]
+
+
+class Companions(Protocol):
+    """Who prepares other layers along with one; see group.py."""
+
+    def prepare(self, cache: Cache, source: Source) -> Prepared | None:
+        """Prepares the layer of `cache` and others, each into its cache; None where that brings nothing."""
+
+
+class Cache:
+    """The one preparation that a layer keeps, and the bookkeeping that outlives it."""
+
+    def __init__(self) -> None:
+        self.group: Companions | None = None
+        self.forget()
+        self._expected = 0
+        self._captured = False
+
+    def forget(self) -> None:
+        """Lets go of the preparation; the next forward prepares anew."""
+        self._expected = self._served()
+        self._prepared: Prepared | None = None
+        self._batch: Batch | None = None
+        self._stamps: tuple[object, object] = ((), ())
+        self._copies: tuple[Tensor, ...] = ()
+
+    def reset(self) -> None:
+        """Forgets what the planner has learnt, too."""
+        self.forget()
+        self._expected = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"copied": True}  # and nothing else: a copy starts afresh
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def _served(self) -> int:
+        """Rows with gradients that the last preparation which had any has served: what the next one may expect."""
+        prepared: Prepared | None = getattr(self, "_prepared", None)
+        return (0 if prepared is None else prepared.trained) or getattr(self, "_expected", 0)
+
+    @staticmethod
+    def _stamp(source: Source) -> tuple[object, object]:
+        """(of the frozen tensors and of what the parameters are, of the parameters' contents)"""
+        present, on_cpu = [p for p in source.parameters if p is not None], _on_cpu(source)
+        fixed = (*map(stamp, source.watched()), *((p.dtype, p.device) for p in present))
+        return fixed, (not on_cpu and _optimizer_steps, *map(stamp, present))
+
+    def out_of_date(self, source: Source, by_value: bool = True) -> bool:
+        """Whether what is kept was made from other tensors, or other numbers. by_value: on a CPU, look at the numbers."""
+        if self._prepared is None or self._captured:
+            return True
+        fixed, moving = self._stamp(source)
+        if fixed != self._stamps[0]:
+            return True
+        if by_value and _on_cpu(source):
+            return not all(map(torch.equal, self._copies, (p for p in source.parameters if p is not None)))
+        return moving != self._stamps[1]
+
+    def current(self, source: Source) -> Prepared:
+        """The preparation for `source` as it is now."""
+        if self.capturing(source):
+            self._captured = True  # a replay may change parameters without a trace
+            return prepare_one(source)
+        if self._prepared is not None and not self.out_of_date(source):
+            self._prepared.verify(wait=False)
+            return self._prepared
+        found = None if self.group is None else self.group.prepare(self, source)
+        if found is None:
+            found = prepare_one(source)
+            self.keep(found, None)
+        return found
+
+    @staticmethod
+    def capturing(source: Source) -> bool:
+        """Whether a CUDA graph is being captured: a replay must prepare anew, as parameters change between replays."""
+        return source.parameters[1].is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def keep(self, prepared: Prepared, batch: Batch | None) -> None:
+        """Takes a preparation, made alone or in a batch."""
+        prepared.expected = self._expected = self._served()
+        source = prepared.source
+        present = [p for p in source.parameters if p is not None]
+        self._copies = tuple(p.detach().clone() for p in present) if _on_cpu(source) else ()
+        self._prepared, self._batch, self._stamps = prepared, batch, self._stamp(source)
+
+    def pair(self, prepared: Prepared, parameters: Parameters) -> tuple[Pair, list[Rows] | None]:
+        """M and F in the graph, and where their one consumer may leave `Rows`."""
+        if prepared is self._prepared and self._batch is not None and one_node():
+            return self._batch.attached(prepared), None
+        sink: list[Rows] = []
+        return attach([prepared], [parameters], sink)[0], sink

@@ -1,0 +1,47 @@
+"""Whole models computed through the dense W', and given back as plain layers.
+
+W0 is never written to. A merged layer keeps its weight bit for bit, and so does its state_dict: it can be saved, loaded,
+trained and unmerged at any time, and its W' follows the parameters. So unmerging is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .linear import SSVDOLinear
+from .model import exchange, require_adapted
+
+
+def merge_ssvdo(model: nn.Module) -> nn.Module:
+    """Computes every adapted layer through its dense W' from now on: one product a forward, as fast as nn.Linear."""
+    for layer in require_adapted(model).values():
+        for adapter in layer.adapters():
+            adapter.merged = True
+    return model
+
+
+def unmerge_ssvdo(model: nn.Module) -> nn.Module:
+    """Undoes `merge_ssvdo`."""
+    for layer in require_adapted(model).values():
+        for adapter in layer.adapters():
+            adapter.unmerge()
+    return model
+
+
+@torch.no_grad()
+def remove_ssvdo(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Puts plain nn.Linear layers back, with W0 (the original tensors) or, with merge=True, with W'.
+
+    The layers stay frozen, as the rest of the model: what is to be trained next is the caller's to say.
+
+    Raises:
+        ValueError: the model has no adapted layer. TypeError: a layer is another package's, which takes it out itself.
+    """
+    layers = require_adapted(model)
+    for name, layer in layers.items():
+        if not isinstance(layer, SSVDOLinear):
+            raise TypeError(f"{name} is a {type(layer).__module__}.{type(layer).__qualname__}; allowed: SSVDOLinear")
+    exchange(model, {id(layer): layer.to_linear(merge) for layer in layers.values() if isinstance(layer, SSVDOLinear)})
+    return model
+

@@ -1,0 +1,68 @@
+"""The prepared matrices in the autograd graph: gradients on M and F become gradients of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import own_dtypes
+from .engines import adjoint
+from .preparation import Parameters, Prepared, Rows
+
+Pair = tuple[Tensor, Tensor]
+
+
+def stand_ins(prepared: Prepared) -> Pair:
+    """Tensors of the shapes of M and F that hold one number: they carry gradients, the values are the preparation's."""
+    rows, one = prepared.shape.width + prepared.extra, prepared.columns.new_zeros(())
+    return one.expand(rows, prepared.shape.width), one.clone().expand(prepared.columns.shape)
+
+
+class Attach(torch.autograd.Function):
+    """The stand-ins of every layer of a batch, as differentiable functions of all their parameters.
+
+    One backward for all: it runs when the last consumer has delivered. A layer that nothing used gets no gradient. sink:
+    where the only consumer of a single layer may leave the mixer's gradient as `Rows`, and return none.
+    """
+
+    @staticmethod
+    def forward(ctx, prepared: Sequence[Prepared], sink: list[Rows] | None, *parameters: Tensor | None):  # type: ignore[no-untyped-def]
+        ctx.prepared, ctx.sink = prepared, sink
+        ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        ctx.set_materialize_grads(False)
+        return tuple(t for p in prepared for t in stand_ins(p))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @own_dtypes()
+    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        result: list[Tensor | None] = [None] * len(ctx.dtypes)
+        if ctx.sink:
+            found = adjoint(ctx.prepared, [ctx.sink.pop()], [_whole(ctx.prepared[0], *gradients)[1]])
+            used = [0]
+        else:
+            used = [i for i in range(len(ctx.prepared)) if any(d is not None for d in gradients[2 * i : 2 * i + 2])]
+            pairs = [_whole(ctx.prepared[i], *gradients[2 * i : 2 * i + 2]) for i in used]
+            prepared = [ctx.prepared[i] for i in used]
+            found = adjoint(prepared, [d for d, _ in pairs], [d for _, d in pairs]) if used else []
+        for i, three in zip(used, found, strict=True):
+            for j, gradient in enumerate(three, 3 * i):
+                if gradient is not None and ctx.needs_input_grad[2 + j]:
+                    result[j] = gradient.to(ctx.dtypes[j])
+        return None, None, *result
+
+
+def _whole(prepared: Prepared, d_mixer: Tensor | None, d_columns: Tensor | None) -> Pair:
+    mixer, columns = stand_ins(prepared)
+    return mixer if d_mixer is None else d_mixer, columns if d_columns is None else d_columns
+
+
+def attach(
+    prepared: Sequence[Prepared], parameters: Sequence[Parameters], sink: list[Rows] | None = None
+) -> list[Pair]:
+    """(M, F) of each layer of one preparation as stand-ins with gradients to all parameters."""
+    flat = [p for three in parameters for p in three]
+    found: tuple[Tensor, ...] = Attach.apply(prepared, sink, *flat)  # type: ignore[no-untyped-call]
+    return list(zip(found[::2], found[1::2], strict=True))

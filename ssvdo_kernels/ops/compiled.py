@@ -1,0 +1,241 @@
+"""The layer as `torch.library` operations: what torch.compile and torch.export see of it.
+
+    adapted        x, W0, bias, parameters, factors  ->  y
+    adapted_train  the same                          ->  y and what its backward keeps
+
+Each is a function of its arguments alone. What depends on parameters alone is prepared outside of the graph: an operation
+looks the layer up whose parameters it is given, by their storage, and takes that layer's preparation, which an eager
+forward, another graph or an earlier token may have made; where they have changed since, it is prepared anew, together
+with the other layers of its shape. Parameters that belong to no living layer (an exported program in another process) are
+prepared in every forward.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import LayerShape, SSVDOConfig
+from ..factorize import Factors
+from ..planner import ALIKE, Work, choose, plan
+from . import lasting, own_dtypes
+from .base import DenseBase
+from .dispatch import token_path
+from .engines import adjoint, prepare_one
+from .linear import Call, keeps, pull_back, run
+from .preparation import Parameters, Prepared, Source
+
+
+class Keeper(Protocol):
+    """Who keeps a layer's preparation (cache.py)."""
+
+    def current(self, source: Source) -> Prepared: ...
+
+
+class Owner(Protocol):
+    """A living layer's adapter."""
+
+    inner_scale: torch.nn.Parameter
+    cache: Keeper
+
+
+_living: weakref.WeakSet[Any] = weakref.WeakSet()
+_by_storage: dict[int, weakref.ref[Any]] = {}
+
+
+def enlist(owner: Owner) -> None:
+    """Makes an adapter known to the operations."""
+    _living.add(owner)
+
+
+def _owner(scale: Tensor) -> Owner | None:
+    """The living adapter whose `inner_scale` lies where `scale` does."""
+    at = scale.data_ptr()
+    found = _by_storage[at]() if at in _by_storage else None
+    if found is None or found.inner_scale.data_ptr() != at:
+        found = next((one for one in list(_living) if one.inner_scale.data_ptr() == at), None)
+        _by_storage.pop(at, None)
+        if found is not None:
+            _by_storage[at] = weakref.ref(found)
+    return found
+
+
+@lasting
+def _prepared(source: Source) -> Prepared:
+    owner = _owner(source.parameters[1])
+    return prepare_one(source) if owner is None else owner.cache.current(source)
+
+
+def encode(shape: LayerShape, config: SSVDOConfig) -> str:
+    """A layer's sizes and formula as the string that every operation takes as `spec`."""
+    sizes = {name: getattr(shape, name) for name in ("out_features", "in_features", "transposed", "k", "l")}
+    return json.dumps({"shape": sizes, "config": config.to_dict()})
+
+
+@lru_cache(maxsize=256)
+def decode(spec: str) -> tuple[LayerShape, SSVDOConfig]:
+    """The inverse of `encode`."""
+    read = json.loads(spec)
+    return LayerShape(**read["shape"]), SSVDOConfig.from_dict(read["config"])
+
+
+def _op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a real implementation, run outside autocast, with its fake."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        op = torch.library.custom_op(f"ssvdo_kernels::{name}", own_dtypes()(function), mutates_args=(), schema=schema)
+        op.register_fake(fake)
+        return op
+
+    return register
+
+
+# tokens: W0 in the dtype of x; weight: W0 as it is stored, the same tensor outside of autocast
+_LAYER = ("Tensor tokens, Tensor weight, Tensor? rotation, Tensor scale, Tensor? outer, Tensor basis, "
+          "Tensor singular_values, Tensor? outer_basis, Tensor? null_basis")  # fmt: skip
+
+
+def _source(layer: tuple[Tensor, ...], spec: str) -> tuple[DenseBase, Source]:
+    tokens, weight, rotation, scale, outer, *factors = layer
+    shape, config = decode(spec)
+    source = Source((rotation, scale, outer), Factors(*factors), DenseBase(weight), shape, config, "a compiled layer")
+    return DenseBase(tokens), source
+
+
+def _extra(layer: tuple[Tensor | None, ...], shape: LayerShape) -> int:
+    null = layer[-1]
+    return shape.l + (0 if null is None else max(0, null.shape[1] - (shape.width - shape.k)))
+
+
+# -- without gradients -------------------------------------------------------------------------------------------------
+def _adapted_fake(x, bias, *rest):  # type: ignore[no-untyped-def]
+    shape, _ = decode(rest[-2])
+    return x.new_empty(x.shape[0], shape.out_features)
+
+
+@_op("adapted", f"(Tensor x, Tensor? bias, {_LAYER}, str spec, bool merged) -> Tensor", _adapted_fake)
+def infer(x, bias, *rest):  # type: ignore[no-untyped-def]
+    """y (T x out_features), by whichever form is cheapest."""
+    *layer, spec, merged = rest
+    tokens, source = _source(layer, spec)
+    prepared = _prepared(source)
+    backend, _ = token_path(source.config.backend, x.device, x.dtype)
+    form = "merged" if merged else choose(prepared, Work(len(x), False, backend, x.dtype, x.device))
+    prepared.serve(len(x), False)
+    return run(x, tokens, bias, Call(prepared, form, backend), False)[0]
+
+
+# -- with gradients ----------------------------------------------------------------------------------------------------
+def _training_form(x: Tensor, prepared: Prepared, backend: str, merged: bool) -> str:
+    """A form that saves what the fake says: all of a layer's forwards save alike, and its backward computes as they."""
+    path = "merged" if merged else prepared.config.path
+    if path != "auto":
+        return path
+    if backend == "triton":
+        return "folded"
+    seen = max(prepared.tokens, prepared.expected - len(x))
+    return plan(prepared.shape, prepared.extra, len(x), seen, True, prepared.built, ALIKE)
+
+
+def _saved_shape(x: Tensor, layer: tuple[Tensor | None, ...], spec: str, merged: bool) -> tuple[Any, int]:
+    shape, config = decode(spec)
+    form = "merged" if merged else config.path
+    backend, _ = token_path(config.backend, x.device, x.dtype)
+    if not keeps(form, backend, shape.transposed):
+        return 0, 0
+    columns = shape.d if form == "core" else shape.width
+    return x.shape[0], columns + (_extra(layer, shape) if shape.transposed else 0)
+
+
+def _train_fake(x, bias, *rest):  # type: ignore[no-untyped-def]
+    *layer, spec, merged = rest
+    return x.new_empty(x.shape[0], decode(spec)[0].out_features), x.new_empty(_saved_shape(x, layer, spec, merged))
+
+
+@_op("adapted_train", f"(Tensor x, Tensor? bias, {_LAYER}, str spec, bool merged) -> (Tensor, Tensor)", _train_fake)
+def train(x, bias, *rest):  # type: ignore[no-untyped-def]
+    """(y, saved): saved is empty where x is all that a backward needs."""
+    *layer, spec, merged = rest
+    tokens, source = _source(layer, spec)
+    prepared = _prepared(source)
+    backend, _ = token_path(source.config.backend, x.device, x.dtype)
+    form = _training_form(x, prepared, backend, merged)
+    prepared.serve(len(x), True)
+    y, saved = run(x, tokens, bias, Call(prepared, form, backend), True)
+    return y, x.new_empty(0, 0) if saved is None else saved
+
+
+def _backward_fake(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
+    *layer, needs, _, _ = rest
+    like = (x, *layer[2:5])
+    return tuple(x.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
+                 for t, need in zip(like, needs, strict=True))  # fmt: skip
+
+
+@_op("adapted_backward", f"(Tensor dy, Tensor x, Tensor saved, {_LAYER}, bool[] needs, str spec, bool merged) "
+     "-> (Tensor, Tensor, Tensor, Tensor)", _backward_fake)  # fmt: skip
+def backward(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
+    """(dx, d inner_rotation, d inner_scale, d outer); an empty tensor for those that `needs` leaves out."""
+    *layer, needs, spec, merged = rest
+    tokens, source = _source(layer, spec)
+    prepared = _prepared(source)
+    backend, _ = token_path(source.config.backend, x.device, x.dtype)
+    call = Call(prepared, _training_form(x, prepared, backend, merged), backend)
+    trains = any(needs[1:])
+    dx, d_mixer, d_columns = pull_back(
+        dy.contiguous(), x, tokens, saved if saved.numel() else None, call, (needs[0], trains, trains))
+    found: list[Tensor | None] = [dx, None, None, None]
+    if d_mixer is not None and d_columns is not None:
+        found[1:] = adjoint([prepared], [d_mixer], [d_columns])[0]
+    like = (x, *source.parameters)
+    return tuple(x.new_empty(0) if g is None or t is None or not need else g.to(t.dtype).contiguous()
+                 for g, t, need in zip(found, like, needs, strict=True))  # fmt: skip
+
+
+def _context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, _, *layer, ctx.spec, ctx.merged = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], *layer)
+
+
+def _gradient(ctx, dy, _):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return (None,) * 13
+    x, saved, *layer = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6)]
+    found = backward(dy, x, saved, *layer, needs, ctx.spec, ctx.merged)
+    dx, *three = (g if need else None for g, need in zip(found, needs, strict=True))
+    d_bias = dy.sum(0) if ctx.needs_input_grad[1] else None
+    return dx, d_bias, None, None, *three, *[None] * 6
+
+
+train.register_autograd(_gradient, setup_context=_context)
+
+
+def adapted(
+    x: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parameters: Parameters,
+    factors: tuple[Tensor | None, ...],
+    spec: str,
+    merged: bool,
+) -> Tensor:
+    """y = x W'^T + b through the operations of this file.
+
+    Args:
+        x: T x in_features. tokens: W0 in x's dtype; weight: W0 as it is stored. factors: in the order of `Factors`.
+        spec: from `encode`. merged: whether to go through the dense W'.
+    """
+    layer = (tokens, weight, *parameters, *factors)
+    learns = x.requires_grad or any(p is not None and p.requires_grad for p in (bias, *parameters))
+    if torch.is_grad_enabled() and learns:
+        return train(x, bias, *layer, spec, merged)[0]  # type: ignore[no-any-return]
+    return infer(x, bias, *layer, spec, merged)  # type: ignore[no-any-return]

@@ -1,0 +1,85 @@
+"""The projector onto the complement of U's span, through W0 and V alone.
+
+For the tall matrix A (large x d; W0, or W0^T for a wide layer), A = U diag(S) V^T, so that U = A V S^-1 and
+
+    P z = z - A V S^-2 V^T A^T z - N N^T z
+
+N (large x q, `null_basis`): the columns of U whose S_i is too small for A v_i / S_i to stand for u_i; their
+inverses, and those of weak components (`LEAST`), are taken as 0. P is symmetric, so that backward is the same passes over A. A V in half precision is orthonormal to about 2^-9 alone; applying P twice squares
+what that leaves of U in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .products import times
+
+Product = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+"""([A_1, ...], [B_1, ...]) -> [A_1 B_1, ...] in B's dtype: of layers of one shape."""
+
+
+def one_by_one(matrices: Sequence[Tensor], columns: Sequence[Tensor]) -> list[Tensor]:
+    """The `Product` of PyTorch alone."""
+    return [times(a, b) for a, b in zip(matrices, columns, strict=True)]
+
+
+@dataclass(frozen=True)
+class Projector:
+    """P of one layer. tall: A, large x d, any floating dtype, often a transposed view; inverse: S^-1 in the dtype of
+    the work, d, 0 where it is of no use; null: N or None."""
+
+    tall: Tensor
+    basis: Tensor  # V, d x d
+    inverse: Tensor
+    null: Tensor | None
+
+    @property
+    def passes(self) -> int:
+        """How often P is applied: twice where V is of half precision."""
+        return 1 if self.basis.dtype == self.inverse.dtype else 2
+
+
+LEAST = 1e-3
+"""S_i / S_0 up to which a component beyond the adapted ones is left out of P: U_l' leaning on it changes W' by S_i times
+the lean, and the inverse would lose eps S_0 / S_i. The same in every dtype, so that an adapter means the same in all."""
+
+
+def inverse_of(singular: Tensor, width: int, null: int) -> Tensor:
+    """S^-1 (d) for `Projector`; the last `null` of the first `width` are columns of N."""
+    useful = singular > (singular[0] * LEAST).clamp_min(torch.finfo(singular.dtype).tiny)
+    useful[:width] = True
+    useful[width - null : width] = False
+    return torch.where(useful, 1 / singular, torch.zeros_like(singular))
+
+
+def project(many: Sequence[Projector], columns: Sequence[Tensor], first: int, rows: int, product: Product = one_by_one
+            ) -> list[Tensor]:  # fmt: skip
+    """(P z)[-rows:] of each layer for z, large x cols in the dtype of the work, whose entries above its last `first`
+    rows are 0; only these are given, and read."""
+    one, large = many[0], many[0].tall.shape[0]
+    for turn in range(one.passes):
+        last = turn + 1 == one.passes
+        columns = _once(many, columns, first, rows if last else large, product)
+        first = large
+    return list(columns)
+
+
+def _once(many: Sequence[Projector], columns: Sequence[Tensor], first: int, rows: int, product: Product
+          ) -> list[Tensor]:  # fmt: skip
+    large = many[0].tall.shape[0]
+    inner = product([p.tall[large - first :].mT for p in many], columns)
+    inner = [t.mul_(p.inverse[:, None]) for t, p in zip(product([p.basis.mT for p in many], inner), many, strict=True)]
+    inner = product([p.basis for p in many], [t.mul_(p.inverse[:, None]) for t, p in zip(inner, many, strict=True)])
+    found = product([p.tall[large - rows :] for p in many], inner)
+    both = min(first, rows)
+    for out, z, p in zip(found, columns, many, strict=True):
+        out.neg_()[rows - both :] += z[first - both :]
+        if p.null is not None:
+            null = p.null.to(out.dtype)
+            out.addmm_(null[large - rows :], null[large - first :].mT @ z, alpha=-1)
+    return list(found)

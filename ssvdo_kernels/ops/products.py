@@ -1,0 +1,30 @@
+"""Products of frozen matrices, stored in any floating dtype, with columns in the dtype of the work.
+
+A number of a half type is a float32 number, so a product of upcast tiles is as exact as one in float32 throughout: it
+errs by the roundings of its sums alone. A tile at a time, no float32 copy of the whole matrix is ever made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE = 2**20  # numbers that are upcast at a time
+
+
+def times(matrix: Tensor, columns: Tensor) -> Tensor:
+    """matrix @ columns in the dtype of columns; matrix: a x b of any floating dtype, a transposed view too."""
+    if matrix.dtype == columns.dtype:
+        return matrix @ columns
+    rows, inner = matrix.shape
+    by_rows = matrix.stride(1) == 1 or matrix.stride(0) != 1  # as the matrix lies in memory
+    step = max(1, TILE // max(1, inner if by_rows else rows))
+    if by_rows:
+        out = columns.new_empty(rows, columns.shape[1])
+        for i in range(0, rows, step):
+            torch.mm(matrix[i : i + step].to(columns.dtype), columns, out=out[i : i + step])
+        return out
+    out = columns.new_zeros(rows, columns.shape[1])
+    for i in range(0, inner, step):
+        out.addmm_(matrix[:, i : i + step].to(columns.dtype), columns[i : i + step])
+    return out

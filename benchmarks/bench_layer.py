@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import asdict
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation
 from ssvdo_kernels.ops.dispatch import token_path
 from ssvdo_kernels.planner import FORMS
 
+from . import memory
 from .ceiling import floors, measure
 from .peers import peers
 from .runner import interleave, launches, peak_extra_bytes
@@ -36,16 +37,68 @@ def kept(p: float, tokens: int, quick: bool) -> tuple[frozenset[str], bool]:
     return frozenset(left_out), p == 0.5 and tokens == 128
 
 
+def pretrained(kind: str, d: int, device: str, dtype: torch.dtype) -> nn.Linear:
+    """The frozen layer that is adapted; the same numbers every time."""
+    out_features, in_features = {"tall": (4 * d, d), "wide": (d, 4 * d), "square": (d, d)}[kind]
+    torch.manual_seed(0)
+    return nn.Linear(in_features, out_features, device=device, dtype=dtype).requires_grad_(False)
+
+
 @lru_cache(maxsize=1)
 def make_peers(
     kind: str, d: int, p: float, rank: int, device: str, dtype: torch.dtype
 ) -> tuple[nn.Linear, Callable[[str], nn.Module]]:
     """The pretrained layer and its peers by name; kept for the next token count, because most begin with an SVD."""
-    out_features, in_features = {"tall": (4 * d, d), "wide": (d, 4 * d), "square": (d, d)}[kind]
-    torch.manual_seed(0)
-    linear = nn.Linear(in_features, out_features, device=device, dtype=dtype).requires_grad_(False)
-    makers = peers(p, rank)
+    linear, makers = pretrained(kind, d, device, dtype), peers(p, rank)
     return linear, lru_cache(maxsize=None)(lambda name: makers[name](linear))
+
+
+def adapted(linear: nn.Linear, p: float, rank: int, cache: Path, path: str = "auto") -> SSVDOLinear:
+    """Our layer."""
+    return SSVDOLinear.from_linear(linear, SSVDOConfig(inner_ratio=p, outer_rank=rank, path=path), cache_dir=cache)
+
+
+def peaked(case: tuple[str, int, int, float, int], quick: bool, gpu: bool) -> bool:
+    """Whether peaks are taken of this case: on a CPU, where each takes a process of its own, at one token count."""
+    kind, _, tokens, p, _ = case
+    return tokens in FULL_AT and p == 0.5 and kind == "tall" if quick else gpu or tokens in FULL_AT
+
+
+def layer_peak(
+    case: tuple[str, int, int, float, int], name: str, cache: Path, device: str, dtype: torch.dtype
+) -> float | None:
+    """MiB that training steps of one method take beyond the pretrained layer, and the tokens and their gradients."""
+    kind, d, tokens, p, rank = case
+
+    def peak(d: int, tokens: int, rank: int) -> float | None:
+        plain = pretrained(kind, d, device, dtype)
+        x = torch.randn(tokens, plain.in_features, device=device, dtype=dtype, requires_grad=True)
+        dy = torch.randn(tokens, plain.out_features, device=device, dtype=dtype)
+        del plain
+
+        def make(linear: nn.Module) -> nn.Module:
+            assert isinstance(linear, nn.Linear)
+            return adapted(linear, p, rank, cache) if name == EVERY else peers(p, rank)[name](linear)
+
+        def step_of(module: nn.Module) -> Callable[[], None]:
+            return training_step(module, x, dy, module.refresh if isinstance(module, SSVDOLinear) else None)
+
+        return memory.training_peak(lambda: pretrained(kind, d, device, dtype), make, step_of, torch.device(device))
+
+    peak(64, 8, min(rank, 32))  # loads what the method needs of libraries, which is not the method's
+    return peak(d, tokens, rank)
+
+
+def peak_of(
+    case: tuple[str, int, int, float, int], cache: Path, device: str, dtype: torch.dtype, name: str
+) -> float | None:
+    """`layer_peak` where it can be told: here on a GPU, else in a process of its own. None for compiled methods."""
+    if name.endswith("compiled"):
+        return None
+    arguments = (case, name, cache, device, dtype)
+    found: float | None = layer_peak(*arguments) if device.startswith("cuda") else memory.alone(
+        layer_peak, *arguments)
+    return found
 
 
 peaks = lru_cache(maxsize=1)(measure)
@@ -83,11 +136,7 @@ def test_layer(
     x = torch.randn(tokens, linear.in_features, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(tokens, linear.out_features, device=device, dtype=dtype)
     cache = Path(tmp_path_factory.getbasetemp()) / "factors"
-
-    def ours(path: str = "auto") -> SSVDOLinear:
-        config = SSVDOConfig(inner_ratio=p, outer_rank=rank)
-        return SSVDOLinear.from_linear(linear, replace(config, path=path), cache_dir=cache)
-
+    ours = partial(adapted, linear, p, rank, cache)
     gpu = device.type == "cuda"
     if gpu and not quick and tokens == COMPILED_AT and rank == 64:
         for name in ("LoRA", "dense SSVD-O"):
@@ -102,25 +151,30 @@ def test_layer(
     served = token_path("auto", device, dtype)[0]
     forms = (("folded", "merged") if served == "triton" else FORMS) if by_form else ()
     with ExitStack() as stack:
-        for name, layer in {CACHED: cached, **{f"form: {form}": ours(form) for form in forms}}.items():
+        for name, layer in {CACHED: cached, **{f"form: {form}": ours(path=form) for form in forms}}.items():
             stack.enter_context(gradient_accumulation(layer))
             steps[name] = training_step(layer, x, dy)
         for _ in range(2):  # the planner sees a few batches before it is timed, as it would in accumulation
             steps[CACHED]()
         timings = interleave(steps, 30 if gpu else ROUNDS[tokens], "frozen", device)
         measured = (*modules, EVERY, CACHED) if not quick or (p == 0.5 and tokens in FULL_AT) else ()
-        memory = {name: peak_extra_bytes(steps[name], device) / 1e6 for name in measured}
+        extra = {name: peak_extra_bytes(steps[name], device) / 1e6 for name in measured}
         started = {name: launches(steps[name]) for name in (*modules, EVERY, CACHED)} if gpu else {}
         benchmark.pedantic(steps[CACHED], rounds=1)
-    chosen = cached.plan(tokens)
-    floor, adapted = floors(fresh.shape, fresh.prepared().columns.shape[1], tokens, dtype.itemsize,
-                            peaks(device, dtype))
+    chosen = cached.adapter.plan(tokens, cached.base())
+    shape = fresh.adapter.shape
+    floor, least = floors(shape, fresh.adapter.prepared(fresh.base()).extra, tokens, dtype.itemsize,
+                          peaks(device, dtype))
+    kept_beside = memory.beside({**modules, EVERY: fresh}, linear, linear.weight.nbytes)
+    most = memory.peaks(kept_beside, partial(peak_of, case, cache, str(device), dtype)) if peaked(
+        case, quick, gpu) else {}
     form_ms = {form: timings[f"form: {form}"].median_ms for form in forms}
     benchmark.extra_info.update(
         case={"kind": kind, "d": d, "tokens": tokens, "p": p, "l": rank},
-        methods={name: {**asdict(t), "peak_extra_mb": memory.get(name), "launches": started.get(name),
-                        "tokens_per_second": 1e3 * tokens / t.median_ms} for name, t in timings.items()},
+        methods={name: {**asdict(t), "peak_extra_mb": extra.get(name), "launches": started.get(name),
+                        "tokens_per_second": 1e3 * tokens / t.median_ms, **kept_beside.get(name, {}),
+                        "peak_mib": most.get(name)} for name, t in timings.items()},
         planner={"chosen": chosen, "fastest": min(form_ms, key=form_ms.__getitem__) if forms else None,
                  "loss": form_ms[chosen] / min(form_ms.values()) - 1 if forms else None},
-        floor={"frozen_ms": 1e3 * floor, "ratio": adapted / floor},
+        floor={"frozen_ms": 1e3 * floor, "ratio": least / floor},
     )  # fmt: skip

@@ -23,23 +23,29 @@ from torch import Tensor, nn
 from ssvdo_kernels import SSVDOConfig
 from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.factorize import Factors
-from ssvdo_kernels.ops.batch import prepare_batch
-from ssvdo_kernels.ops.engines import adjoint
-from ssvdo_kernels.ops.preparation import Gradients, Prepared
+from ssvdo_kernels.ops.base import DenseBase
+from ssvdo_kernels.ops.engines import adjoint, prepare, prepare_one
+from ssvdo_kernels.ops.preparation import Source
 
 from .record import facts, stem
 from .runner import launches
 
 
 def autograd(
-    parameters: Gradients, f: Factors, shape: LayerShape, config: SSVDOConfig, d: tuple[Tensor, Tensor]
+    parameters: tuple[Tensor, Tensor, Tensor],
+    tall: Tensor,
+    f: Factors,
+    shape: LayerShape,
+    config: SSVDOConfig,
+    d: tuple[Tensor, Tensor],
 ) -> tuple[Tensor | None, ...]:
     """The parameters' gradients: M and F by the equations of docs/method.md (cayley, rotation), then autograd.
 
-    One layer's tensors, or those of several stacked.
+    One layer's tensors, or those of several stacked. tall: A; all of S must have an inverse.
     """
     rotation, scale, outer = (p.detach().requires_grad_() for p in parameters)
-    k, l, S = shape.k, shape.l, f.singular_values  # noqa: E741
+    k, l, S, V = shape.k, shape.l, f.singular_values, f.basis  # noqa: E741
+    assert f.outer_basis is not None
     i, j = torch.triu_indices(k, k, 1, device=rotation.device)
     upper = rotation.new_zeros(*rotation.shape[:-1], k, k)
     upper[..., i, j] = rotation
@@ -47,11 +53,11 @@ def autograd(
     B = (S[..., :k] + scale)[..., None] * torch.linalg.solve_ex(eye + K, eye - K)[0]
     mixer = torch.cat([B / S[..., :k, None] - eye, B[..., :l, :]], -2)
     L = outer * shape.outer_scale(config)
-    R = torch.linalg.cholesky_ex(L.mT @ L + config.tau * one)[0]
-    Q = torch.linalg.solve_triangular(R, L.mT, upper=False).mT
+    inner = V.mT @ (tall[..., shape.large - shape.c :, :].mT @ L)
+    Z = nn.functional.pad(L, (0, 0, shape.large - shape.c, 0)) - tall @ (V @ (inner / S[..., None] ** 2))
+    R = torch.linalg.cholesky_ex(Z.mT @ Z + config.tau * one)[0]
     X = torch.linalg.solve_triangular(R, one.expand_as(R), upper=False).mT
-    Y, lifted = f.reflector, nn.functional.pad(Q, (0, 0, shape.large - shape.c, 0))
-    columns = lifted - Y @ (Y[..., shape.large - shape.c :, :].mT @ Q) + f.outer_basis @ (config.tau**0.5 * X - one)
+    columns = Z @ X + f.outer_basis @ (config.tau**0.5 * X - one)
     torch.autograd.backward([mixer, columns], list(d))
     return rotation.grad, scale.grad, outer.grad
 
@@ -62,42 +68,47 @@ def measure(layers: int, p: float, l: int, rounds: int, device: str) -> dict[str
     shape, plain = LayerShape.of(4096, 1024, config), replace(config, backend="reference")
     torch.manual_seed(0)
 
-    def factors() -> Factors:
+    def layer() -> tuple[Tensor, Factors]:
+        """A and what is kept of it."""
         U = torch.linalg.qr(torch.randn(4096, 1024, device=device))[0].contiguous()
-        S = torch.rand(shape.width, device=device).sort(descending=True)[0] + 0.5
-        V = torch.randn(1024, shape.width, device=device) / 32
-        return Factors(V, S, U[:, :l].contiguous(), U, U[:, :0].contiguous())
+        S = torch.rand(1024, device=device).sort(descending=True)[0] + 0.5
+        V = torch.linalg.qr(torch.randn(1024, 1024, device=device))[0].contiguous()
+        return (U * S) @ V.mT, Factors(V, S, U[:, :l].contiguous(), None)
 
     def draw(*sizes: int, spread: float = 1.0) -> Tensor:
         return spread * torch.randn(sizes, device=device)
 
-    all_factors = [factors() for _ in range(layers)]
-    parameters = [(draw(shape.k * (shape.k - 1) // 2, spread=1e-3), draw(shape.k, spread=1e-3),
-                   draw(shape.c, l, spread=1e-2)) for _ in range(layers)]
+    made = [layer() for _ in range(layers)]
+    parameters = [(draw(shape.rotated, spread=1e-3), draw(shape.k, spread=1e-3), draw(shape.c, l, spread=1e-2))
+                  for _ in range(layers)]  # fmt: skip
     given = [(draw(shape.width + l, shape.width), draw(4096, l)) for _ in range(layers)]
 
+    def sources(config: SSVDOConfig) -> list[Source]:
+        return [Source(three, f, DenseBase(tall), shape, config, "layer")
+                for three, (tall, f) in zip(parameters, made, strict=True)]  # fmt: skip
+
     def loop(config: SSVDOConfig) -> None:
-        made = [Prepared(q, f, shape, config) for q, f in zip(parameters, all_factors, strict=True)]
-        for one, d in zip(made, given, strict=True):
-            one.backward(*d)
+        prepared = [prepare_one(source) for source in sources(config)]
+        for one, d in zip(prepared, given, strict=True):
+            adjoint([one], [d[0]], [d[1]])
 
     def batch() -> None:
-        made = [m for m in prepare_batch(parameters, all_factors, [""] * layers, shape, config) if m is not None]
-        adjoint(made, [d for d, _ in given], [d for _, d in given])
+        prepared = [m for m in prepare(sources(config)) if m is not None]
+        adjoint(prepared, [d for d, _ in given], [d for _, d in given])
 
     def first() -> None:
-        for q, f, d in zip(parameters, all_factors, given, strict=True):
-            autograd(q, f, shape, config, d)
+        for three, (tall, f), d in zip(parameters, made, given, strict=True):
+            autograd(three, tall, f, shape, config, d)
 
     def stacked() -> None:
-        many = [torch.stack(ts) for ts in zip(*parameters, strict=True)]
+        rotation, scale, outer = (torch.stack(ts) for ts in zip(*parameters, strict=True))
         d = [torch.stack(ts) for ts in zip(*given, strict=True)]
-        autograd((many[0], many[1], many[2]), frozen, shape, config, (d[0], d[1]))
+        autograd((rotation, scale, outer), talls, frozen, shape, config, (d[0], d[1]))
 
     ways: dict[str, Callable[[], None]] = {"torch, autograd": first}
-    if device == "cuda":  # the frozen factors stacked beforehand, at no cost
-        names = ("inner_basis", "singular_values", "outer_basis", "reflector", "null_basis")
-        frozen = Factors(*(torch.stack([getattr(f, name) for f in all_factors]) for name in names))
+    if device == "cuda":  # what is frozen stacked beforehand, at no cost
+        talls = torch.stack([tall for tall, _ in made])
+        frozen = Factors.of({n: torch.stack([f.tensors()[n] for _, f in made]) for n in made[0][1].tensors()})
         ways["torch, autograd, batched"] = stacked
     ways |= {"torch, hand-written": lambda: loop(plain), "compiled, layer by layer": lambda: loop(config),
              "compiled, one batch": batch}  # fmt: skip

@@ -58,11 +58,12 @@ def compile_for(archs: list[str]) -> list[Compiled]:
 
 
 def markdown(results: list[Compiled]) -> str:
-    """One row a kernel and its types; registers a thread, by architecture."""
-    archs = list(dict.fromkeys(r.arch for r in results))
+    """One row a kernel and its types; registers a thread, by architecture, the most of any layout of a product."""
+    archs = sorted({r.arch for r in results}, key=lambda arch: int(arch.rstrip("af")))
     rows: dict[tuple[str, str], dict[str, int]] = {}
     for r in results:
-        rows.setdefault((r.kernel, r.types), {})[r.arch] = r.registers
+        by = rows.setdefault((r.kernel, r.types), {})
+        by[r.arch] = max(r.registers, by.get(r.arch, 0))
     lines = ["| kernel | types | " + " | ".join(f"sm_{a}" for a in archs) + " |", "|---" * (2 + len(archs)) + "|"]
     for (kernel, types), by in sorted(rows.items()):
         lines.append(f"| {kernel} | {types} | " + " | ".join(str(by[a]) for a in archs) + " |")

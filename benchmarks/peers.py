@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
+from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.factorize import compute_dtype, thin_svd
 
 
@@ -63,12 +64,14 @@ def oft(linear: nn.Linear, block: int = 32) -> nn.Module:
 class EspnetStyleSSVD(nn.Module):
     """SSVD as published code computes it (arXiv 2509.02830): a dense W' in every forward, first-order rotation.
 
-    W' = U diag(S + dS) blockdiag(I - 2K, I) V^T, K unpacked through an index buffer of 2 x k(k-1)/2 integers.
+    W' = U diag(S + dS) blockdiag(I - 2K, I) V^T, K unpacked through an index buffer of 2 x k(k-1)/2 integers. U, S, V
+    are kept whole beside W0.
     """
 
     def __init__(self, linear: nn.Linear, inner_ratio: float) -> None:
         super().__init__()
         weight = linear.weight.detach()
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
         self.transposed = weight.shape[0] < weight.shape[1]
         exact = weight.to(compute_dtype(weight.dtype))
         u, s, v = (t.to(weight.dtype) for t in thin_svd(exact.mT if self.transposed else exact))
@@ -89,18 +92,19 @@ class EspnetStyleSSVD(nn.Module):
 
 
 class DenseSSVDO(nn.Module):
-    """SSVD-O by its equations: `reference.adapted_weight` in every forward, factors computed once (U2 stored)."""
+    """SSVD-O by its equations: `reference.adapted_weight` in every forward, U, S and V computed once and kept whole."""
 
     def __init__(self, linear: nn.Linear, config: SSVDOConfig) -> None:
         super().__init__()
         layer = SSVDOLinear.from_linear(linear, config)
         self.config, self.weight, self.bias = config, layer.weight, layer.bias
-        self.inner_rotation, self.inner_scale, self.outer = layer.adapter_parameters
-        for name, tensor in zip("usvc", reference.dense_factors(layer.weight, layer.shape), strict=True):
+        for name, parameter in zip(PARAMETER_NAMES, layer.adapter.parameters3, strict=True):
+            setattr(self, name, parameter)
+        for name, tensor in zip("usv", reference.dense_factors(layer.weight, layer.adapter.shape), strict=True):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        factors = (self.u, self.s, self.v, self.c)
+        factors = (self.u, self.s, self.v)
         half = x.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(x.device.type, x.dtype if half else None, enabled=half):  # products in the tokens' dtype
             weight = reference.adapted_weight(

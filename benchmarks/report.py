@@ -40,14 +40,46 @@ def table(results: dict[str, Any]) -> tuple[Row, list[Row]]:
     return header, rows
 
 
+MEMORY = ("frozen state / W0", "held / W0", "peak beyond frozen, MiB")
+
+
+def memory_cells(method: dict[str, Any]) -> Row:
+    """A method's cells under MEMORY; "-" for what was not measured."""
+    shown = {"frozen_state": "{:.3f}", "held": "{:.3f}", "peak_mib": "{:.0f}"}
+    return ["-" if method.get(n) is None else form.format(method[n]) for n, form in shown.items()]
+
+
+def memory_table(results: dict[str, Any]) -> tuple[Row, list[Row]]:
+    """(header, rows): what each method keeps beside W0 and a training step takes, layer by layer: see memory.py.
+
+    What is kept does not depend on the tokens; of a layer's rows, that with a peak is shown, else the last.
+    """
+    chosen: dict[str, dict[str, Any]] = {}
+    for r in results["rows"]:
+        key = label({**r["case"], "tokens": "any"})
+        if key not in chosen or not any(m.get("peak_mib") is not None for m in chosen[key]["methods"].values()):
+            chosen[key] = r
+    rows = [[label(r["case"]), name, *memory_cells(m)] for r in chosen.values() for name, m in r["methods"].items()
+            if m.get("frozen_state") is not None]  # fmt: skip
+    return ["layer", "method", *MEMORY], rows
+
+
+def as_markdown(header: Row, rows: list[Row]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(r) + " |" for r in [header, ["---"] * len(header), *rows]]
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """The table as Markdown under a line that says where and when."""
-    header, rows = table(results)
-    lines = [describe(results), "", *("| " + " | ".join(r) + " |" for r in [header, ["---"] * len(header), *rows])]
+    """The tables as Markdown under a line that says where and when."""
+    lines = [describe(results), "", *as_markdown(*table(results))]
     losses = [r["planner"]["loss"] for r in results["rows"] if r["planner"]["loss"] is not None]
     if losses:
         near = sum(loss <= 0.05 for loss in losses)
         lines += ["", f"The planner's form is within 5% of the fastest at {near} of {len(losses)} points."]
+    header, rows = memory_table(results)
+    if rows:
+        lines += ["", "Memory: what is not trained beside W0, what is kept between steps, and the most that "
+                  "training steps take, less what the frozen layer's do.", "", *as_markdown(header, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -88,14 +120,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Prints the table to the terminal."""
-    header, rows = table(results)
-    shown = Table(title=describe(results))
-    for column in header:
-        shown.add_column(column, justify="left" if column == "layer" else "right")
-    for row in rows:
-        shown.add_row(*row)
-    Console(width=max(Console().width, 200)).print(shown)
+    """Prints the tables to the terminal."""
+    for title, (header, rows) in ((describe(results), table(results)), ("Memory", memory_table(results))):
+        shown = Table(title=title)
+        for column in header:
+            shown.add_column(column, justify="left" if column in ("layer", "method") else "right")
+        for row in rows:
+            shown.add_row(*row)
+        if rows:
+            Console(width=max(Console().width, 200)).print(shown)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleave(
-    steps: dict[str, Callable[[], object]], rounds: int, floor: str, device: torch.device | None = None
+    steps: Mapping[str, Callable[[], object]], rounds: int, floor: str, device: torch.device | None = None
 ) -> dict[str, Timing]:
     """Times every step once a round, in an order that rotates, after one untimed round; ratios are taken per round.
 

@@ -1,5 +1,6 @@
 // The compiled core for Python: raw addresses, sizes and strides; checked here, computed in cpu/.
 #include "bindings.h"
+#include "cpu/hash.h"
 
 using namespace ssvdo;
 
@@ -65,6 +66,17 @@ auto by_dtype(const std::string& dtype, Single single, Double twice) {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled core of ssvdo_kernels.";
     m.def("host_name", &host_name, "The instruction set that this processor's build uses.");
+    m.def(
+        "hash",
+        [](const std::vector<std::pair<std::uintptr_t, size_t>>& pieces) {
+            std::uint64_t seed = 0;
+            for (const auto& [address, bytes] : pieces) {
+                if (!address && bytes) refuse("address", 0, "not null");
+                seed = hash(reinterpret_cast<const void*>(address), bytes, seed);
+            }
+            return seed;
+        },
+        py::arg("pieces"), "One number for the contents of pieces of memory, each (address, bytes).");
     for (bool forward : {true, false}) {
         m.def(
             forward ? "inner_forward" : "inner_backward",

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .cache import Cache
 from .ops.attach import Pair, stand_ins
-from .ops.preparation import Prepared
+from .ops.preparation import Parameters, Prepared
+
+
+class Sums(NamedTuple):
+    """Leaves that collect the gradients of M and F, and what these were made from."""
+
+    prepared: Prepared
+    parameters: Parameters
+    leaves: Pair
 
 
 class Accumulator:
@@ -18,13 +27,12 @@ class Accumulator:
 
     def __init__(self, cache: Cache) -> None:
         self._cache, self._open = cache, False
-        self._prepared: Prepared | None = None
-        self._leaves: Pair | None = None
+        self._sums: Sums | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_cache": self._cache, "_open": False, "_prepared": None, "_leaves": None}
+        return {"_cache": self._cache, "_open": False, "_sums": None}
 
-    def pair(self, prepared: Prepared) -> Pair | None:
+    def pair(self, prepared: Prepared, parameters: Parameters) -> Pair | None:
         """Leaves that collect the gradients of M and F; None where the context is not open.
 
         Raises:
@@ -32,13 +40,14 @@ class Accumulator:
         """
         if not self._open:
             return None
-        if self._leaves is None:
+        if self._sums is None:
             mixer, columns = stand_ins(prepared)
-            self._prepared, self._leaves = prepared, (mixer.requires_grad_(), columns.requires_grad_())
-        elif prepared is not self._prepared:
+            self._sums = Sums(prepared, parameters, (mixer.requires_grad_(), columns.requires_grad_()))
+        same = all(p is q for p, q in zip(parameters, self._sums.parameters, strict=True))
+        if prepared is not self._sums.prepared or not same:
             raise RuntimeError(f"{prepared.name}: the parameters changed inside gradient_accumulation; step the "
                                "optimiser after the context")
-        return self._leaves
+        return self._sums.leaves
 
     def start(self) -> None:
         """Opens it."""
@@ -48,13 +57,12 @@ class Accumulator:
 
     def finish(self) -> list[tuple[Tensor, Tensor]]:
         """Closes it. M and F in the graph, each with the gradient that was summed on it."""
-        prepared, leaves = self._prepared, self._leaves
-        self._open, self._prepared, self._leaves = False, None, None
-        if prepared is None or leaves is None or all(leaf.grad is None for leaf in leaves):
+        sums, self._open, self._sums = self._sums, False, None
+        if sums is None or all(leaf.grad is None for leaf in sums.leaves):
             return []
-        attached, _ = self._cache.pair(prepared, prepared.source.parameters)
+        attached, _ = self._cache.pair(sums.prepared, sums.parameters)
         return [(t, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-                for t, leaf in zip(attached, leaves, strict=True)]  # fmt: skip
+                for t, leaf in zip(attached, sums.leaves, strict=True)]  # fmt: skip
 
 
 @contextmanager

@@ -175,7 +175,7 @@ class Adapter(nn.Module):
             prepared = self.cache.current(source)
             pair, sink = None, None
             if torch.is_grad_enabled() and any(p.requires_grad for p in self.trained):
-                pair = None if self.cache.capturing(source) else self.accumulator.pair(prepared)
+                pair = None if self.cache.capturing(source) else self.accumulator.pair(prepared, source.parameters)
                 if pair is None:
                     pair, sink = self.cache.pair(prepared, source.parameters)
             backend, _ = token_path(self.config.backend, rows.device, rows.dtype)
@@ -208,6 +208,12 @@ class Adapter(nn.Module):
             size, (rows, most) = tuple(incoming.shape), (self.shape.large, self.shape.width)
             return (own is None or size != tuple(own.shape)) and len(size) == 2 and size[0] == rows and size[1] <= most
         return name == "basis" and own is not None and incoming.shape == own.shape and incoming.dtype != own.dtype
+
+    def _replicate_for_data_parallel(self) -> Adapter:
+        replica: Adapter = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.cache = Cache()  # on another device, in another thread, for one forward
+        replica.accumulator = Accumulator(replica.cache)
+        return replica
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,13 +1,13 @@
 """A layer's preparation, kept until what it was made from changes; never stale.
 
-On the CPU the parameters are compared by value, so that no edit goes unseen; elsewhere by version counter, storage and
-optimiser step, because a comparison would stall the stream. Factors and base weights are compared by version and storage.
+On the CPU the parameters' bytes are looked at, so that no edit goes unseen; elsewhere version counter, storage and
+optimiser step, because a look would stall the stream. Factors and base weights are compared by version and storage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -71,6 +71,15 @@ class Companions(Protocol):
         """Prepares the layer of `cache` and others, each into its cache; None where that brings nothing."""
 
 
+class Kept(NamedTuple):
+    """A preparation and what it was made from. Exchanged whole, so that threads see the one or the other."""
+
+    prepared: Prepared
+    batch: Batch | None
+    stamps: tuple[object, object]
+    storages: tuple[Tensor, ...]  # of the frozen tensors, alive so that no other comes to lie there
+
+
 class Cache:
     """The one preparation that a layer keeps, and the bookkeeping that outlives it."""
 
@@ -83,10 +92,7 @@ class Cache:
     def forget(self) -> None:
         """Lets go of the preparation; the next forward prepares anew."""
         self._expected = self._served()
-        self._prepared: Prepared | None = None
-        self._batch: Batch | None = None
-        self._stamps: tuple[object, object] = ((), ())
-        self._copies: tuple[Tensor, ...] = ()
+        self._kept: Kept | None = None
 
     def reset(self) -> None:
         """Forgets what the planner has learnt, too."""
@@ -101,35 +107,41 @@ class Cache:
 
     def _served(self) -> int:
         """Rows with gradients that the last preparation which had any has served: what the next one may expect."""
-        prepared: Prepared | None = getattr(self, "_prepared", None)
-        return (0 if prepared is None else prepared.trained) or getattr(self, "_expected", 0)
+        kept: Kept | None = getattr(self, "_kept", None)
+        return (0 if kept is None else kept.prepared.trained) or getattr(self, "_expected", 0)
 
     @staticmethod
     def _stamp(source: Source) -> tuple[object, object]:
-        """(of the frozen tensors and of what the parameters are, of the parameters' contents)"""
+        """(of sizes, formula, frozen tensors and what the parameters are; of the parameters' contents)"""
         present, on_cpu = [p for p in source.parameters if p is not None], _on_cpu(source)
-        fixed = (*map(stamp, source.watched()), *((p.dtype, p.device) for p in present))
+        fixed = source.shape, source.config, *map(stamp, source.watched()), *((p.dtype, p.device) for p in present)
         return fixed, (not on_cpu and _optimizer_steps, *map(stamp, present))
 
     def out_of_date(self, source: Source, by_value: bool = True) -> bool:
         """Whether what is kept was made from other tensors, or other numbers. by_value: on a CPU, look at the numbers."""
-        if self._prepared is None or self._captured:
-            return True
+        return self._up_to_date(source, by_value) is None
+
+    def _up_to_date(self, source: Source, by_value: bool = True) -> Prepared | None:
+        kept = self._kept
+        if kept is None or self._captured:
+            return None
         fixed, moving = self._stamp(source)
-        if fixed != self._stamps[0]:
-            return True
+        if fixed != kept.stamps[0]:
+            return None
         if by_value and _on_cpu(source):
-            return not all(map(torch.equal, self._copies, (p for p in source.parameters if p is not None)))
-        return moving != self._stamps[1]
+            same = kept.prepared.numbers is not None and kept.prepared.numbers.same(source.parameters)
+        else:
+            same = moving == kept.stamps[1]
+        return kept.prepared if same else None
 
     def current(self, source: Source) -> Prepared:
         """The preparation for `source` as it is now."""
         if self.capturing(source):
             self._captured = True  # a replay may change parameters without a trace
             return prepare_one(source)
-        if self._prepared is not None and not self.out_of_date(source):
-            self._prepared.verify(wait=False)
-            return self._prepared
+        if (current := self._up_to_date(source)) is not None:
+            current.verify(wait=False)
+            return current
         found = None if self.group is None else self.group.prepare(self, source)
         if found is None:
             found = prepare_one(source)
@@ -145,13 +157,15 @@ class Cache:
         """Takes a preparation, made alone or in a batch."""
         prepared.expected = self._expected = self._served()
         source = prepared.source
-        present = [p for p in source.parameters if p is not None]
-        self._copies = tuple(p.detach().clone() for p in present) if _on_cpu(source) else ()
-        self._prepared, self._batch, self._stamps = prepared, batch, self._stamp(source)
+        storages = tuple(t.detach() for t in source.watched())
+        self._kept = Kept(prepared, batch, self._stamp(source), storages)
 
     def pair(self, prepared: Prepared, parameters: Parameters) -> tuple[Pair, list[Rows] | None]:
         """M and F in the graph, and where their one consumer may leave `Rows`."""
-        if prepared is self._prepared and self._batch is not None and one_node():
-            return self._batch.attached(prepared), None
+        kept, own = self._kept, prepared.source.parameters
+        # Others of the same numbers (functional_call, a state_dict assigned) are to get their own gradients.
+        same = all(p is q for p, q in zip(parameters, own, strict=True))
+        if same and kept is not None and prepared is kept.prepared and kept.batch is not None and one_node():
+            return kept.batch.attached(prepared), None
         sink: list[Rows] = []
         return attach([prepared], [parameters], sink)[0], sink

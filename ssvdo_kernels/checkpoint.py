@@ -65,6 +65,12 @@ def _basis_sketch(basis: Tensor) -> Tensor:
     return (V.mT @ _probes(V.shape[0], V)).cpu()
 
 
+def _departure(basis: Tensor, sketch: Tensor) -> float:
+    """The largest relative change of one sketched vector."""
+    saved = sketch.double()
+    return float((_basis_sketch(basis) - saved).norm(dim=1).max() / saved.norm(dim=1).square().mean().sqrt())
+
+
 def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis: bool = True) -> Path:
     """Writes the adapters of `model` into the folder `path` and returns it. The files are replaced atomically.
 
@@ -181,8 +187,8 @@ def _by(sizes: tuple[int, ...]) -> str:
 
 
 def layer_for(module: nn.Module | None, entry: Entry, file: Path) -> tuple[SSVDOLinear, Factors | None]:
-    """The layer that will hold the entry (a new one for a plain nn.Linear), checked against it, and the factors that one
-    which is there must take; None where it keeps its own."""
+    """The layer that will hold the entry (a new one for a plain nn.Linear), checked against it, and the factors that a
+    layer which is there must take; None where it keeps its own."""
     where = f"{file}: layer {entry.name}"
     if not isinstance(module, SSVDOLinear) and type(module) is not nn.Linear:
         found = "nothing of that name" if module is None else f"a {type(module).__qualname__}"
@@ -231,9 +237,7 @@ def _check_base(weight: Tensor, entry: Entry, where: str) -> None:
 
 def _in_basis(factors: Factors, weight: Tensor, entry: Entry, where: str) -> Factors:
     """`factors` if their basis is that of the entry, else factors in the basis that the file carries."""
-    saved, now = entry.tensors["basis_sketch"].double(), _basis_sketch(factors.basis[:, : entry.shape.width])
-    size = saved.norm(dim=1).square().mean().sqrt()
-    worst = float((now - saved).norm(dim=1).max() / size)
+    worst = _departure(factors.basis[:, : entry.shape.width], entry.tensors["basis_sketch"])
     if worst <= BASIS_TOLERANCE:
         return factors
     if entry.basis is not None:
@@ -301,6 +305,8 @@ def _entry(name: str, values: dict[str, Any], with_basis: bool, tensors: dict[st
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file}: tensor {name}.{part} has non-finite entries")
         found[part] = tensor
+    if with_basis and not _departure(found["basis"], found["basis_sketch"]) <= BASIS_TOLERANCE:  # "not": it may be NaN
+        raise CheckpointError(f"{file}: tensor {name}.basis is not the basis that the adapter was trained in")
     if not isinstance(values["sha256"], str) or values["dtype"] not in DTYPES:
         raise CheckpointError(f"{file}: layer {name} has no valid fingerprint")
     return Entry(name, shape, config, values["dtype"], values["sha256"], found, found.pop("basis", None))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ssvdo_kernels import SSVDOConfig
 from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.factorize import Factors
+from ssvdo_kernels.ops.base import DenseBase
 from ssvdo_kernels.ops.complement import Projector
 from ssvdo_kernels.ops.outer import Outer
 from ssvdo_kernels.ops.preparation import Prepared, Source
@@ -89,8 +90,9 @@ def outer_layers(case, count):
         inverse = 1 / (torch.rand(d).double() + 0.5)
         tall = shifted((U / inverse) @ V.mT, i)
         inverse[d - null :] = 0
-        layers.append(Outer(shifted(make_outer(kind, c, l), i), U[:, :l].contiguous() if outer == "rotation" else None,
-                            Projector(tall, V, inverse, U[:, d - null :] if null else None), tau))  # fmt: skip
+        projector = Projector(tall, V, inverse, U[:, d - null :] if null else None)
+        turned = U[:, :l].contiguous() if outer == "rotation" else None
+        layers.append(Outer(outer=make_outer(kind, c, l), scale=0.5, U=turned, projector=projector, tau=tau))
     return layers
 
 
@@ -112,6 +114,6 @@ def unprepared(packed, shift, singular, null, shape, config):
     """A Prepared of an inner part alone, made by PyTorch; null: q."""
     space = packed.new_zeros(shape.large, null + shape.width - shape.k)
     factors = Factors(packed.new_zeros(shape.d, shape.width), singular, None, space)
-    made = Prepared(Source((packed, shift, None), factors, packed.new_zeros(0, 0), shape, config, "layer"))
+    made = Prepared(Source((packed, shift, None), factors, DenseBase(packed.new_zeros(0, 0)), shape, config, "layer"))
     made.finish(made.inner_reference(), packed.new_zeros(shape.large, shape.l), packed.new_zeros(0, 0), None)
     return made

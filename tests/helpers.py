@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssvdo_kernels import SSVDOConfig, SSVDOLinear
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
+from ssvdo_kernels.ops import engines
 from ssvdo_kernels.ops.dispatch import without_triton
 
 
@@ -36,8 +37,41 @@ def make_layer(m, n, *, dtype=torch.float64, bias=True, rank=None, spread=0.3, s
 
 @torch.no_grad()
 def randomise(layer, spread=0.3):
-    for p in layer.adapter_parameters:
+    for p in layer.adapter.trained:
         p.copy_(spread * torch.randn(p.shape))
+
+
+def three(layer):
+    """(inner_rotation, inner_scale, outer), as the reference takes them: of no numbers where the layer has none."""
+    shape, like = layer.adapter.shape, layer.adapter.inner_scale.detach()
+    sizes = ((shape.rotated,), (shape.k,), (shape.c, shape.l))
+    parameters = zip(layer.adapter.parameters3, sizes, strict=True)
+    return tuple(like.new_zeros(size) if p is None else p for p, size in parameters)
+
+
+def reference_linear(layer, x, parameters=None):
+    """What the equations give for the layer's numbers as they are, in their dtype."""
+    parameters = three(layer) if parameters is None else parameters
+    bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
+    return reference.linear(x, layer.weight.detach().to(x.dtype), bias, *parameters, config=layer.adapter.config)
+
+
+def prepared(layer):
+    """The layer's preparation for its parameters as they are."""
+    return layer.adapter.prepared(layer.base())
+
+
+def count_preparations(monkeypatch):
+    """{"forward": [...], "backward": [...]}: of how many layers each preparation, and each way back, was."""
+    counts = {"forward": [], "backward": []}
+    for name, original in (("forward", engines._prepare), ("backward", engines._inner_gradients)):
+
+        def counting(many, *rest, name=name, original=original):
+            counts[name].append(len(many))
+            return original(many, *rest)
+
+        monkeypatch.setattr(engines, original.__name__, counting)
+    return counts
 
 
 def error(got: Tensor, want: Tensor, size: Tensor | None = None) -> float:

@@ -5,6 +5,8 @@ import struct
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import ssvdo_kernels.checkpoint as checkpoint
@@ -12,14 +14,15 @@ from ssvdo_kernels import (
     BaseMismatchError,
     CheckpointError,
     SSVDOConfig,
+    SSVDOLinear,
     apply_ssvdo,
     load_ssvdo,
     merge_ssvdo,
     save_ssvdo,
 )
 from ssvdo_kernels.checkpoint import CONFIG_FILE, MODEL_FILE
-from ssvdo_kernels.linear import PARAMETER_NAMES
-from ssvdo_kernels.model import adapted_layers
+from ssvdo_kernels.factorize import Factors, factorize
+from ssvdo_kernels.host import hosts
 
 CONFIG = SSVDOConfig(outer_rank=3)
 
@@ -33,42 +36,44 @@ def run(model, x):
     return model["head"](model["fc2"](torch.relu(model["fc1"](x))))
 
 
-def trained(seed=0, config=CONFIG):
-    model = apply_ssvdo(base(seed), config)
+def trained(seed=0, config=CONFIG, make=base):
+    model = apply_ssvdo(make(seed), config)
     torch.manual_seed(seed + 1)
     with torch.no_grad():
-        for _, layer in adapted_layers(model):
-            for p in layer.adapter_parameters:
+        for _, layer in hosts(model):
+            for p in layer.adapter.trained:
                 p.normal_(0, 0.2)
     return model
 
 
-def parameters(model):
-    return {f"{n}.{p}": getattr(m, p).detach().clone() for n, m in adapted_layers(model) for p in PARAMETER_NAMES}
+def trained_names(model):
+    return {f"{n}.adapter.{p}" for n, m in hosts(model) for p, t in m.adapter.named_parameters() if t.requires_grad}
+
+
+def contents(folder):
+    """(header, tensors) of a saved file."""
+    with safe_open(folder / MODEL_FILE, "pt") as source:
+        return (json.loads(source.metadata()["ssvdo"]),
+                {k: source.get_tensor(k) for k in source.keys()})  # noqa: SIM118
 
 
 def rewrite(folder, change):
     """Applies change(header, tensors) to a saved file."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    file = folder / MODEL_FILE
-    with safe_open(file, "pt") as source:
-        header = json.loads(source.metadata()["ssvdo"])
-        tensors = {k: source.get_tensor(k) for k in source.keys()}  # noqa: SIM118
+    header, tensors = contents(folder)
     change(header, tensors)
-    save_file(tensors, file, {"ssvdo": json.dumps(header)})
+    save_file(tensors, folder / MODEL_FILE, {"ssvdo": json.dumps(header)})
 
 
-@pytest.mark.parametrize("include_factors", [False, True])
+@pytest.mark.parametrize("include_basis", [False, True])
 @pytest.mark.parametrize("adapted_before", [False, True])
-def test_round_trip_is_bit_identical(tmp_path, include_factors, adapted_before):
+def test_round_trip_is_bit_identical(tmp_path, include_basis, adapted_before):
     model, x = trained(), torch.randn(5, 6)
-    save_ssvdo(model, tmp_path / "a", include_factors=include_factors)
+    save_ssvdo(model, tmp_path / "a", include_basis=include_basis)
     fresh = apply_ssvdo(base(), CONFIG) if adapted_before else base()
     assert load_ssvdo(fresh, tmp_path / "a") is fresh
     assert torch.equal(run(fresh, x), run(model, x))
-    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == set(parameters(fresh))
+    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == trained_names(fresh)
+    assert len(trained_names(fresh)) == 6
     human = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
     assert human["layers"]["fc1"]["config"]["outer_rank"] == 3
 
@@ -81,12 +86,40 @@ def test_a_merged_model_saves_the_same_file(tmp_path):
     assert (tmp_path / "a" / MODEL_FILE).read_bytes() == (tmp_path / "b" / MODEL_FILE).read_bytes()
 
 
-def test_the_file_is_small_without_factors(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_file_is_small_and_the_basis_adds_its_own_size(tmp_path, dtype):
     torch.manual_seed(0)
-    model = apply_ssvdo(nn.ModuleDict({"fc1": nn.Linear(64, 256)}), SSVDOConfig(inner_ratio=0.25, outer_rank=4))
+    config = SSVDOConfig(inner_ratio=0.25, outer_rank=4)
+    model = apply_ssvdo(nn.ModuleDict({"fc1": nn.Linear(64, 256)}).to(dtype), config)
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = (save_ssvdo(model, tmp_path) / MODEL_FILE).stat().st_size
+    size = (save_ssvdo(model, tmp_path, include_basis=False) / MODEL_FILE).stat().st_size
     assert 4 * numbers < size < 4 * numbers * 1.3 + 4096
+    whole = (save_ssvdo(model, tmp_path) / MODEL_FILE).stat().st_size
+    assert 0 <= whole - size - 64 * 16 * dtype.itemsize < 256  # V_k, d x max(k, l), and its place in the header
+
+
+def square_and_narrow():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"square": nn.Linear(8, 8), "one": nn.Linear(2, 12), "fc1": nn.Linear(6, 14)})
+
+
+@pytest.mark.parametrize("include_basis", [False, True])
+def test_square_layers_and_single_components_are_saved_without_empty_tensors(tmp_path, include_basis):
+    config = SSVDOConfig(outer_rank=2, target_modules="all-linear")
+    with pytest.warns(UserWarning, match="1 square layers"):
+        model = apply_ssvdo(square_and_narrow(), config)
+    with torch.no_grad():
+        for _, layer in hosts(model):
+            for p in layer.adapter.trained:
+                p.normal_(0, 0.2)
+    _, tensors = contents(save_ssvdo(model, tmp_path, include_basis=include_basis))
+    assert all(t.numel() for t in tensors.values())
+    assert "square.outer" not in tensors and "one.inner_rotation" not in tensors  # l = 0; k = 1
+    fresh = load_ssvdo(square_and_narrow(), tmp_path)
+    for name, layer in hosts(fresh):
+        assert torch.equal(layer.adapted_weight(), model[name].adapted_weight())
+        assert not torch.equal(layer.adapted_weight(), layer.weight)
+    assert fresh["square"].adapter.outer is None and fresh["one"].adapter.inner_rotation is None
 
 
 @pytest.mark.parametrize("adapted_before", [False, True])
@@ -106,40 +139,134 @@ def test_other_base_weights_are_refused_and_nothing_changes(tmp_path, adapted_be
 
 
 def flip(layer):
-    layer.inner_basis[:, 0].neg_()
-    layer.outer_basis[:, 0].neg_()
+    for basis in (layer.adapter.basis, layer.adapter.outer_basis):
+        basis[:, 0].neg_()
 
 
 def rotate(layer):
     c, s = 0.9, 0.19**0.5
-    a, b = layer.inner_basis[:, 0].clone(), layer.inner_basis[:, 1].clone()
-    layer.inner_basis[:, 0], layer.inner_basis[:, 1] = c * a + s * b, c * b - s * a
+    for basis in (layer.adapter.basis, layer.adapter.outer_basis):
+        a, b = basis[:, 0].clone(), basis[:, 1].clone()
+        basis[:, 0], basis[:, 1] = c * a + s * b, c * b - s * a
 
 
-def other_complement(layer):
-    layer.reflector[-1].neg_()
-
-
-@pytest.mark.parametrize("change", [flip, rotate, other_complement])
-def test_another_singular_basis_is_refused_with_the_remedy_and_the_remedy_works(tmp_path, change):
-    model, x = trained(), torch.randn(3, 6)
-    save_ssvdo(model, tmp_path / "small")
-    save_ssvdo(model, tmp_path / "whole", include_factors=True)
-    elsewhere = apply_ssvdo(base(), CONFIG)
+def equal_values(seed=0):
+    """fc1 has singular values 2, 2, 2, 1, 1, 1: any rotation among the equal ones is as good a factorisation."""
+    model = base(seed)
     with torch.no_grad():
-        change(elsewhere["fc1"])
-    with pytest.raises(BaseMismatchError, match=r"layer fc1: the singular vectors.*include_factors=True"):
+        u, _, v = torch.linalg.svd(model["fc1"].weight, full_matrices=False)
+        model["fc1"].weight.copy_(u @ torch.diag(torch.tensor([2.0, 2, 2, 1, 1, 1])) @ v)
+    return model
+
+
+def adapt_elsewhere(model, change, monkeypatch, adapted_before):
+    """`model`, which another machine's factorisation gives the changed basis in fc1."""
+    if adapted_before:
+        apply_ssvdo(model, CONFIG)
+        with torch.no_grad():
+            change(model["fc1"])
+        return model
+
+    def elsewhere(weight, shape, *, basis=None, **options):
+        found = factorize(weight, shape, basis=basis, **options)
+        if basis is not None or options["name"] != "fc1.weight":
+            return found
+        layer = SSVDOLinear(weight, None, found, shape, CONFIG)
+        with torch.no_grad():
+            change(layer)
+        return Factors.of({n: t.detach() for n, t in layer.adapter.factors.tensors().items()})
+
+    monkeypatch.setattr(checkpoint, "factorize", elsewhere)
+    return model
+
+
+@pytest.mark.parametrize("adapted_before", [False, True])
+@pytest.mark.parametrize("change", [flip, rotate])
+@pytest.mark.parametrize("make", [base, equal_values])
+def test_another_singular_basis_is_refused_with_the_remedy_and_the_remedy_works(
+    tmp_path, monkeypatch, make, change, adapted_before
+):
+    model, x = trained(make=make), torch.randn(3, 6)
+    save_ssvdo(model, tmp_path / "small", include_basis=False)
+    save_ssvdo(model, tmp_path / "whole")
+    elsewhere = adapt_elsewhere(make(), change, monkeypatch, adapted_before)
+    with pytest.raises(BaseMismatchError, match=r"layer fc1: the singular vectors.*include_basis=True"):
         load_ssvdo(elsewhere, tmp_path / "small")
+    assert isinstance(elsewhere["fc1"], SSVDOLinear) == adapted_before
     load_ssvdo(elsewhere, tmp_path / "whole")
-    assert torch.equal(run(elsewhere, x), run(model, x))
+    torch.testing.assert_close(run(elsewhere, x), run(model, x), rtol=1e-5, atol=1e-6)
 
 
-def test_the_same_base_in_another_dtype_loads_with_factors_and_another_base_does_not(tmp_path):
-    model = trained()
-    save_ssvdo(model, tmp_path, include_factors=True)
-    half = load_ssvdo(base(dtype=torch.bfloat16), tmp_path)
+def change_of(layer):
+    """W' - W0 of a tall layer in the dtype of the work, without the rounding of W' to a half type."""
+    p = layer.adapter.prepared(layer.base())
+    A, V = layer.weight.detach().to(p.dtype), p.basis.to(p.dtype)
+    return (torch.cat([A @ V, p.columns], 1) @ p.mixer @ V.mT).double()
+
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize("source", DTYPES)
+def test_an_adapter_moves_between_dtypes_of_its_base(tmp_path, source, target):
+    """There and back, within 1% of what it changes; without the basis it is right as well, or refused."""
+    config, deviations = SSVDOConfig(inner_ratio=0.5, outer_rank=8, target_modules=("0",)), {}
+
+    def plain(dtype):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(48, 144)).to(source).to(dtype)  # the numbers of the source, in any dtype
+
+    for include_basis in (True, False):
+        model = apply_ssvdo(plain(source), config)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in model[0].adapter.trained:
+                p.normal_(0, 0.1)
+        want, folder = change_of(model[0]), tmp_path / str(include_basis)
+        assert float(want.norm()) > 0.1 * float(model[0].weight.norm())
+        for step, dtype in enumerate((target, source)):
+            try:
+                save_ssvdo(model, folder, include_basis=include_basis)
+                model = load_ssvdo(plain(dtype), folder)
+            except BaseMismatchError:
+                assert not include_basis and source != target
+                break
+            assert model[0].weight.dtype == dtype
+            off = float((change_of(model[0]) - want).norm() / want.norm())
+            deviations[include_basis, step] = off
+            assert off <= (0.01 if source != target else 0.0), deviations
+    assert {(True, 0), (True, 1)} <= set(deviations)
+
+
+def test_near_equal_singular_values_in_another_dtype_need_the_basis(tmp_path):
+    """Rounding W0 to bfloat16 mixes vectors whose values are nearer than that: the file's basis stays the meaning."""
+    def plain(dtype):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 144))
+        with torch.no_grad():
+            u, _, v = torch.linalg.svd(model[0].weight.double(), full_matrices=False)
+            model[0].weight.copy_(u @ torch.diag(1 + 1e-4 * torch.linspace(1, 0, 48).double()) @ v)
+        return model.to(dtype)
+
+    model = apply_ssvdo(plain(torch.float32), SSVDOConfig(outer_rank=8, target_modules=("0",)))
+    with torch.no_grad():
+        for p in model[0].adapter.trained:
+            p.normal_(0, 0.1)
+    want = change_of(model[0])
+    with pytest.raises(BaseMismatchError, match="include_basis=True"):
+        load_ssvdo(plain(torch.bfloat16), save_ssvdo(model, tmp_path / "small", include_basis=False))
+    half = load_ssvdo(plain(torch.bfloat16), save_ssvdo(model, tmp_path / "whole"))
+    assert float((change_of(half[0]) - want).norm() / want.norm()) <= 0.01
+    back = load_ssvdo(plain(torch.float32), save_ssvdo(half, tmp_path / "half"))
+    assert float((change_of(back[0]) - want).norm() / want.norm()) <= 0.01
+
+
+def test_another_base_in_another_dtype_is_refused(tmp_path):
+    save_ssvdo(trained(), tmp_path)
     x = torch.randn(3, 6)
-    torch.testing.assert_close(run(half, x.bfloat16()).float(), run(model, x), rtol=0.05, atol=0.05)
+    half = load_ssvdo(base(dtype=torch.bfloat16), tmp_path)
+    torch.testing.assert_close(run(half, x.bfloat16()).float(), run(trained(), x), rtol=0.05, atol=0.05)
     with pytest.raises(BaseMismatchError):
         load_ssvdo(base(seed=5, dtype=torch.bfloat16), tmp_path)
 
@@ -154,9 +281,9 @@ def test_rank_deficient_weights_round_trip(tmp_path):
     config = SSVDOConfig(inner_ratio=1.0, outer_rank=2)
     model = apply_ssvdo(deficient(), config)
     with torch.no_grad():
-        model["fc1"].inner_scale.normal_()
-    assert model["fc1"].null_basis.shape[1] == 5
-    save_ssvdo(model, tmp_path, include_factors=True)
+        model["fc1"].adapter.inner_scale.normal_()
+    assert model["fc1"].adapter.null_basis.shape[1] == 5
+    save_ssvdo(model, tmp_path)
     x = torch.randn(3, 6)
     assert torch.equal(run(load_ssvdo(deficient(), tmp_path), x), run(model, x))
 
@@ -184,7 +311,18 @@ def test_foreign_files_are_refused(tmp_path, content):
     (lambda h, t: h["layers"].update(fc1=3), "not an SSVD-O adapter"),
     (lambda h, t: h["layers"]["fc1"]["config"].update(tau=-1), "tau=-1"),
     (lambda h, t: h["layers"]["fc1"]["config"].update(colour=1), "colour"),
+    (lambda h, t: h.pop("include_basis"), "not an SSVD-O adapter"),
     (lambda h, t: t.pop("fc1.outer"), "fc1.outer is missing"),
+    (lambda h, t: t.pop("fc1.basis"), "fc1.basis is missing"),
+    (lambda h, t: h.update(include_basis=False), "unknown tensors"),
+    (lambda h, t: t.update({"fc1.basis": t["fc1.basis"][:, :2].clone()}), r"fc1.basis is \(6, 2\)"),
+    (lambda h, t: t.update({"fc1.basis": t["fc1.basis"].int()}), "floating dtype"),
+    (lambda h, t: t["fc1.basis"][0, 0].fill_(float("nan")), "fc1.basis has non-finite"),
+    (lambda h, t: t["fc1.basis"].zero_(), "fc1.basis is not the basis"),
+    (lambda h, t: t["fc1.basis"][:, 0].neg_(), "fc1.basis is not the basis"),
+    (lambda h, t: t.update({"fc1.basis": torch.randn(6, 3)}), "fc1.basis is not the basis"),
+    (lambda h, t: t.update({"fc1.basis": t["fc2.basis"].clone()}), "fc1.basis is not the basis"),
+    (lambda h, t: t.update({"fc1.inner_rotation": torch.zeros(0)}), r"fc1.inner_rotation is \(0,\)"),
     (lambda h, t: t.update({"fc9.outer": torch.zeros(1)}), "unknown tensors"),
     (lambda h, t: t.update({"fc1.outer": torch.zeros(2, 2)}), r"fc1.outer is \(2, 2\)"),
     (lambda h, t: t.update({"fc1.outer": torch.zeros(8, 3, dtype=torch.int32)}), "floating dtype"),
@@ -226,7 +364,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("ssvdo_kernels.factorize.os.fsync", fail)
+    monkeypatch.setattr("ssvdo_kernels.files.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save_ssvdo(trained(seed=3), tmp_path)
     assert (folder / MODEL_FILE).read_bytes() == old

@@ -13,7 +13,7 @@ from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, budget, merge_ssvdo, remove_ssvdo, save_ssvdo
 from ssvdo_kernels.cli import main
-from ssvdo_kernels.model import adapted_layers
+from ssvdo_kernels.host import hosts
 
 
 class Net(nn.Module):
@@ -35,7 +35,7 @@ def trained(folder, dtype=torch.float32, **options):
     for file, second in (("model-1.safetensors", False), ("model-2.safetensors", True)):
         save_file({n: t for n, t in state.items() if ("fc2" in n) == second}, folder / "base" / file, {"format": "pt"})
     apply_ssvdo(model, SSVDOConfig(**{"outer_rank": 3, **options}))
-    for _, layer in adapted_layers(model):
+    for _, layer in hosts(model):
         randomise(layer)
     save_ssvdo(model, folder / "adapter")
     return folder / "base", folder / "adapter", model
@@ -77,15 +77,15 @@ def test_merge_refuses_and_leaves_nothing(tmp_path, capsys):
     assert "no adapter at" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("include_factors", [False, True])
-def test_inspect(tmp_path, capsys, include_factors):
+@pytest.mark.parametrize("include_basis", [False, True])
+def test_inspect(tmp_path, capsys, include_basis):
     _, adapter, model = trained(tmp_path)
-    save_ssvdo(model, adapter, include_factors=include_factors)
+    save_ssvdo(model, adapter, include_basis=include_basis)
     assert main(["inspect", str(adapter)]) == 0
     shown = capsys.readouterr().out
-    parameters = sum(layer.shape.parameters for _, layer in adapted_layers(model))
+    parameters = sum(layer.adapter.shape.parameters for _, layer in hosts(model))
     assert f"2 layers, {parameters:,} trained numbers" in shown and "fc1" in shown
-    assert ("with factors" in shown) == include_factors
+    assert ("with V_k" in shown, "without V_k" in shown) == (include_basis, not include_basis)
     (adapter / "broken").mkdir()
     assert main(["inspect", str(adapter / "broken")]) == 1
     assert "ssvdo: no adapter at" in capsys.readouterr().err
@@ -136,8 +136,8 @@ def test_the_plan_s_parameters_are_the_model_s(tmp_path, capsys):
     assert main(["plan", str(base), "--outer-rank", "3"]) == 0
     want = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"{want:,} trained numbers" in capsys.readouterr().out
-    numbers = sum(budget.factor_numbers(layer.shape) for _, layer in adapted_layers(model))
-    assert numbers == sum(t.numel() for _, layer in adapted_layers(model) for t in layer.factors().tensors().values())
+    numbers = sum(budget.factor_numbers(layer.adapter.shape) for _, layer in hosts(model))
+    assert numbers == sum(t.numel() for _, layer in hosts(model) for t in layer.adapter.factors.tensors().values())
     assert main(["plan", str(base), "--outer-rank", "3", "--target-modules", "all-linear"]) == 0
     assert "8 -> 8" in capsys.readouterr().out
     assert main(["plan", str(base), "--outer-rank", "3", "--target-modules", r"fc\d"]) == 0

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, diagnose, orthogonality, trainable_summary
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, diagnose, orthogonality, reference, trainable_summary
 from ssvdo_kernels.diagnostics import layer_report
 from ssvdo_kernels.info import info
 
@@ -17,7 +17,7 @@ def layer(m=24, n=8, spread=0.3, **options):
     torch.manual_seed(0)
     made = SSVDOLinear.from_linear(nn.Linear(n, m).double(), SSVDOConfig(**{"outer_rank": 3, **options}))
     with torch.no_grad():
-        for p in made.adapter_parameters:
+        for p in made.adapter.trained:
             p.normal_(0, spread)
     return made
 
@@ -28,17 +28,19 @@ def test_report_agrees_with_dense_algebra(m, n):
     report = layer_report(made, "x")
     change = made.adapted_weight() - made.weight
     assert report.drift == pytest.approx(float(change.norm() / made.weight.norm()), rel=1e-9)
-    S = made.singular_values[: made.shape.k]
-    assert report.scale_change == pytest.approx(float((made.inner_scale.detach().abs() / S).max()), rel=1e-9)
-    G = made.prepared().state.G
+    adapter, shape = made.adapter, made.adapter.shape
+    S = adapter.singular_values[: shape.k]
+    assert report.scale_change == pytest.approx(float((adapter.inner_scale.detach().abs() / S).max()), rel=1e-9)
+    G = reference.rotation(reference.skew(adapter.inner_rotation.detach(), shape.k))
     angle = float(torch.angle(torch.linalg.eigvals(G)).abs().max())
     assert report.inner_angle == pytest.approx(angle, rel=1e-3)
-    L = made.outer.detach() * made.shape.outer_scale(made.config)
-    sv = torch.linalg.svdvals(L)
-    tau = made.config.tau
+    U, S, _ = reference.dense_factors(made.weight, shape)
+    Z = reference.turned(U, S, adapter.outer.detach() * shape.outer_scale(adapter.config), shape.width)
+    sv, tau = torch.linalg.svdvals(Z), adapter.config.tau
     assert report.outer_angle == pytest.approx(float(torch.atan(sv.max() / math.sqrt(tau))), rel=1e-6)
     assert report.cholesky_condition == pytest.approx(float((sv.max() ** 2 + tau) / (sv.min() ** 2 + tau)), rel=1e-6)
     assert report.orthonormality < 1e-12 and report.inner_orthonormality < 1e-12
+    assert report.basis == "float64 x1"
 
 
 def test_departures_are_seen_where_they_exist():
@@ -56,7 +58,7 @@ def test_warning_where_cholesky_becomes_unsafe():
     model = apply_ssvdo(nn.ModuleDict({"fc1": nn.Linear(8, 24)}), SSVDOConfig(outer_rank=3, tau=1e-8, outer_scale=1.0))
     assert len(orthogonality(model)) == 1
     with torch.no_grad():
-        model["fc1"].outer[:, 0] = 1.0
+        model["fc1"].adapter.outer[:, 0] = 1.0
     with pytest.warns(UserWarning, match=r"fc1: the condition number .* \(tau=1e-08\)"):
         orthogonality(model)
 

@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_close, randomise, require_fully_shard
+from helpers import assert_close, count_preparations, randomise, require_fully_shard
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, load_ssvdo, save_ssvdo
-from ssvdo_kernels.linear import PARAMETER_NAMES
-from ssvdo_kernels.model import adapted_layers, group_layers
+from ssvdo_kernels.adapter import PARAMETER_NAMES
+from ssvdo_kernels.host import hosts
+from ssvdo_kernels.model import group_layers
 from ssvdo_kernels.ops import host
 
 if not host.available():
@@ -36,17 +37,17 @@ def nets(**options):
     torch.manual_seed(0)
     net = Net().double()
     apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2, **options))
-    for _, layer in adapted_layers(net):
+    for _, layer in hosts(net):
         randomise(layer)
     alone = copy.deepcopy(net)  # a copy has no groups
-    assert all(layer._group is None for _, layer in adapted_layers(alone))
+    assert all(layer.adapter.cache.group is None for _, layer in hosts(alone))
     return net, alone
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many layers each call of the compiled core was for, by its name."""
-    found = {}
+    """How many layers each preparation and each way back was for, and each call of the compiled core, by its name."""
+    found = count_preparations(monkeypatch)
     original = host._call
 
     def counting(function, operands, build, **sizes):
@@ -55,6 +56,12 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(host, "_call", counting)
     return found
+
+
+def clear(calls):
+    """Keeps the dictionary that is being counted in."""
+    for sizes in calls.values():
+        sizes.clear()
 
 
 def x_of(*shape):
@@ -72,7 +79,7 @@ def train(net, x, forward=None, **options):
     (forward or net)(x, **options).square().sum().backward()
 
 
-ALL = {"inner_forward": [4, 4], "outer_forward": [4, 4], "inner_backward": [4, 4], "outer_backward": [4, 4]}
+ALL = {"forward": [4, 4], "inner_forward": [4, 4], "backward": [4, 4], "inner_backward": [4, 4]}
 
 
 @pytest.mark.parametrize("options", [{}, {"rotation": "neumann"}, {"outer": "additive"}], ids=str)
@@ -89,7 +96,7 @@ def test_steps(calls):
     net, alone = nets()
     for model in net, alone:
         optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        calls.clear()
+        clear(calls)
         torch.manual_seed(1)
         for _ in range(3):
             optimiser.zero_grad()
@@ -107,7 +114,7 @@ def test_skipped_layers_get_no_gradient():
         torch.manual_seed(1)
         train(model, x_of(4), skip=(1, 2))
     agree(net, alone)
-    assert net.blocks[1][0].outer.grad is None
+    assert net.blocks[1][0].adapter.outer.grad is None
     for model in net, alone:  # the skipped ones come in later, on the same preparation
         torch.manual_seed(2)
         train(model, x_of(4), skip=(0,))
@@ -118,16 +125,16 @@ def test_frozen_parameters():
     net, alone = nets()
     for model in net, alone:
         model.blocks[0][0].requires_grad_(False)
-        model.blocks[1][0].inner_rotation.requires_grad_(False)
+        model.blocks[1][0].adapter.inner_rotation.requires_grad_(False)
         torch.manual_seed(1)
         train(model, x_of(4))
     agree(net, alone)
     for model in net, alone:  # thawed on the same preparation
-        model.blocks[0][0].outer.requires_grad_(True)
+        model.blocks[0][0].adapter.outer.requires_grad_(True)
         torch.manual_seed(2)
         train(model, x_of(4))
     agree(net, alone)
-    assert net.blocks[0][0].outer.grad is not None and net.blocks[0][0].inner_scale.grad is None
+    assert net.blocks[0][0].adapter.outer.grad is not None and net.blocks[0][0].adapter.inner_scale.grad is None
 
 
 def test_tied_layers():
@@ -166,12 +173,12 @@ def test_micro_batches(calls):
             train(model, x_of(4))
     agree(net, alone)
     net.zero_grad()
-    calls.clear()
+    clear(calls)
     torch.manual_seed(1)
     with gradient_accumulation(net):
         for _ in range(3):
             train(net, x_of(4))
-    assert calls == {"inner_backward": [4, 4], "outer_backward": [4, 4]}
+    assert calls == {"forward": [], "inner_forward": [], "backward": [4, 4], "inner_backward": [4, 4]}
     agree(net, alone)
 
 
@@ -185,8 +192,8 @@ def test_evaluation_first_and_graphs_used_twice():
         loss.backward(retain_graph=True)
         loss.backward()
     agree(net, alone)
-    one = net.blocks[3][0].outer
-    (a,), (b,) = (torch.autograd.grad(m(x).sum(), m.blocks[3][0].outer) for m in (net, alone))
+    one = net.blocks[3][0].adapter.outer
+    (a,), (b,) = (torch.autograd.grad(m(x).sum(), m.blocks[3][0].adapter.outer) for m in (net, alone))
     assert one.shape == a.shape
     assert_close("grad", a, b, 1e-11)
 
@@ -195,11 +202,55 @@ def test_edits_of_one_layer_prepare_that_layer(calls):
     net, alone = nets()
     x = x_of(4)
     net(x)
-    calls.clear()
+    clear(calls)
     for model in net, alone:
-        model.blocks[1][0].outer.data.mul_(1.5)  # behind the version counter's back
-    assert_close("y", net(x), alone(x), 1e-12)
-    assert calls["outer_forward"][0] == 1
+        model.blocks[1][0].adapter.outer.data.mul_(1.5)  # behind the version counter's back
+    y = net(x)
+    assert calls["forward"] == [1]
+    assert_close("y", y, alone(x), 1e-12)
+
+
+def exchange(model, factor=1.0):
+    """Other parameters, in the place of those that there are."""
+    for _, layer in hosts(model):
+        for name in PARAMETER_NAMES:
+            setattr(layer.adapter, name, nn.Parameter(getattr(layer.adapter, name).detach() * factor))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_exchanged_parameters_get_their_gradients(accumulate, factor):
+    """On a CPU parameters of the same numbers are up to date; the node of those that were there is not theirs."""
+    net, alone = nets()
+    x = x_of(4)
+    net(x)
+    exchange(net, factor)
+    exchange(alone, factor)
+    if accumulate:
+        with gradient_accumulation(net):
+            train(net, x)
+    else:
+        train(net, x)
+    train(alone, x)
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+    agree(net, alone)
+
+
+def test_functional_call_with_the_same_numbers():
+    net, alone = nets()
+    x = x_of(4)
+    net(x)
+    trained = [n for n, p in net.named_parameters() if p.requires_grad]
+    grads = []
+    for model in net, alone:
+        other = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if n in trained}
+        y = torch.func.functional_call(model, other, (x,))
+        grads.append(torch.autograd.grad(y.sum(), list(other.values())))
+    for name, a, b in zip(trained, *grads, strict=True):
+        assert_close(name, a, b, 1e-11)
+    train(net, x)
+    train(alone, x)
+    agree(net, alone)
 
 
 def test_functional_call_and_compile():
@@ -222,10 +273,10 @@ def test_copies_are_alone_until_grouped(calls):
     loaded(x)
     assert set(calls["inner_forward"]) == {1}
     group_layers(loaded)
-    calls.clear()
+    clear(calls)
     with torch.no_grad():
-        for _, layer in adapted_layers(loaded):
-            layer.outer.mul_(1.1)
+        for _, layer in hosts(loaded):
+            layer.adapter.outer.mul_(1.1)
     loaded(x)
     assert calls["inner_forward"] == [4, 4]
 
@@ -234,7 +285,7 @@ def test_copies_are_alone_until_grouped(calls):
 def test_a_bad_pivot_elsewhere_waits_for_its_own_forward(value):
     net, _ = nets()
     with torch.no_grad():
-        net.blocks[3][0].outer[0, 0] = value
+        net.blocks[3][0].adapter.outer[0, 0] = value
     x = x_of(4)
     net(x, skip=(3,)).sum().backward()
     with pytest.raises(ArithmeticError, match="failed at pivot 1"):
@@ -248,8 +299,8 @@ def test_what_is_being_accumulated_is_not_lost():
     with pytest.raises(RuntimeError, match="changed inside gradient_accumulation"), gradient_accumulation(net):
         second(x).sum().backward()
         with torch.no_grad():
-            first.outer.mul_(1.1)
-            second.outer.mul_(1.1)
+            first.adapter.outer.mul_(1.1)
+            second.adapter.outer.mul_(1.1)
         first(x)
         second(x)
 
@@ -260,7 +311,7 @@ def test_rank_deficient_members():
     with torch.no_grad():
         net.blocks[2][0].weight[:, :4] = net.blocks[2][0].weight[:, 4:]
     apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", inner_ratio=1.0, outer_rank=3, init_angle=0.2))
-    assert net.blocks[2][0].null_basis.shape[1] == 4
+    assert net.blocks[2][0].adapter.null_basis.shape[1] == 4
     alone = copy.deepcopy(net)
     x = x_of(5)
     for model in net, alone:
@@ -268,17 +319,36 @@ def test_rank_deficient_members():
     agree(net, alone)
 
 
+def replicated(module):
+    """As nn.DataParallel does: the same dictionaries, copies of the parameters."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(replica, name, replicated(child))
+    for name, p in module._parameters.items():
+        if p is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, p.clone())
+    return replica
+
+
 def test_replicas_prepare_for_themselves(calls):
-    """As nn.DataParallel makes them: the same dictionary, other parameters."""
-    net, _ = nets()
-    layer, x = net.blocks[0][0], x_of(4)
-    want = layer(x)
-    replica = layer._replicate_for_data_parallel()
-    for name, p in layer.named_parameters():
-        setattr(replica, name, p.detach().clone())
-    calls.clear()
-    assert_close("y", replica(x), want, 1e-12)
-    assert calls["inner_forward"] == [1]
+    net, alone = nets()
+    x = x_of(4)
+    train(net, x)
+    train(alone, x)
+    clear(calls)
+    net.zero_grad()
+    for _ in range(2):
+        train(replicated(net), x)
+    assert calls["forward"] == [1] * 16 and calls["backward"] == [1] * 16
+    for p in alone.parameters():
+        if p.grad is not None:
+            p.grad *= 2
+    agree(net, alone)
+    clear(calls)
+    net(x)
+    assert calls["forward"] == []  # what the original kept is still its own
 
 
 @pytest.fixture
@@ -330,6 +400,6 @@ def test_loaded_adapters_are_grouped(calls, tmp_path):
     save_ssvdo(net, tmp_path)
     torch.manual_seed(0)
     fresh = load_ssvdo(Net().double(), tmp_path)
-    calls.clear()
+    clear(calls)
     fresh(x_of(4))
     assert calls["inner_forward"] == [4, 4]

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers import assert_close, error, make_layer, randomise
+from helpers import assert_close, error, make_layer, randomise, three
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
+from ssvdo_kernels.adapter import PARAMETER_NAMES
 
 FORMS = ["auto", "factored", "folded", "core", "merged"]
 SHAPES = [(24, 8, 0.5, 3), (8, 24, 0.5, 3), (8, 8, 0.6, 0), (12, 8, 1.0, 4), (24, 8, 0.25, 6), (8, 24, 0.25, 6),
@@ -16,10 +17,10 @@ SHAPES = [(24, 8, 0.5, 3), (8, 24, 0.5, 3), (8, 8, 0.6, 0), (12, 8, 1.0, 4), (24
 
 def compare(layer, x, tolerance):
     """Output and gradients of x, the bias and the three parameters, against autograd through the reference."""
-    wide = [p.detach().double().requires_grad_() for p in layer.adapter_parameters]
+    wide = [p.detach().double().requires_grad_() for p in three(layer)]
     bias = None if layer.bias is None else layer.bias.detach().double().requires_grad_()
     x64 = x.detach().double().requires_grad_()
-    y, want = layer(x), reference.linear(x64, layer.weight.detach().double(), bias, *wide, config=layer.config)
+    y, want = layer(x), reference.linear(x64, layer.weight.detach().double(), bias, *wide, config=layer.adapter.config)
     assert_close("y", y, want, tolerance)
     with torch.no_grad():
         assert_close("y without gradients", layer(x), want, tolerance)
@@ -29,8 +30,9 @@ def compare(layer, x, tolerance):
     assert_close("dx", x.grad, x64.grad, tolerance)
     if bias is not None and layer.bias.requires_grad:
         assert_close("dbias", layer.bias.grad, bias.grad, tolerance)
-    for name, p, q in zip(("inner_rotation", "inner_scale", "outer"), layer.adapter_parameters, wide, strict=True):
-        assert_close(f"d{name}", p.grad, torch.zeros_like(q) if q.grad is None else q.grad, tolerance)
+    for name, p, q in zip(PARAMETER_NAMES, layer.adapter.parameters3, wide, strict=True):
+        if p is not None:
+            assert_close(f"d{name}", p.grad, torch.zeros_like(q) if q.grad is None else q.grad, tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -73,15 +75,14 @@ def test_float32_is_as_exact_as_the_dense_form_in_float32(case):
     exact = make_layer(**{**case, "dtype": torch.float64})
     with torch.no_grad():
         exact.weight.copy_(layer.weight)
-        for p, q in zip(exact.adapter_parameters, layer.adapter_parameters, strict=True):
+        for p, q in zip(exact.adapter.trained, layer.adapter.trained, strict=True):
             p.copy_(q)
     x = torch.randn(9, case["n"])
-    weight, parameters = exact.weight.detach(), exact.adapter_parameters
-    factors = reference.dense_factors(weight, exact.shape)
+    weight, parameters, config = exact.weight.detach(), three(exact), exact.adapter.config
+    factors = reference.dense_factors(weight, exact.adapter.shape)
     single = tuple(f.float() for f in factors)
-    want = reference.adapted_weight(weight, *parameters, config=exact.config, factors=factors)
-    plain = reference.adapted_weight(
-        weight.float(), *(p.float() for p in parameters), config=exact.config, factors=single)
+    want = reference.adapted_weight(weight, *parameters, config=config, factors=factors)
+    plain = reference.adapted_weight(weight.float(), *(p.float() for p in parameters), config=config, factors=single)
     dense = error(x @ plain.mT, x.double() @ want.mT)
     bias = 0 if layer.bias is None else layer.bias
     assert error(layer(x) - bias, x.double() @ want.mT) <= 8 * dense + 64 * torch.finfo(torch.float32).eps
@@ -93,29 +94,27 @@ def test_non_contiguous_input_and_gradient():
     compare(layer, x, 1e-11)
     again, plain = make_layer(24, 8, outer_rank=3), torch.randn(4, 8, dtype=torch.float64)
     again(plain).sum().backward()  # an expanded gradient
-    want = [p.grad.clone() for p in again.adapter_parameters]
+    want = [p.grad.clone() for p in again.adapter.trained]
     again.zero_grad()
     again(plain).backward(torch.ones(24, 4, dtype=torch.float64).mT)
-    for p, g in zip(again.adapter_parameters, want, strict=True):
+    for p, g in zip(again.adapter.trained, want, strict=True):
         assert_close("transposed dy", p.grad, g, 1e-14)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
-@pytest.mark.parametrize("frozen", ["inner_rotation", "inner_scale", "outer", "all"])
+@pytest.mark.parametrize("frozen", [*PARAMETER_NAMES, "all"])
 def test_frozen_parts_and_inputs_without_gradient(m, n, frozen, form):
     layer = make_layer(m, n, outer_rank=3, path=form)
-    names = ["inner_rotation", "inner_scale", "outer"]
-    for name in names:
-        getattr(layer, name).requires_grad_(frozen not in (name, "all"))
+    for name in PARAMETER_NAMES:
+        getattr(layer.adapter, name).requires_grad_(frozen not in (name, "all"))
     x = torch.randn(5, n, dtype=torch.float64)
     full = make_layer(m, n, outer_rank=3)
     full(x).sum().backward()
     layer(x).sum().backward()
-    for name in names:
-        p = getattr(layer, name)
+    for name, p in zip(PARAMETER_NAMES, layer.adapter.trained, strict=True):
         if p.requires_grad:
-            assert_close(name, p.grad, getattr(full, name).grad, 1e-12)
+            assert_close(name, p.grad, getattr(full.adapter, name).grad, 1e-12)
         else:
             assert p.grad is None
     assert x.grad is None
@@ -149,8 +148,8 @@ def test_every_element_is_written(m, n, form):
 @pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
 def test_half_precision_weights(m, n, dtype, form):
     layer = make_layer(m, n, dtype=dtype, outer_rank=3, path=form, spread=0.1)
-    assert {p.dtype for p in layer.adapter_parameters} == {torch.float32}
-    assert layer.inner_basis.dtype == dtype and layer.singular_values.dtype == torch.float32
+    assert {p.dtype for p in layer.adapter.trained} == {torch.float32}
+    assert layer.adapter.outer_basis.dtype == dtype and layer.adapter.singular_values.dtype == torch.float32
     # operands of the products are rounded to eps/2 each, about ten products deep
     compare(layer, torch.randn(16, n).to(dtype).requires_grad_(), 8 * torch.finfo(dtype).eps)
 
@@ -163,11 +162,11 @@ def test_autocast_to_bf16(m, n):
         y = layer(x)
         assert y.dtype == plain(x).dtype == torch.bfloat16
         y.float().square().sum().backward()  # inside: autocast must not reach into our products
-    got = [x.grad.clone(), *(p.grad.clone() for p in layer.adapter_parameters)]
+    got = [x.grad.clone(), *(p.grad.clone() for p in layer.adapter.trained)]
     x.grad = None
     layer.zero_grad()
     layer(x).square().sum().backward()
-    for g, p in zip(got, [x, *layer.adapter_parameters], strict=True):
+    for g, p in zip(got, [x, *layer.adapter.trained], strict=True):
         assert g.dtype == torch.float32
         assert_close("gradient", g, p.grad, 16 * torch.finfo(torch.bfloat16).eps)
 
@@ -179,7 +178,7 @@ def test_starts_at_the_pretrained_layer():
     assert_close("init_angle=0", exact(x), linear(x), 1e-6)
     drawn = SSVDOLinear.from_linear(linear, SSVDOConfig(outer_rank=16))
     assert_close("default", drawn(x), linear(x), 1e-3)  # each of 16 vectors is turned by 1e-3 rad
-    assert float(drawn.outer.detach().abs().max()) > 0
+    assert float(drawn.adapter.outer.detach().abs().max()) > 0
 
 
 @pytest.mark.parametrize("make, error_type, words", [
@@ -215,11 +214,11 @@ def test_a_trainable_weight_is_refused_not_ignored():
 def test_non_finite_parameters_are_an_error_that_names_tau():
     layer = make_layer(24, 8, outer_rank=3)
     with torch.no_grad():
-        layer.outer[0, 0] = float("nan")
-    before = layer.outer.detach().clone()
+        layer.adapter.outer[0, 0] = float("nan")
+    before = layer.adapter.outer.detach().clone()
     with pytest.raises(ArithmeticError, match=r"pivot .* tau=0.01"):
         layer(torch.randn(2, 8, dtype=torch.float64))
-    assert torch.equal(layer.outer.nan_to_num(7), before.nan_to_num(7))
+    assert torch.equal(layer.adapter.outer.nan_to_num(7), before.nan_to_num(7))
     randomise(layer)
     assert torch.isfinite(layer(torch.randn(2, 8, dtype=torch.float64))).all()
 
@@ -228,11 +227,11 @@ def test_non_finite_parameters_are_an_error_that_names_tau():
 def test_gradients_through_few_rows_survive_a_kept_graph(m, n):
     """Fewer tokens than k: the mixer's gradient travels as two factors; partial backwards must not mix with it."""
     layer, x = make_layer(m, n, outer_rank=3), torch.randn(5, n, dtype=torch.float64, requires_grad=True)
-    assert layer.prepared().wants_rows(5)
+    assert layer.adapter.prepared(layer.base()).wants_rows(5)
     y, dy = layer(x), torch.randn(5, m, dtype=torch.float64)
-    want = torch.autograd.grad(y, layer.adapter_parameters, dy, retain_graph=True)
+    want = torch.autograd.grad(y, layer.adapter.trained, dy, retain_graph=True)
     torch.autograd.grad(y, x, dy * 7, retain_graph=True)  # the preparation's backward does not run
-    torch.autograd.grad(y, layer.outer, dy * 3, retain_graph=True)
-    twice = torch.autograd.grad((layer(x), y), layer.adapter_parameters, (dy, dy))
-    for name, g, w in zip(("inner_rotation", "inner_scale", "outer"), twice, want, strict=True):
+    torch.autograd.grad(y, layer.adapter.outer, dy * 3, retain_graph=True)
+    twice = torch.autograd.grad((layer(x), y), layer.adapter.trained, (dy, dy))
+    for name, g, w in zip(PARAMETER_NAMES, twice, want, strict=True):
         assert_close(name, g, 2 * w, 1e-12)

@@ -2,35 +2,27 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close, make_layer, randomise
+from helpers import assert_close, count_preparations, make_layer, prepared, randomise, reference_linear, three
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import ssvdo_kernels.linear as linear_module
-from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation, reference
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation
+from ssvdo_kernels.adapter import PARAMETER_NAMES
+from ssvdo_kernels.ops import preparation, products
 
 
 def want(layer, x):
-    return reference.linear(x, layer.weight, layer.bias, *layer.adapter_parameters, config=layer.config)
+    return reference_linear(layer, x)
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    counts = {"forward": 0, "backward": 0}
-
-    class Counting(linear_module.Prepared):
-        def __init__(self, *args):
-            counts["forward"] += 1
-            super().__init__(*args)
-
-        def backward(self, *args):
-            counts["backward"] += 1
-            return super().backward(*args)
-
-    monkeypatch.setattr(linear_module, "Prepared", Counting)
-    return counts
+    return count_preparations(monkeypatch)
 
 
 X = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -46,7 +38,7 @@ def test_inference_mode_leaves_nothing_that_training_cannot_use(forwards):
         for _ in range(forwards):  # later ones build the folded matrices
             assert_close("y", layer(x), want, 1e-12)
     layer(x).sum().backward()
-    assert all(p.grad is not None for p in layer.adapter_parameters)
+    assert all(p.grad is not None for p in layer.adapter.trained)
 
 
 def test_prepared_once_for_accumulation_evaluation_and_generation(counted):
@@ -56,7 +48,7 @@ def test_prepared_once_for_accumulation_evaluation_and_generation(counted):
     with torch.no_grad():
         layer.eval()(X)
         layer.train()(X[:1])
-    assert counted == {"forward": 1, "backward": 3}
+    assert counted == {"forward": [1], "backward": [1, 1, 1]}
 
 
 def optimiser_step(layer):
@@ -76,7 +68,7 @@ class OldStyle(torch.optim.Optimizer):
 
 def in_place(layer):
     with torch.no_grad():
-        layer.outer[0, 0] += 0.5
+        layer.adapter.outer[0, 0] += 0.5
 
 
 def load(layer):
@@ -88,25 +80,37 @@ def load_assign(layer):
 
 
 def replace_data(layer):
-    layer.inner_scale.data = torch.ones_like(layer.inner_scale)
+    layer.adapter.inner_scale.data = torch.ones_like(layer.adapter.inner_scale)
 
 
 def one_number_through_data(layer):
-    layer.inner_rotation.data[0] += 0.5
+    layer.adapter.inner_rotation.data[0] += 0.5
 
 
 def edit_weight(layer):
     with torch.no_grad():
         layer.weight.mul_(2)
-        layer.singular_values.mul_(2)
+        layer.adapter.singular_values.mul_(2)
 
 
-CHANGES = [optimiser_step, lambda layer: OldStyle(layer.adapter_parameters).step(), in_place, load, load_assign,
-           replace_data, one_number_through_data, edit_weight]
+def scale_weight_through_data(layer):
+    """Twice, so that the second may come to lie where the first did."""
+    layer.adapter.singular_values.data = layer.adapter.singular_values.data * 4
+    for _ in range(2):
+        layer.weight.data = layer.weight.data * 2
+
+
+def exchange_parameters(layer):
+    for name in PARAMETER_NAMES:
+        setattr(layer.adapter, name, nn.Parameter(getattr(layer.adapter, name).detach() + 0.5))
+
+
+CHANGES = [optimiser_step, lambda layer: OldStyle(layer.adapter.trained).step(), in_place, load, load_assign,
+           replace_data, one_number_through_data, edit_weight, scale_weight_through_data, exchange_parameters]
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("<>"))
 def test_never_stale(change, merged):
     layer = make_layer(24, 8, outer_rank=3)
     if merged:
@@ -116,6 +120,92 @@ def test_never_stale(change, merged):
     after = layer(X)
     assert_close("after", after, want(layer, X), 1e-11)
     assert not torch.allclose(after, before, atol=1e-6)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("name", ["weight", "basis", "singular_values", "outer_basis", "null_basis", "set_factors"])
+def test_an_edit_of_any_frozen_tensor_is_seen(name, rank, merged):
+    """Of one alone, which no reference describes: a copy that starts afresh is the truth."""
+    layer = make_layer(24, 8, outer_rank=rank, inner_ratio=1.0, rank=5, path="merged" if merged else "factored")
+    before = layer(X)
+    with torch.no_grad():
+        if name == "set_factors":
+            layer.adapter.set_factors(replace(layer.adapter.factors, basis=layer.adapter.basis.flip(1).contiguous()))
+        elif (tensor := getattr(layer if name == "weight" else layer.adapter, name)) is not None:
+            tensor.mul_(1.5)
+    after = layer(X)
+    assert torch.equal(after, copy.deepcopy(layer)(X))
+    assert torch.equal(after, before) == (name == "outer_basis" and rank == 0)
+
+
+def test_a_weight_where_another_lay_is_another():
+    """An address and a version tell tensors apart only while the first is alive."""
+    layer = make_layer(24, 8, outer_rank=0)
+    layer.merge()
+    for factor in (2, 3, 5, 7, 11, 13):
+        layer(X)
+        for _ in range(2):  # the second may take the place of what was there at the forward
+            layer.weight.data = layer.weight.data * factor
+        layer.adapter.singular_values.data *= factor**2
+        assert_close(f"times {factor}", layer(X), want(layer, X), 1e-11)
+
+
+def grads(layer):
+    return [p.grad.clone() for p in layer.adapter.trained]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_exchanged_parameters_of_the_same_numbers_get_their_gradients(accumulate):
+    layer, plain = make_layer(24, 8, outer_rank=3), make_layer(24, 8, outer_rank=3)
+    layer(X)
+    old = layer.adapter.trained
+    for name in PARAMETER_NAMES:
+        setattr(layer.adapter, name, nn.Parameter(getattr(layer.adapter, name).detach().clone()))
+    plain(X).square().sum().backward()
+    if accumulate:
+        with gradient_accumulation(layer):
+            layer(X).square().sum().backward()
+    else:
+        layer(X).square().sum().backward()
+    assert all(p.grad is None for p in old)
+    for a, b in zip(grads(layer), grads(plain), strict=True):
+        assert_close("grad", a, b, 1e-12)
+
+
+def test_parameters_exchanged_inside_gradient_accumulation_are_an_error():
+    layer = make_layer(24, 8, outer_rank=3)
+    with pytest.raises(RuntimeError, match="changed inside gradient_accumulation"), gradient_accumulation(layer):
+        layer(X).sum().backward()
+        layer.adapter.outer = nn.Parameter(layer.adapter.outer.detach().clone())
+        layer(X)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("rotation", ["cayley", "neumann", "first_order"])
+@pytest.mark.parametrize("dtype, tokens", [(torch.float64, 3), (torch.float64, 50), (torch.bfloat16, 50)])
+def test_a_backward_is_of_the_inner_parameters_of_its_forward(dtype, tokens, rotation, backend):
+    layer, plain = (make_layer(24, 8, dtype=dtype, outer_rank=3, rotation=rotation, backend=backend) for _ in range(2))
+    x = torch.randn(tokens, 8).to(dtype)
+    plain(x).square().sum().backward()
+    loss = layer(x).square().sum()
+    with torch.no_grad():
+        layer.adapter.inner_rotation.add_(0.5)
+        layer.adapter.inner_scale.add_(0.5)
+    loss.backward()
+    for a, b in zip(grads(layer), grads(plain), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_edit_of_outer_before_the_backward_is_an_error():
+    """As PyTorch says of its own operations."""
+    layer = make_layer(24, 8, outer_rank=3)
+    y = layer(X)
+    y.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        layer.adapter.outer.add_(0.5)
+    with pytest.raises(RuntimeError, match="`outer` was changed in place between a forward and its backward"):
+        y.sum().backward()
 
 
 def test_dtype_moves_and_copies_are_not_stale():
@@ -134,10 +224,6 @@ def test_dtype_moves_and_copies_are_not_stale():
     assert_close("and back", layer(X), y, 1e-5)
 
 
-def grads(layer):
-    return [p.grad.clone() for p in layer.adapter_parameters]
-
-
 @pytest.mark.parametrize("form", ["auto", "merged", "core"])
 @pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
 def test_gradient_accumulation_gives_the_same_gradients_with_one_preparation(counted, m, n, form):
@@ -147,11 +233,12 @@ def test_gradient_accumulation_gives_the_same_gradients_with_one_preparation(cou
         layer(batches[0]).square().sum().backward()
     for x in batches:
         plain(x).square().sum().backward()
-    counted.update(forward=0, backward=0)
+    counted["forward"].clear()
+    counted["backward"].clear()
     with gradient_accumulation(nn.Sequential(once)):
         for x in batches:
             once(x).square().sum().backward()
-    assert counted == {"forward": 0, "backward": 1}
+    assert counted == {"forward": [], "backward": [1]}
     for a, b in zip(grads(once), grads(plain), strict=True):
         assert_close("grad", a, b, 1e-12)
 
@@ -162,12 +249,12 @@ def test_gradient_accumulation_refuses_steps_inside_nesting_and_keeps_grad_on_er
         layer(X).sum().backward()
         randomise(layer)
         layer(X)
-    assert layer.outer.grad is None
+    assert layer.adapter.outer.grad is None
     with gradient_accumulation(layer):
         with pytest.raises(RuntimeError, match="already open"), gradient_accumulation(layer):
             pass
         layer(X).sum().backward()
-    assert layer.outer.grad is not None
+    assert layer.adapter.outer.grad is not None
 
 
 def test_merge_keeps_the_weight_bit_for_bit_and_is_undone_exactly():
@@ -207,33 +294,129 @@ def test_a_merged_layer_still_trains():
         assert_close("grad", a, b, 1e-11)
 
 
+@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("rank", [None, 3])
-def test_state_dict_holds_everything(rank):
+def test_state_dict_holds_everything(rank, assign):
     """A layer over other (random) weights becomes the saved one: its factors, null space and all."""
-    saved = make_layer(24, 8, outer_rank=3, inner_ratio=1.0, rank=rank)
-    other = make_layer(24, 8, outer_rank=3, inner_ratio=1.0, seed=9)
-    other.load_state_dict(saved.state_dict())
-    assert torch.equal(other(X), saved(X))
+    saved = make_layer(24, 8, outer_rank=3, inner_ratio=1.0, rank=rank, path="factored")
+    for other in (None, 3, 5):  # the rank of the other weights
+        layer = make_layer(24, 8, outer_rank=3, inner_ratio=1.0, rank=other, seed=9, path="factored")
+        layer(X)
+        layer.load_state_dict(saved.state_dict(), assign=assign)
+        assert torch.equal(layer(X), saved(X))
     assert all(v.is_floating_point() for v in saved.state_dict().values())  # checkpoint averaging sums integers wrongly
 
 
+def ill_conditioned(seed):
+    """A bfloat16 layer whose V is kept in float32."""
+    torch.manual_seed(seed)
+    linear = nn.Linear(8, 24).double()
+    with torch.no_grad():
+        u, _, vt = torch.linalg.svd(linear.weight, full_matrices=False)
+        linear.weight.copy_(u * torch.logspace(0, -2.5, 8, dtype=torch.float64) @ vt)
+    return SSVDOLinear.from_linear(linear.bfloat16(), SSVDOConfig(outer_rank=3))
+
+
+def test_state_dict_brings_the_dtype_of_the_basis():
+    half, single = make_layer(24, 8, dtype=torch.bfloat16, outer_rank=3), ill_conditioned(0)
+    assert (half.adapter.basis.dtype, single.adapter.basis.dtype) == (torch.bfloat16, torch.float32)
+    for source, target in ((half, ill_conditioned(1)), (single, make_layer(24, 8, dtype=torch.bfloat16, outer_rank=3))):
+        target.load_state_dict(source.state_dict())
+        assert target.adapter.basis.dtype == source.adapter.basis.dtype
+        assert torch.equal(target(X.bfloat16()), source(X.bfloat16()))
+
+
+@pytest.mark.parametrize("name, size", [("null_basis", (23, 2)), ("null_basis", (24, 9)), ("basis", (8, 7)),
+                                        ("outer_basis", (24, 2)), ("inner_scale", (3,))])  # fmt: skip
+def test_a_state_dict_of_other_sizes_is_refused_and_names_the_tensor(name, size):
+    layer = make_layer(24, 8, outer_rank=3)
+    state = layer.state_dict() | {f"adapter.{name}": torch.zeros(size, dtype=torch.float64)}
+    with pytest.raises(RuntimeError, match=rf"adapter\.{name}"):
+        layer.load_state_dict(state)
+
+
+def test_a_state_dict_of_trained_numbers_alone_keeps_the_factors():
+    layer, other = (make_layer(24, 8, outer_rank=3, inner_ratio=1.0, rank=3, seed=seed) for seed in (0, 1))
+    trained = {f"adapter.{name}": getattr(other.adapter, name).detach() for name in PARAMETER_NAMES}
+    assert layer.load_state_dict(trained, strict=False).unexpected_keys == []
+    assert layer.adapter.null_basis.shape == (24, 5)
+    for name, value in zip(PARAMETER_NAMES, three(layer), strict=True):
+        assert torch.equal(value, trained[f"adapter.{name}"])
+    assert_close("y", layer(X), want(layer, X), 1e-11)
+
+
+# m, n, options, the parts that are not there
+BARE = [(8, 8, {"outer_rank": 0}, {"outer", "outer_basis", "null_basis"}),
+        (24, 8, {"outer_rank": 0}, {"outer", "outer_basis", "null_basis"}),
+        (24, 8, {"outer_rank": 3, "inner_ratio": 0.1}, {"inner_rotation", "null_basis"}),
+        (8, 24, {"outer_rank": 3}, {"null_basis"}),
+        (24, 8, {"outer_rank": 3, "inner_ratio": 1.0, "rank": 5}, set()),
+        (1, 1, {"outer_rank": 0}, {"inner_rotation", "outer", "outer_basis", "null_basis"})]  # fmt: skip
+
+
+@pytest.mark.parametrize("m, n, options, missing", BARE)
+def test_what_has_no_numbers_is_not_there(m, n, options, missing, tmp_path):
+    """No empty tensor anywhere: of one, safetensors, DeepSpeed, Adafactor and the largest of norms have no use."""
+    from safetensors.torch import load_file, save_file
+
+    layer = make_layer(m, n, path="factored", **options)
+    parts = {*PARAMETER_NAMES, "basis", "singular_values", "outer_basis", "null_basis"}
+    assert {part for part in parts if getattr(layer.adapter, part) is None} == missing
+    assert set(layer.state_dict()) == {"weight", "bias", *(f"adapter.{part}" for part in parts - missing)}
+    assert all(t.numel() for t in (*layer.state_dict().values(), *layer.parameters(), *layer.buffers()))
+    x = torch.randn(5, n, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    largest = max(float(p.grad.abs().max()) for p in layer.parameters() if p.grad is not None)
+    assert float(nn.utils.clip_grad_norm_(layer.parameters(), 1.0, norm_type=float("inf"))) == largest
+    before = layer.adapter.inner_scale.detach().clone()
+    torch.optim.Adafactor([p for p in layer.parameters() if p.requires_grad]).step()
+    assert not torch.equal(layer.adapter.inner_scale, before)
+    assert_close("y", layer(x), want(layer, x), 1e-11)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other = make_layer(m, n, seed=7, path="factored", **options)
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert torch.equal(other(x), layer(x))
+
+
+class Made(TorchDispatchMode):
+    """The size of the largest tensor whose storage is none of `known`."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.known, self.numel = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
 def test_no_tensor_of_the_size_of_the_complement():
-    """U2 is m x (m - n); nothing as large is made by factorising, preparing, or a forward and backward."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in tree_leaves(out):
-                if isinstance(t, torch.Tensor):
-                    self.numel = max(self.numel, t.numel())
-            return out
-
+    """The complement is m x (m - n); nothing as large is made by factorising, preparing, or a forward and backward."""
     m, n = 256, 32
-    with Largest() as mode:
+    with Made() as mode:
         layer = SSVDOLinear.from_linear(nn.Linear(n, m), SSVDOConfig(outer_rank=8))
         layer(torch.randn(4, n)).sum().backward()
     assert mode.numel <= m * n < m * (m - n) / 4
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m, n", [(160, 64), (64, 160)])
+def test_a_preparation_makes_no_copy_of_the_frozen_matrices(m, n, dtype, backend, monkeypatch):
+    """V is 64 x 64 and W0 larger; what both ways make is m x l or k x k, and a tile where a half type is upcast."""
+    monkeypatch.setattr(products, "TILE", 512)
+    layer = make_layer(m, n, dtype=dtype, outer_rank=4, inner_ratio=0.25, backend=backend)
+    assert layer.adapter.basis.dtype == dtype
+    with Made(layer.parameters()) as mode:
+        made = prepared(layer)
+    assert mode.numel <= 160 * 4 < 64 * 64 / 4
+    held = {t.untyped_storage().data_ptr() for t in layer.parameters()}
+    assert made.outer.projector.basis.untyped_storage().data_ptr() in held
+    assert made.outer.projector.tall.untyped_storage().data_ptr() in held
+    with Made(layer.parameters()) as mode, gradient_accumulation(layer):
+        layer(torch.randn(3, n).to(dtype)).sum().backward()
+        mode.numel = 0  # of the preparation's way back alone, which leaving brings
+    assert mode.numel <= 160 * 4

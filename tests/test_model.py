@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, merge_ssvdo, remove_ssvdo, unmerge_ssvdo
-from ssvdo_kernels.model import FEED_FORWARD, adapted_layers, find_targets
+from ssvdo_kernels.host import hosts
+from ssvdo_kernels.model import FEED_FORWARD, find_targets
 
 SMALL = SSVDOConfig(inner_ratio=0.5, outer_rank=2)
 
@@ -32,8 +33,8 @@ def net(blocks=2, **kwargs):
 
 def perturb(model):
     with torch.no_grad():
-        for _, layer in adapted_layers(model):
-            for p in layer.adapter_parameters:
+        for _, layer in hosts(model):
+            for p in layer.adapter.trained:
                 p.add_(0.1 * torch.randn_like(p))
 
 
@@ -43,7 +44,7 @@ def snapshot(model):
 
 def test_default_targets_are_the_feed_forward_layers_and_the_rest_is_frozen():
     model = apply_ssvdo(net(), SMALL)
-    assert [n for n, _ in adapted_layers(model)] == ["0.fc1", "0.fc2", "1.fc1", "1.fc2"]
+    assert [n for n, _ in hosts(model)] == ["0.fc1", "0.fc2", "1.fc1", "1.fc2"]
     trained = {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"inner_rotation", "inner_scale", "outer"}
     out = model(torch.randn(3, 6)).sum()
@@ -103,8 +104,8 @@ def test_square_layers_get_no_outer_part_with_one_warning():
         apply_ssvdo(model, SSVDOConfig(outer_rank=2, target_modules="all-linear"))
     messages = [str(w.message) for w in caught if "square" in str(w.message)]
     assert len(messages) == 1 and "0.q_proj" in messages[0]
-    layers = dict(adapted_layers(model))
-    assert layers["0.q_proj"].shape.l == 0 and layers["0.fc1"].shape.l == 2
+    layers = dict(hosts(model))
+    assert layers["0.q_proj"].adapter.shape.l == 0 and layers["0.fc1"].adapter.shape.l == 2
 
 
 @pytest.mark.parametrize("break_model, error, words", [
@@ -134,7 +135,7 @@ def test_linear_subclasses_inside_multihead_attention_are_refused_by_name_and_sk
     with pytest.raises(TypeError, match=r"attn\.out_proj"):
         apply_ssvdo(model, SSVDOConfig(outer_rank=0, target_modules=["out_proj"]))
     apply_ssvdo(model, SSVDOConfig(outer_rank=0, target_modules="all-linear"))
-    assert [n for n, _ in adapted_layers(model)] == ["fc1"]
+    assert [n for n, _ in hosts(model)] == ["fc1"]
 
 
 def test_shared_layers_stay_shared():

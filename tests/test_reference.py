@@ -51,11 +51,37 @@ def test_singular_values_are_the_scaled_ones(m, n, p, l, spread):  # noqa: E741
     assert_close("singular values", got, S.abs().sort(descending=True).values, 1e-10)
 
 
+@pytest.mark.parametrize("m, n, p, l", [case for case in CASES if case[3]])
+def test_the_outer_part_turns_into_the_complement(m, n, p, l):  # noqa: E741
+    """Z is what no combination of U's columns can say of [0; L], and U' = [U_l C + Q, the rest of U] is orthonormal."""
+    config = SSVDOConfig(inner_ratio=p, outer_rank=l)
+    shape, weight, (_, _, L) = make(m, n, config)
+    U, S, _ = reference.dense_factors(weight, shape)
+    Z = reference.turned(U, S, L.detach(), shape.width)
+    lifted = torch.cat([torch.zeros(shape.d, l, dtype=torch.float64), L.detach()])
+    residual = lifted - U @ torch.linalg.lstsq(U, lifted).solution
+    assert_close("Z", Z, residual, 1e-13)
+    assert_close("U^T Z", U.mT @ Z, torch.zeros(shape.d, l), 1e-14)
+    C, Q = reference.outer_blocks(Z, config.tau)
+    turned = torch.cat([U[:, :l] @ C + Q, U[:, l:]], 1)
+    assert_close("U'^T U'", turned.mT @ turned, torch.eye(shape.d), 1e-12)
+
+
+def test_weak_components_beyond_the_adapted_ones_are_left_out_of_the_projector():
+    U = torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64)).Q
+    L = torch.randn(5, 2, dtype=torch.float64)
+    S = torch.tensor([1.0, 1e-6, 1.1e-3, 0.9e-3], dtype=torch.float64)
+    lean = U.mT @ reference.turned(U, S, L, 2)
+    want = U.mT @ torch.cat([torch.zeros(4, 2, dtype=torch.float64), L])
+    assert_close("kept", lean[:3], torch.zeros(3, 2), 1e-14)  # the adapted ones however weak they are
+    assert_close("left out", lean[3:], want[3:], 1e-13)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 1e3])
 def test_outer_blocks_are_an_orthonormal_column(scale):
-    L = scale * torch.randn(9, 4, dtype=torch.float64)
-    C, Q = reference.outer_blocks(L, 1e-2)
-    # Cholesky QR loses cond(L^T L + tau I) digits: at most 1e8 here
+    Z = scale * torch.randn(9, 4, dtype=torch.float64)
+    C, Q = reference.outer_blocks(Z, 1e-2)
+    # Cholesky QR loses cond(Z^T Z + tau I) digits: at most 1e8 here
     assert_close("C^T C + Q^T Q", C.mT @ C + Q.mT @ Q, torch.eye(4, dtype=torch.float64), 1e-7 if scale > 1 else 1e-12)
 
 

@@ -43,7 +43,7 @@ struct InnerGroup {
     const T* singular[max_layers];   // S, width
     T* mixer[max_layers];            // forward: M; backward: dM. (width + l + q) x width
     T* G[max_layers];                // k x k
-    T* saved[max_layers];            // (I + K)^-1, k x k
+    T* saved[max_layers];            // (I + K)^-1, or K for G = I - 2K; k x k
     T* d_packed[max_layers];
     T* d_shift[max_layers];
     // stacked scratch

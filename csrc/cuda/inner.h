@@ -217,7 +217,7 @@ struct InvertKernel : InnerKernel<T> {
 };
 
 template <class T>
-struct FirstOrderKernel : InnerKernel<T> {  // G = I - 2K; one team a row of G or M
+struct FirstOrderKernel : InnerKernel<T> {  // G = I - 2K and K; one team a row of G or M
     int count() const { return this->mixer().rows() + this->g.k; }
     int shared() const { return 1; }
     template <class Team>
@@ -226,7 +226,10 @@ struct FirstOrderKernel : InnerKernel<T> {  // G = I - 2K; one team a row of G o
         const auto G = [&](int i, int j) { return (i == j ? T(1) : T(0)) - 2 * K(i, j); };
         const int rows = this->mixer().rows(), k = this->g.k;
         if (row < rows) return this->write_row(team, layer, row, G);
-        for (int j = team.rank; j < k; j += team.size) this->g.G[layer][ptrdiff_t(row - rows) * k + j] = G(row - rows, j);
+        for (int i = row - rows, j = team.rank; j < k; j += team.size) {
+            this->g.G[layer][ptrdiff_t(i) * k + j] = G(i, j);
+            this->g.saved[layer][ptrdiff_t(i) * k + j] = K(i, j);
+        }
     }
 };
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ class Keeper(Protocol):
 class Owner(Protocol):
     """A living layer's adapter."""
 
+    name: str
     inner_scale: torch.nn.Parameter
     cache: Keeper
 
@@ -66,10 +68,9 @@ def _owner(scale: Tensor) -> Owner | None:
     return found
 
 
-@lasting
 def _prepared(source: Source) -> Prepared:
     owner = _owner(source.parameters[1])
-    return prepare_one(source) if owner is None else owner.cache.current(source)
+    return prepare_one(source) if owner is None else owner.cache.current(replace(source, name=owner.name))
 
 
 def encode(shape: LayerShape, config: SSVDOConfig) -> str:
@@ -86,10 +87,11 @@ def decode(spec: str) -> tuple[LayerShape, SSVDOConfig]:
 
 
 def _op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a real implementation, run outside autocast, with its fake."""
+    """Registers a real implementation, run outside autocast and inference mode, with its fake."""
 
     def register(function: Callable[..., Any]) -> Any:
-        op = torch.library.custom_op(f"ssvdo_kernels::{name}", own_dtypes()(function), mutates_args=(), schema=schema)
+        op = torch.library.custom_op(
+            f"ssvdo_kernels::{name}", lasting(own_dtypes()(function)), mutates_args=(), schema=schema)
         op.register_fake(fake)
         return op
 
@@ -189,7 +191,7 @@ def backward(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
     call = Call(prepared, _training_form(x, prepared, backend, merged), backend)
     trains = any(needs[1:])
     dx, d_mixer, d_columns = pull_back(
-        dy.contiguous(), x, tokens, saved if saved.numel() else None, call, (needs[0], trains, trains))
+        dy.contiguous(), x, tokens, saved if saved.shape[1] else None, call, (needs[0], trains, trains))
     found: list[Tensor | None] = [dx, None, None, None]
     if d_mixer is not None and d_columns is not None:
         found[1:] = adjoint([prepared], [d_mixer], [d_columns])[0]

@@ -134,7 +134,7 @@ def inner_forward(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(G, saved, mixer) of each layer.
 
-    shift: dS; singular: S (width); null: q. saved: (I + K)^-1 for the Cayley form, else nothing of use. gate and info:
+    shift: dS; singular: S (width); null: q. saved: (I + K)^-1 for the Cayley form, else K. gate and info:
     int32, one a layer, 0; info becomes 1 where no inverse of I + K was found.
     """
     n, k, like = len(packed), shape.k, shift[0]

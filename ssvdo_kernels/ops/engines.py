@@ -85,15 +85,15 @@ def adjoint(
     """(d inner_rotation, d inner_scale, d outer) of each layer, in the dtype of the work; None for what is not there."""
     one = many[0]
     for p in many:
+        p.check_unedited()
         p.verify()
     parts = [p.outer for p in many if p.outer is not None]
     d_outer: Sequence[Tensor | None] = [None] * len(many)
     if parts:
-        scale, l = one.shape.outer_scale(one.config), one.shape.l  # noqa: E741
+        l = one.shape.l  # noqa: E741
         product = {"product": device.product} if one.engine == "cuda" else {}
         dF = [d[:, :l].to(one.dtype) for d in d_columns]
-        dL = outer.backward(parts, [p.X for p in many], [p.columns[:, :l] for p in many], dF, **product)
-        d_outer = [d.mul_(scale) for d in dL]
+        d_outer = outer.backward(parts, [p.X for p in many], [p.columns[:, :l] for p in many], dF, **product)
     inner = _inner_gradients(many, d_mixer)
     return [(pair[0] if p.rotation.numel() else None, pair[1], outer)
             for p, pair, outer in zip(many, inner, d_outer, strict=True)]  # fmt: skip

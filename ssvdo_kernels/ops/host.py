@@ -34,6 +34,13 @@ def instruction_set() -> str:
     return str(_C.host_name())
 
 
+def fingerprint(tensors: Sequence[Tensor]) -> int | None:
+    """A 64-bit hash of the bytes of contiguous tensors on the CPU; None where the core was not built."""
+    if _C is None or not all(t.is_contiguous() for t in tensors):
+        return None
+    return int(_C.hash([(t.data_ptr(), t.numel() * t.element_size()) for t in tensors]))
+
+
 def invertible(packed: Tensor) -> bool:
     """Whether I + K may be inverted without pivots: |K|_F <= 16. Beyond, LAPACK's pivots keep the digits."""
     return float(torch.linalg.vector_norm(packed)) * 2**0.5 <= 16

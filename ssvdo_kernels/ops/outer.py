@@ -24,18 +24,24 @@ from .complement import Product, Projector, one_by_one, project
 class Outer:
     """One layer's part in the work, in the dtype of the work but for the projector's and U_l's.
 
-    L: c x l, scaled; U: U_l, large x l, None where outer="additive".
+    outer: L / scale, c x l; U: U_l, large x l, None where outer="additive".
     """
 
-    L: Tensor
+    outer: Tensor
+    scale: float
     U: Tensor | None
     projector: Projector
     tau: float
 
     @property
+    def L(self) -> Tensor:
+        """c x l; made anew, so that it takes no memory between steps."""
+        return self.outer * self.scale
+
+    @property
     def c(self) -> int:
         """Rows of L."""
-        return self.L.shape[0]
+        return self.outer.shape[0]
 
     @property
     def large(self) -> int:
@@ -90,7 +96,7 @@ def forward(
 def backward(
     many: Sequence[Outer], X: Sequence[Tensor], F: Sequence[Tensor], dF: Sequence[Tensor], product: Product = one_by_one
 ) -> list[Tensor]:
-    """dL of each layer; F: as `forward` made it, dF: its gradient, in the dtype of the work."""
+    """d outer of each layer; F: as `forward` made it, dF: its gradient, in the dtype of the work."""
     one, c = many[0], many[0].c
     E = project([p.projector for p in many], dF, one.large, c, product)
     dX = list(product([p.L.mT for p in many], E))
@@ -101,4 +107,4 @@ def backward(
     lower = product([d.mT for d in dX], X)
     H = [-(t.tril() + t.tril(-1).mT) for t in lower]
     inner = [e.add_(more) for e, more in zip(E, product(Q, H), strict=True)]
-    return list(product(inner, [x.mT for x in X]))
+    return [d.mul_(one.scale) for d in product(inner, [x.mT for x in X])]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, compute_dtype
+from . import host
 from .base import DenseBase
 from .complement import Projector, inverse_of
 from .device import Verdict
@@ -66,12 +67,35 @@ def check_pivot(info: int, name: str, config: SSVDOConfig) -> None:
             "`outer` is not finite or too large for tau: use a larger tau or a smaller learning rate")
 
 
+class Numbers:
+    """What parameters held, where they can be looked at: on a CPU, as a hash by the compiled core, or as copies."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        present = [p.detach() for p in parameters if p is not None]
+        self._hash = host.fingerprint(present)
+        self._copies = [] if self._hash is not None else [p.clone() for p in present]
+
+    def same(self, parameters: Parameters) -> bool:
+        """Whether `parameters` hold the same bits (the same numbers, without the core)."""
+        present = [p.detach() for p in parameters if p is not None]
+        if self._hash is not None:
+            return host.fingerprint(present) == self._hash
+        return all(map(torch.equal, self._copies, present))
+
+
+def version(tensor: Tensor | None) -> int | None:
+    """The counter of writes into the tensor; None where it has none."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
 class Prepared(Matrices):
     """The matrices of one layer made from its parameters, and the way back to the parameters' gradients.
 
-    `engines.prepare` makes it whole.
+    `engines.prepare` makes it whole. The way back reads `outer` again: a copy would be memory for nothing, so an edit in
+    place before it is an error, as PyTorch says of its own operations.
     """
 
+    numbers: Numbers | None  # of parameters on a CPU, from before they were read
     saved: Tensor  # k x k: (I + K)^-1 for the Cayley form, else K
     series: Tensor | None  # G, where rotation="neumann"
     X: Tensor  # R^-T, l x l, upper triangular
@@ -79,9 +103,12 @@ class Prepared(Matrices):
 
     def __init__(self, source: Source) -> None:
         self.source, self.shape, self.config, self.name = source, source.shape, source.config, source.name
+        on_cpu = source.parameters[1].device.type == "cpu"
+        self.numbers = Numbers(source.parameters) if on_cpu else None
+        self._version = version(source.parameters[2])
         rotation, shift, outer = source.parameters
         self.dtype = compute_dtype(shift.dtype)
-        self.shift = self._worked(shift)
+        self.shift = shift.detach().to(self.dtype, copy=True)  # the way back wants dS as it is now
         self.rotation = self.shift.new_zeros(0) if rotation is None else self._worked(rotation)
         self.engine = preparation(self.config.backend, shift.device)[0]
         self.factors = source.factors
@@ -105,7 +132,7 @@ class Prepared(Matrices):
         projector = Projector(self.source.base.tall(shape), factors.basis,
                               inverse_of(singular, shape.width, factors.null), factors.null_basis)  # fmt: skip
         U = factors.outer_basis if self.config.outer == "rotation" else None
-        return Outer(outer * shape.outer_scale(self.config), U, projector, self.config.tau)
+        return Outer(outer, shape.outer_scale(self.config), U, projector, self.config.tau)
 
     @property
     def scale(self) -> Tensor:
@@ -136,6 +163,11 @@ class Prepared(Matrices):
         """Counts rows that pass through this preparation."""
         self.tokens += rows
         self.trained += rows if grad else 0
+
+    def check_unedited(self) -> None:
+        """Raises RuntimeError where `outer`, which the way back reads again, has been written to since the forward."""
+        if version(self.source.parameters[2]) != self._version:
+            raise RuntimeError(f"{self.name}: `outer` was changed in place between a forward and its backward")
 
     def verify(self, wait: bool = True) -> None:
         """Raises ArithmeticError if a GPU has bad news of this preparation. wait: for news, where there is none yet."""

@@ -15,7 +15,10 @@ from benchmarks.report import markdown, plot
 from benchmarks.runner import interleave, peak_extra_bytes
 from benchmarks.stacks import Recogniser, Stack
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
+from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.config import LayerShape
+from ssvdo_kernels.factorize import Factors
+from ssvdo_kernels.ops.engines import adjoint
 from ssvdo_kernels.traffic import Machine
 
 
@@ -53,22 +56,40 @@ def test_dense_ssvdo_is_our_layer():
     config, linear = SSVDOConfig(outer_rank=3), nn.Linear(8, 24).double()
     peer, layer = DenseSSVDO(linear, config), SSVDOLinear.from_linear(linear, config)
     with torch.no_grad():
-        for name, p in layer.named_parameters():
-            if name in ("inner_rotation", "inner_scale", "outer"):
-                p.normal_(0, 0.2)
-                peer.get_parameter(name).copy_(p)
+        for name in PARAMETER_NAMES:
+            peer.get_parameter(name).copy_(layer.adapter.get_parameter(name).normal_(0, 0.2))
     x = torch.randn(3, 8, dtype=torch.float64)
     assert_close("y", peer(x), layer(x), 1e-12)
 
 
 def test_the_autograd_loop_prepares_the_same():
-    layer = make_layer(96, 24, outer_rank=4, dtype=torch.float32, spread=0.05)
-    made = layer.prepared()
-    d = torch.randn_like(made.mixer), torch.randn_like(made.columns)
-    parameters = tuple(p.detach() for p in layer.adapter_parameters)
-    got = bench_preparation.autograd(parameters, layer.factors(), layer.shape, layer.config, d)
-    for name, a, b in zip(("rotation", "scale", "outer"), got, made.backward(*d), strict=True):
-        assert_close(name, a, b, 1e-4)
+    layers = [make_layer(96, 24, outer_rank=4, dtype=torch.float32, spread=0.05, seed=seed) for seed in range(2)]
+    adapters = [layer.adapter for layer in layers]
+    made = [a.prepared(layer.base()) for a, layer in zip(adapters, layers, strict=True)]
+    given = [(torch.randn_like(one.mixer), torch.randn_like(one.columns)) for one in made]
+    want = adjoint(made, [d for d, _ in given], [d for _, d in given])
+
+    def check(of, *arguments):
+        got = bench_preparation.autograd(*arguments[:3], adapters[0].shape, adapters[0].config, arguments[3])
+        for name, a, b in zip(PARAMETER_NAMES, got, of, strict=True):
+            assert_close(name, a, b, 1e-4)
+
+    one_by_one = [(a.parameters3, layer.weight.detach(), a.factors, d)
+                  for a, layer, d in zip(adapters, layers, given, strict=True)]  # fmt: skip
+    for gradients, arguments in zip(want, one_by_one, strict=True):
+        check(gradients, *arguments)
+    three, talls, factors, d = zip(*one_by_one, strict=True)  # and stacked
+    check([torch.stack(g) for g in zip(*want, strict=True)], [torch.stack(p) for p in zip(*three, strict=True)],
+          torch.stack(talls), Factors.of({n: torch.stack([f.tensors()[n] for f in factors])
+                                          for n in factors[0].tensors()}),
+          [torch.stack(t) for t in zip(*d, strict=True)])  # fmt: skip
+
+
+def test_preparation_is_timed_in_every_way():
+    row = bench_preparation.measure(2, 0.0625, 4, 1, "cpu")
+    compiled = {"compiled, layer by layer", "compiled, one batch"}
+    assert set(row["ms"]) == {"torch, autograd", "torch, hand-written", *compiled}
+    assert row["ratio_to_batch"]["compiled, one batch"] == 1.0 and all(ms > 0 for ms in row["ms"].values())
 
 
 def test_ratios_come_from_interleaved_rounds(monkeypatch):

@@ -1,4 +1,5 @@
-// The CUDA kernels, emulated, for ThreadSanitizer: every kernel over sizes of one tile and of several.
+// The CUDA kernels, emulated, for the sanitizers: every kernel over sizes of one tile and of several, arrays of exactly what
+// each needs.
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -17,27 +18,38 @@ static float* draw(size_t count, double spread) {
     return kept.back().data();
 }
 
-static void outer(int d, int c, int l) {
-    OuterGroup<float> g{};
-    g.c = c, g.l = l, g.r = d, g.large = c + d, g.ld = l, g.count = 2, g.rotation = true;
-    g.tau = 0.01f, g.root_tau = 0.1f, g.scale = 1;
-    for (int i = 0; i < g.count; i++) {
-        g.outer[i] = draw(size_t(c) * l, 0.1);
-        g.reflector[i] = draw(size_t(c + d) * d, 0.1);
-        g.basis[i] = draw(size_t(c + d) * l, 0.1);
-        g.columns[i] = draw(size_t(c + d) * l, 1);
-        g.d_outer[i] = draw(size_t(c) * l, 1);
-        g.inverse[i] = draw(size_t(l) * l, 1);
-        g.left[i] = draw(size_t(d) * l, 1);
-    }
-    std::vector<int> info(g.count, -1);
-    g.info = info.data();
-    g.gram = draw(size_t(g.count) * l * l, 1), g.more = draw(size_t(g.count) * l * l, 1);
-    g.right = draw(size_t(g.count) * d * l, 1), g.pull = draw(size_t(g.count) * c * l, 1);
-    emulated::outer_device<float, float>()->forward(g, nullptr);
-    emulated::outer_device<float, float>()->backward(g, nullptr);
-    for (int one : info)
-        if (one) std::printf("pivot\n");
+// rows x inner by inner x columns, either side by rows and by columns, with and without gaps.
+template <class S>
+static void product(int rows, int inner, int columns, int gap) {
+    for (bool left : {true, false})
+        for (bool right : {true, false}) {
+            ProductGroup<float> g{};
+            g.rows = rows, g.inner = inner, g.columns = columns, g.count = 2, g.ld = columns + gap;
+            g.left_layout = {left, (left ? inner : rows) + gap};
+            g.right_layout = {right, (right ? columns : inner) + gap};
+            std::vector<std::vector<S>> stored;
+            for (int i = 0; i < g.count; i++) {
+                stored.emplace_back(size_t(left ? rows : inner) * g.left_layout.ld - gap);
+                g.left[i] = stored.back().data();
+                g.right[i] = draw(size_t(right ? inner : columns) * g.right_layout.ld - gap, 1);
+                g.out[i] = draw(size_t(rows) * g.ld - gap, 1);
+            }
+            emulated::product<float, S>(g, nullptr);
+            for (int i = 0; i < g.count; i++)
+                if (g.out[i][rows * g.ld - gap - 1] != 0) std::printf("product\n");  // of zeros
+        }
+}
+
+static void factor(int l) {
+    std::vector<int> info(3, -1);
+    const size_t square = size_t(l) * l;
+    float* gram = draw(info.size() * square, 0.01);
+    for (size_t i = 0; i < info.size(); i++)
+        for (int j = 0; j < l; j++) gram[i * square + j * l + j] = i == 1 ? -1.f : 9.f;
+    const FactorGroup<float> g{l, int(info.size()), gram, draw(info.size() * square, 1), draw(info.size() * square, 1),
+                               info.data()};
+    emulated::factor<float>(g, nullptr);
+    if (info[0] || info[1] != 1 || info[2]) std::printf("pivot\n");
 }
 
 static void inner(int k, bool cayley) {
@@ -64,8 +76,13 @@ static void inner(int k, bool cayley) {
 }
 
 int main() {
-    outer(7, 5, 3);
-    outer(80, 150, 70);
+    for (int gap : {0, 3}) {
+        product<float>(7, 5, 3, gap);
+        product<float>(130, 20, 70, gap);
+        product<Bfloat16>(5, 70, 66, gap);
+        product<Float16>(129, 9, 5, gap);
+    }
+    for (int l : {1, 9, 40, 112}) factor(l);  // the last outside of shared memory
     for (bool cayley : {true, false})
         for (int k : {2, 20, 130}) inner(k, cayley);
     std::printf("ok\n");

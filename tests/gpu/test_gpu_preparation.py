@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from cases import orthonormal
 from helpers import assert_close, make_layer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo
 from ssvdo_kernels.config import LayerShape
-from ssvdo_kernels.model import adapted_layers
+from ssvdo_kernels.host import hosts
 from ssvdo_kernels.ops import device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -19,34 +18,44 @@ STORED = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torc
           (torch.float64, torch.float64)]  # fmt: skip
 
 
+def lie(matrix, by_rows):
+    """The same numbers by rows or by columns, each line with two numbers more behind it."""
+    lines = matrix if by_rows else matrix.mT
+    wide = torch.nn.functional.pad(lines, (0, 2), value=float("nan"))[:, : lines.shape[1]]
+    return wide if by_rows else wide.mT
+
+
 def everywhere(function, *arguments):
     """Results on the GPU, and of the emulated kernels on the CPU."""
     return function(*([t.cuda() for t in a] for a in arguments)), function(*arguments)
 
 
-@pytest.mark.parametrize("dtype, factors", STORED)
-@pytest.mark.parametrize("d, c, l", [(9, 20, 5), (150, 200, 130), (70, 300, 64)])
-def test_every_outer_kernel(d, c, l, dtype, factors):  # noqa: E741
+@pytest.mark.parametrize("dtype, stored", STORED)
+@pytest.mark.parametrize("rows, inner, columns", [(9, 20, 5), (150, 200, 130), (300, 70, 64)])
+def test_every_product_kernel(rows, inner, columns, dtype, stored):
+    """Every layout, with gaps; either side errs by at most inner u |A| |B|, u = eps / 2."""
     torch.manual_seed(0)
-    config = SSVDOConfig(outer_rank=l, outer_scale=1.0)
-    shape = LayerShape.of(c + d, d, config)
-    L = [(0.3 * torch.randn(c, l, dtype=torch.float64) / c**0.5).to(dtype) for _ in range(3)]
-    Y = [orthonormal(c + d, d).to(factors) for _ in range(3)]
-    U, dF = [y[:, :l].contiguous() for y in Y], [torch.randn(c + d, l, dtype=dtype) for _ in range(3)]
+    for left, right in ((a, b) for a in (True, False) for b in (True, False)):
+        A = [lie(torch.randn(rows, inner).to(stored), left) for _ in range(3)]
+        B = [lie(torch.randn(inner, columns, dtype=dtype), right) for _ in range(3)]
+        got = device.product([lie(a.cuda(), left) for a in A], [lie(b.cuda(), right) for b in B])
+        for out, want, a, b in zip(got, device.product(A, B), A, B, strict=True):
+            bound = inner * torch.finfo(dtype).eps * (a.to(dtype).abs() @ b.abs())
+            assert bool(((out.cpu() - want).abs() <= bound).all())
 
-    def run(L, Y, U, dF):
-        columns = [torch.full_like(d, float("nan")) for d in dF]
-        info = L[0].new_zeros(3, dtype=torch.int32)
-        inverse, left = device.outer_forward(L, Y, U, columns, shape, config, info=info)
-        back = device.outer_backward(L, Y, U, inverse.unbind(), left.unbind(), dF, shape, config)
-        assert info.tolist() == [0] * 3
-        return columns, back
 
-    got, want = everywhere(run, L, Y, U, dF)
-    tolerance = 400 * torch.finfo(dtype).eps  # condition 10, sums of up to 370, twice
-    for name, a, b in zip(("F", "d outer"), got, want, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert_close(name, x.cpu(), y, tolerance)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("l", [1, 64, 130, 300])
+def test_the_factor_kernel(l, dtype):  # noqa: E741
+    """l = 300 lies outside of shared memory; condition 40."""
+    torch.manual_seed(0)
+    L = torch.randn(4, l, l, dtype=dtype) / l**0.5
+    gram = L.mT @ L + 0.1 * torch.eye(l, dtype=dtype)
+    gram[2, l - 1, l - 1] = float("nan")
+    (X, info), (want, _) = device.factor(gram.cuda()), device.factor(gram)
+    assert info.tolist() == [0, 0, l, 0] and bool(X[2].isnan().all())
+    good = info.cpu() == 0
+    assert_close("X", X.cpu()[good], want[good], 400 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -78,21 +87,21 @@ def test_launches_of_a_group():
     apply_ssvdo(model, SSVDOConfig(target_modules="all-linear", outer_rank=16))
     x = torch.randn(5, 64, device="cuda")
     model(x).sum().backward()  # loads the kernels
-    for _, layer in adapted_layers(model):
+    for _, layer in hosts(model):
         layer.refresh()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         model(x).sum().backward()
         torch.cuda.synchronize()
     ours = [e for e in found.events() if "run_kernel" in e.name]
-    assert len(ours) == 2 * (5 + 6)
+    assert len(ours) == 2 * (9 + 12)  # tests/ops/test_device.py counts them one by one
 
 
 def test_a_bad_pivot_stops_the_backward():
     layer = make_layer(12, 4, outer_rank=3, dtype=torch.float32, device="cuda")
     with torch.no_grad():
-        layer.outer[0, 1] = float("nan")
+        layer.adapter.outer[0, 1] = float("nan")
     layer.refresh()
     y = layer(torch.randn(3, 4, device="cuda"))
     with pytest.raises(ArithmeticError, match="pivot 2"):
         y.sum().backward()
-    assert layer.outer.grad is None
+    assert layer.adapter.outer.grad is None

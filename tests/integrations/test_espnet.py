@@ -23,7 +23,9 @@ from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 from espnet2.layers import create_adapter as table
 
 import ssvdo_kernels.integrations.espnet as integration
-from ssvdo_kernels import SSVDOLinear, gradient_accumulation, reference
+from ssvdo_kernels import gradient_accumulation, reference
+from ssvdo_kernels.adapter import PARAMETER_NAMES
+from ssvdo_kernels.host import Host
 from ssvdo_kernels.integrations.espnet import DeferredSSVDOLinear, create_ssvdo_adapter, from_espnet_ssvd
 
 CONF = {"adapter_type": "ssvdo", "inner_ratio": 0.5, "outer_rank": 4,
@@ -100,7 +102,7 @@ def test_espnets_order(make):
     model = build(make, 2)
     table.create_adapter(model, "lora", dict(CONF))
     assert not model.training
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, SSVDOLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, DeferredSSVDOLinear)}
     assert {n.rsplit(".", 2)[-2] for n in layers} == {"feed_forward"} and len(layers) == 6
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in n for n in trained)
@@ -160,6 +162,8 @@ def test_an_adapter_alone_finds_its_base_or_is_refused():
     fit(model, adam(model))
     want, alone = run(model), saved(adapter_only(model))
     assert len(alone) == 6 * 4
+    parts = {k.split(".lora_")[1] for k in alone}
+    assert parts == {"singular_values", *(f"adapter.{part}" for part in PARAMETER_NAMES)}
     same_base = adapted()
     assert not same_base.load_state_dict(alone, strict=False).unexpected_keys
     assert torch.allclose(run(same_base), want, atol=1e-5)
@@ -230,7 +234,7 @@ def test_bad_input_changes_nothing(options, error, message):
     model = build(ENCODERS["transformer"], 1)
     with pytest.raises(error, match=message):
         create_ssvdo_adapter(model, **{"outer_rank": 4, **options})
-    assert not any(isinstance(m, SSVDOLinear) for m in model.modules())
+    assert not any(isinstance(m, Host) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -268,12 +272,12 @@ def test_square_layers_whisper_names_and_half_precision():
 
     model = Block().to(torch.bfloat16)
     create_ssvdo_adapter(model, ["query", "key", "value", "attn.out", "mlp.0", "mlp.2"], outer_rank=3)
-    shapes = {n: m.shape.l for n, m in model.named_modules() if isinstance(m, DeferredSSVDOLinear)}
+    shapes = {n: m.lora_adapter.shape.l for n, m in model.named_modules() if isinstance(m, DeferredSSVDOLinear)}
     assert shapes == {"attn.query": 0, "attn.key": 0, "attn.value": 0, "attn.out": 0, "mlp.0": 3, "mlp.2": 3}
     layer = model.mlp[0]
-    assert layer.weight.dtype == torch.bfloat16 and layer.lora_outer.dtype == torch.float32
+    assert layer.weight.dtype == torch.bfloat16 and layer.lora_adapter.outer.dtype == torch.float32
     x = torch.randn(5, 8).to(torch.bfloat16)
-    assert layer(x).dtype == torch.bfloat16 and layer.own_singular_values.dtype == torch.float32
+    assert layer(x).dtype == torch.bfloat16 and layer.lora_adapter.singular_values.dtype == torch.float32
 
 
 def test_newer_espnets_way_of_building():
@@ -282,9 +286,9 @@ def test_newer_espnets_way_of_building():
     layer = DeferredSSVDOLinear(8, 24, bias=True, r=8, lora_alpha=8, lora_dropout=0.0, inner_ratio=0.5, outer_rank=3)
     layer.weight, layer.bias = linear.weight, linear.bias
     x = torch.randn(4, 8)
-    wide = [p.detach().double() for p in layer.adapter_parameters]
+    adapter, wide = layer.lora_adapter, [p.detach().double() for p in layer.lora_adapter.trained]
     with torch.no_grad():
-        want = reference.linear(x.double(), linear.weight.double(), linear.bias.double(), *wide, config=layer.config)
+        want = reference.linear(x.double(), linear.weight.double(), linear.bias.double(), *wide, config=adapter.config)
         assert torch.allclose(layer(x).double(), want, atol=1e-5)
     with pytest.raises(ValueError, match="lora_dropout"):
         DeferredSSVDOLinear(8, 24, lora_dropout=0.1)
@@ -305,10 +309,12 @@ def test_lora_is_left_to_espnet():
 
 
 # -- trained SSVD checkpoints ------------------------------------------------------------------------------------------
-def ssvd_checkpoint(rows, columns, k, merged):
+def ssvd_checkpoint(rows, columns, k, merged, rank=None):
     """A checkpoint by ESPnet's formula, and the weight that it means."""
     torch.manual_seed(0)
     tall = torch.randn(max(rows, columns), min(rows, columns), dtype=torch.float64)
+    if rank is not None:
+        tall = tall[:, :rank] @ torch.randn(rank, tall.shape[1], dtype=torch.float64)
     u, s, v = torch.linalg.svd(tall, full_matrices=False)
     delta, gate, packed = torch.randn(k) * 0.3, torch.tensor([0.7]), 0.1 * torch.randn(k * (k - 1) // 2)
     i, j = torch.triu_indices(k, k, 1)
@@ -327,12 +333,14 @@ def ssvd_checkpoint(rows, columns, k, merged):
     return {f"encoder.w.{name}": t for name, t in tensors.items()}, meant
 
 
-@pytest.mark.parametrize("rows, columns, k", [(24, 8, 4), (8, 24, 4), (10, 10, 10), (24, 8, 1)])
+@pytest.mark.parametrize("rows, columns, k, rank", [
+    (24, 8, 4, None), (8, 24, 4, None), (10, 10, 10, None), (24, 8, 1, None), (24, 8, 5, 3), (8, 24, 8, 6)])
 @pytest.mark.parametrize("merged", [True, False])
-def test_a_trained_ssvd_checkpoint_gives_the_same_outputs(rows, columns, k, merged):
-    state, meant = ssvd_checkpoint(rows, columns, k, merged)
+def test_a_trained_ssvd_checkpoint_gives_the_same_outputs(rows, columns, k, rank, merged):
+    state, meant = ssvd_checkpoint(rows, columns, k, merged, rank)
     made = from_espnet_ssvd(state)
-    assert set(made) == {"encoder.w"} and made["encoder.w"].shape.k == k
+    assert made["encoder.w"].adapter.factors.null == (0 if rank is None else k - rank)
+    assert set(made) == {"encoder.w"} and made["encoder.w"].adapter.shape.k == k
     x = torch.randn(5, columns)
     want = x.double() @ meant.mT + state["encoder.w.bias"].double()
     assert torch.allclose(made["encoder.w"](x).double(), want, atol=1e-4)

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from torch import nn
 
 pytest.importorskip("peft", reason="peft is not installed")
 import peft
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 import ssvdo_kernels.integrations.peft as integration
 from ssvdo_kernels import SSVDOConfig as CoreConfig
-from ssvdo_kernels import gradient_accumulation, reference
+from ssvdo_kernels import gradient_accumulation, orthogonality, reference
+from ssvdo_kernels.adapter import PARAMETER_NAMES
+from ssvdo_kernels.factorize import FACTOR_NAMES
 from ssvdo_kernels.integrations.peft import Linear, SSVDOConfig
 
 
@@ -108,11 +111,11 @@ def test_starts_at_the_base_model_and_trains_the_adapter_alone(options):
 def test_output_is_the_equations(dtype):
     model = adapt(base(dtype), target_modules=["lin0"], init_weights=False)
     layer = model.base_model.model.lin0
-    engine = layer.ssvdo_engines["default"]
+    adapter = layer.ssvdo_adapters["default"]
     x = x_of(dtype)
-    wide = [p.detach().double() for p in engine.adapter_parameters]
+    wide = [p.detach().double() for p in adapter.trained]
     with torch.no_grad():
-        want = reference.linear(x.double(), layer.weight.double(), layer.bias.double(), *wide, config=engine.config)
+        want = reference.linear(x.double(), layer.weight.double(), layer.bias.double(), *wide, config=adapter.config)
     tolerance = (64 if dtype.itemsize > 2 else 8) * torch.finfo(dtype).eps * float(want.abs().max())
     assert float((layer(x).double() - want).detach().abs().max()) <= tolerance
     assert float((want - layer.base_layer(x).double()).abs().max()) > 100 * tolerance or dtype.itemsize == 2
@@ -135,6 +138,50 @@ def test_save_and_load(options, tmp_path):
     trainable = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
     assert any(p.requires_grad for p in trainable.parameters())
     renamed = PeftModel.from_pretrained(base(), tmp_path, adapter_name="other")
+    assert torch.equal(renamed(x_of()), want)
+
+
+def adapters_of(model):
+    """(layer's name, adapter's name, adapter) of all."""
+    return [(n, name, adapter) for n, m in model.named_modules() if isinstance(m, Linear)
+            for name, adapter in m.ssvdo_adapters.items()]  # fmt: skip
+
+
+@cases
+def test_the_trained_numbers_alone_are_saved(options):
+    model, x = adapt(base(), init_weights=False, **options), x_of()
+    found = adapters_of(model)
+    ours = {f"{n}.ssvdo_adapters.{name}.{part}" for n, name, a in found for part, p in a.named_parameters()}
+    assert {k for k in model.state_dict() if "ssvdo_" in k} == ours
+    assert {k.rsplit(".", 1)[1] for k in ours} <= set(PARAMETER_NAMES) and len(ours) >= 2 * len(found)
+    saved = get_peft_model_state_dict(model)
+    assert {k for k in saved if "ssvdo_" in k} == {k.replace(".default.", ".") for k in ours}
+    factors = {f"{n}.{part}": t for n, _, a in found for part, t in a.factors.tensors().items()}
+    assert {k.rsplit(".", 1)[1] for k in factors} <= set(FACTOR_NAMES) and len(factors) >= 2 * len(found)
+    parameters, before = {id(p) for p in model.parameters()}, {k: t.clone() for k, t in factors.items()}
+    assert not any(id(t) in parameters or t.requires_grad for t in factors.values())
+    train(model, x)
+    assert all(torch.equal(t, before[k]) for k, t in factors.items())
+    other = adapt(base(), **options)
+    assert not torch.equal(other(x), model(x))
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    state = model.state_dict()
+    assert all(torch.equal(t, state[k]) for k, t in other.state_dict().items()) and same(other(x), model(x))
+
+
+@pytest.mark.parametrize("adapter", ["outer", "basis", "inner_scale", "ssvdo_adapters"])
+def test_names_that_hold_our_names_are_saved_and_loaded(adapter, tmp_path):
+    def plain():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            OrderedDict(outer=nn.Linear(10, 24), router=nn.Sequential(OrderedDict(inner_scale=nn.Linear(24, 8)))))
+
+    model = adapt(plain(), adapter, target_modules=["outer", "inner_scale"], init_weights=False)
+    want = model(x_of())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(plain(), tmp_path / adapter, adapter_name=adapter)
+    assert torch.equal(loaded(x_of()), want) and not torch.equal(want, plain()(x_of()))
+    renamed = PeftModel.from_pretrained(plain(), tmp_path / adapter)
     assert torch.equal(renamed(x_of()), want)
 
 
@@ -163,7 +210,7 @@ def test_safe_merge_of_a_broken_adapter_changes_nothing():
     model = adapt(base(), target_modules=["lin0"])
     layer, bits = model.base_model.model.lin0, base().lin0.weight
     with torch.no_grad():
-        layer.ssvdo_inner_scale["default"][0] = float("nan")
+        layer.ssvdo_adapters["default"].inner_scale[0] = float("nan")
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_and_unload(safe_merge=True)
     assert torch.equal(layer.weight, bits) and not layer.merged
@@ -182,6 +229,13 @@ def test_disabled_adapters_are_the_base_model(options):
         assert torch.equal(model(x), plain)
 
 
+def trained_adapters(model):
+    """Names of the adapters that train; nothing else does."""
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all(n.rsplit(".", 1)[1] in PARAMETER_NAMES for n in names)
+    return {n.split(".ssvdo_adapters.")[1].split(".")[0] for n in names}
+
+
 def test_several_adapters():
     x, plain = x_of(), base()(x_of())
     model = adapt(base(), target_modules=["lin0"], init_weights=False)
@@ -190,13 +244,20 @@ def test_several_adapters():
                                             init_weights=False))  # fmt: skip
     assert same(model(x), first)  # not active yet
     assert not any(p.requires_grad for n, p in model.named_parameters() if "second" in n)
+    assert trained_adapters(model) == {"default"}
     model.set_adapter("second")
     second = model(x)
     assert not torch.allclose(second, first, atol=1e-3)
-    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad} == {"second"}
+    assert trained_adapters(model) == {"second"}
+    with model.disable_adapter():
+        assert trained_adapters(model) == set()
+    assert trained_adapters(model) == {"second"}
+    model.base_model.set_adapter("second", inference_mode=True)
+    assert trained_adapters(model) == set() and same(model(x), second)
+    assert {r.name for r in orthogonality(model)} == {f"base_model.model.{n}" for n in ("lin0", "lin1")}
     model.base_model.set_adapter(["default", "second"])
     both, layer = model.base_model.model.lin0(x), model.base_model.model.lin0
-    alone = [layer.ssvdo_engines[n](x) for n in ("default", "second")]
+    alone = [layer.ssvdo_adapters[n](x, layer.base(), layer.bias) for n in ("default", "second")]
     assert torch.allclose(both, alone[0] + alone[1] - layer.base_layer(x), atol=1e-5)
     want = model(x)
     model.merge_adapter()
@@ -212,12 +273,24 @@ def test_several_adapters():
     with pytest.raises(ValueError, match="not found"):
         model.set_adapter("third")
     model.delete_adapter("second")
-    assert set(layer.ssvdo_engines) == {"default"} == set(layer.ssvdo_outer)
+    assert set(layer.ssvdo_adapters) == {"default"}
     assert not any("second" in name for name in model.state_dict()) and same(model(x), first)
     model.add_adapter("third", SSVDOConfig(target_modules=["lin0"], outer_rank=1))
     with pytest.warns(UserWarning, match="Setting active adapter to third"):
         model.delete_adapter("default")
     assert same(model(x), plain) and layer.active_adapters == ["third"]
+
+
+def test_an_adapter_added_while_another_is_merged_is_one_of_w0():
+    model, x = adapt(base(), target_modules=["lin0"], init_weights=False), x_of()
+    model.merge_adapter()
+    model.add_adapter("second", SSVDOConfig(target_modules=["lin0"], outer_rank=3))
+    layer = model.base_model.model.lin0
+    assert torch.equal(layer.ssvdo_adapters["second"].singular_values, layer.ssvdo_adapters["default"].singular_values)
+    if layer.merged:  # PEFT unmerges by itself once it adds an adapter, in some versions
+        model.unmerge_adapter()
+    model.set_adapter("second")
+    assert torch.allclose(model(x), base()(x), atol=1e-5)
 
 
 def test_adapters_of_other_names_are_saved_side_by_side(tmp_path):
@@ -245,9 +318,9 @@ def test_choosing_layers():
         "layers.1.up", "layers.3.up"}
     by_layer = found(target_modules=["up", "down"], outer_rank_pattern={"up": 5, r"layers\.2\.down": 0},
                      inner_ratio_pattern={r"layers\.1\.up": 1.0})  # fmt: skip
-    engines = {n: m.ssvdo_engines["default"].shape for n, m in by_layer.items()}
-    assert (engines["layers.0.up"].l, engines["layers.2.down"].l, engines["layers.3.down"].l) == (5, 0, 3)
-    assert (engines["layers.1.up"].k, engines["layers.0.up"].k) == (8, 4)
+    shapes = {n: m.ssvdo_adapters["default"].shape for n, m in by_layer.items()}
+    assert (shapes["layers.0.up"].l, shapes["layers.2.down"].l, shapes["layers.3.down"].l) == (5, 0, 3)
+    assert (shapes["layers.1.up"].k, shapes["layers.0.up"].k) == (8, 4)
 
 
 def test_trainable_parameters_are_counted(capsys):
@@ -291,13 +364,21 @@ def test_copies_and_pickles():
         train(twin, x_of())
         assert not torch.allclose(twin(x_of()), want, atol=1e-4)
         assert torch.allclose(model(x_of()), want, atol=1e-6)
+        assert len(adapters_of(twin)) == 2 and all(a.basis is not None for _, _, a in adapters_of(twin))
+        ours = {t.data_ptr() for _, _, a in adapters_of(model) for t in (*a.parameters(), *a.buffers())}
+        assert not ours & {t.data_ptr() for _, _, a in adapters_of(twin) for t in (*a.parameters(), *a.buffers())}
+    model.merge_adapter()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.allclose(twin(x_of()), want, atol=1e-4)
+        twin.unmerge_adapter()
+        assert torch.equal(twin.base_model.model.lin0.weight, base().lin0.weight)
 
 
 def test_gradients_flow_in_groups_with_checkpointing_and_accumulation():
     torch.manual_seed(0)
     model = get_peft_model(Deep(), SSVDOConfig(target_modules="all-linear", outer_rank=3, init_weights=False))
-    groups = {id(m.ssvdo_engines["default"]._group) for m in model.modules() if isinstance(m, Linear)}
-    assert len(groups) == 2
+    groups = {m.ssvdo_adapters["default"].cache.group for m in model.modules() if isinstance(m, Linear)}
+    assert len(groups) == 2 and None not in groups
     x = torch.randn(5, 8)
     model(x).square().sum().backward()
     want = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -322,7 +403,7 @@ def test_autocast_and_half_precision():
         assert torch.allclose(model(x_of()).float(), want, atol=0.1)
 
 
-def test_a_change_of_dtype_takes_the_engines_along():
+def test_a_change_of_dtype_takes_the_adapters_along():
     model = adapt(base(), target_modules=["lin0"], init_weights=False)
     want = model(x_of())
     assert torch.allclose(model.double()(x_of(torch.float64)).float(), want, atol=1e-5)

@@ -10,8 +10,8 @@ import transformers
 from peft import PeftModel, get_peft_model
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, load_ssvdo, merge_ssvdo, save_ssvdo
+from ssvdo_kernels.host import hosts
 from ssvdo_kernels.integrations.peft import SSVDOConfig as PeftSSVDOConfig
-from ssvdo_kernels.model import adapted_layers
 
 
 def whisper():
@@ -75,7 +75,7 @@ def test_trained_saved_resumed_and_merged(make, through, tmp_path):
         model = get_peft_model(model, PeftSSVDOConfig(outer_rank=4))
     else:
         apply_ssvdo(model, SSVDOConfig(outer_rank=4, init_angle=0.0))
-    assert sum(1 for _ in adapted_layers(model)) == {"whisper": 8, "wav2vec2": 4, "llama": 6}[make.__name__]
+    assert sum(1 for _ in hosts(model)) == {"whisper": 8, "wav2vec2": 4, "llama": 6}[make.__name__]
     assert torch.allclose(logits(model, row), plain, atol=1e-5)
     whole = trainer(model, row, tmp_path / "a", 4)
     whole.train()

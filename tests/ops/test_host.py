@@ -16,7 +16,7 @@ from ssvdo_kernels import SSVDOConfig, SSVDOLinear
 from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.ops import engines, host
 from ssvdo_kernels.ops.dispatch import preparation
-from ssvdo_kernels.ops.preparation import Rows, Source
+from ssvdo_kernels.ops.preparation import Rows
 
 if not host.available():
     pytest.skip("the compiled core was not built", allow_module_level=True)
@@ -27,8 +27,7 @@ BUILDS = ORDER[: ORDER.index(host.instruction_set()) + 1]
 
 
 def prepare(layer):
-    parameters, factors = layer.adapter_parameters, layer.factors()
-    return engines.prepare_one(Source(parameters, factors, layer.weight, layer.shape, layer.config, "layer"))
+    return engines.prepare_one(layer.adapter.source(layer.base()))
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -67,7 +66,7 @@ def test_layers_use_it_and_agree_with_pytorch(m, n):
     assert_close("y", fast(x), plain(x), 1e-12)
     for layer in plain, fast:
         layer(x).square().sum().backward()
-    for a, b in zip(fast.adapter_parameters, plain.adapter_parameters, strict=True):
+    for a, b in zip(fast.adapter.trained, plain.adapter.trained, strict=True):
         assert_close("gradient", a.grad, b.grad, 1e-11)
 
 
@@ -76,16 +75,16 @@ def test_gradcheck():
     x = torch.randn(3, 4, dtype=torch.float64)
 
     def run(*parameters):
-        return torch.func.functional_call(layer, dict(zip(("inner_rotation", "inner_scale", "outer"), parameters,
-                                                          strict=True)), (x,))  # fmt: skip
+        names = ("adapter.inner_rotation", "adapter.inner_scale", "adapter.outer")
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(run, [p.detach().clone().requires_grad_() for p in layer.adapter_parameters])
+    assert torch.autograd.gradcheck(run, [p.detach().clone().requires_grad_() for p in layer.adapter.trained])
 
 
 def test_threads_do_not_change_a_bit():
     """Of what the compiled core makes; PyTorch's products promise nothing of the kind."""
     layer = make_layer(1200, 300, outer_rank=40, dtype=torch.float32, spread=0.01)
-    assert host.invertible(layer.inner_rotation.detach())
+    assert host.invertible(layer.adapter.inner_rotation.detach())
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -104,19 +103,19 @@ def test_threads_do_not_change_a_bit():
 def test_a_bad_pivot_is_an_error_that_names_it(value):
     layer = make_layer(12, 4, outer_rank=3, dtype=torch.float32)
     with torch.no_grad():
-        layer.outer[0, 1] = value
-    before = layer.outer.detach().clone()
+        layer.adapter.outer[0, 1] = value
+    before = layer.adapter.outer.detach().clone()
     with pytest.raises(ArithmeticError, match=r"layer: Cholesky .* failed at pivot 2 with tau=0\.01"):
         layer(torch.randn(2, 4))
-    assert torch.equal(layer.outer.nan_to_num(7), before.nan_to_num(7))
+    assert torch.equal(layer.adapter.outer.nan_to_num(7), before.nan_to_num(7))
 
 
 def test_large_rotations_go_to_lapack():
     layer = make_layer(400, 100, outer_rank=2, inner_ratio=1.0, spread=3.0)
-    assert not host.invertible(layer.inner_rotation.detach())
-    made = layer.prepared()
+    assert not host.invertible(layer.adapter.inner_rotation.detach())
+    made = prepare(layer)
     K = torch.zeros(100, 100, dtype=torch.float64)
-    K[tuple(torch.triu_indices(100, 100, 1))] = layer.inner_rotation.detach()
+    K[tuple(torch.triu_indices(100, 100, 1))] = layer.adapter.inner_rotation.detach()
     eye = torch.eye(100, dtype=torch.float64)
     assert_close("G", made.G, torch.linalg.solve(eye + K - K.mT, eye - K + K.mT), 1e-11)
     assert_close("orthogonal", made.G.mT @ made.G, eye, 1e-12)
@@ -175,3 +174,27 @@ def test_memory_is_given_back():
     for _ in range(600):
         work()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes; leaking L each time: 30 MB
+
+
+def test_a_fingerprint_sees_every_edit_and_nothing_else():
+    """Every single byte of sizes around a block, words exchanged, numbers moved from one tensor into the next."""
+    for size in (1, 7, 15, 16, 17, 31, 33, 100):
+        values = torch.randn(size)
+        before = host.fingerprint([values])
+        assert host.fingerprint([values.clone()]) == before
+        for i in range(size):
+            other = values.clone()
+            other[i] = torch.nextafter(values[i], torch.tensor(9.0))
+            assert host.fingerprint([other]) != before
+    pair = torch.arange(64.0)
+    swapped = pair.clone()
+    swapped[[0, 17]] = pair[[17, 0]]
+    assert host.fingerprint([swapped]) != host.fingerprint([pair])
+    assert host.fingerprint([pair[:10], pair[10:]]) != host.fingerprint([pair[:11], pair[11:]])
+    assert host.fingerprint([pair, pair]) != host.fingerprint([pair])
+
+
+def test_a_null_address_has_no_fingerprint():
+    with pytest.raises(ValueError, match="address=0 is out of range; allowed: not null"):
+        host._C.hash([(0, 8)])
+    assert host._C.hash([]) == 0 and isinstance(host._C.hash([(0, 0)]), int)

@@ -140,10 +140,10 @@ def test_a_read_only_folder_is_an_error_and_stays_as_it_is():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(path, bytes) of small adapters, with and without factors."""
+    """The bytes of small adapters, without and with the basis."""
     found = []
     for own in (False, True):
-        folder = save_ssvdo(adapted(0.25), tmp_path_factory.mktemp("adapter"), include_factors=own)
+        folder = save_ssvdo(adapted(0.25), tmp_path_factory.mktemp("adapter"), include_basis=own)
         found.append((folder / "ssvdo_model.safetensors").read_bytes())
     return found
 

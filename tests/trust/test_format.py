@@ -33,7 +33,7 @@ def write(folder):
     with torch.no_grad():
         for number, p in enumerate(p for p in model.parameters() if p.requires_grad):
             p.copy_(0.3 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) + number).view(p.shape))
-    save_ssvdo(model, folder, include_factors=True)
+    save_ssvdo(model, folder)
     save_file({"output": model(probe()).detach()}, folder / "expected.safetensors")
 
 

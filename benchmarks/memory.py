@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import get_context
@@ -101,8 +102,15 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
         process.join()
 
 
+_MMAP_THRESHOLD = -3
+"""glibc's M_MMAP_THRESHOLD. Fixed, so that a tensor's memory is given back when it is freed: else it depends on chance
+which freed pieces a process keeps, and one of them may be as large as the layer's output."""
+
+
 def _answer(sender: Connection, threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
     sender.send(function(*arguments))
 
 

@@ -29,8 +29,8 @@ class Adapter(nn.Module):
     (k, dS) and ``outer`` (c x l, L / s; absent where l = 0), float32 where the weight is of half precision. Frozen: the
     tensors of `Factors`, those that there are. No tensor is empty.
 
-    The matrices that depend on parameters alone are prepared once and kept until a parameter changes (cache.py). On a GPU
-    call `refresh` after writing through ``p.data`` by hand.
+    The matrices that depend on parameters alone are prepared once and kept until a parameter changes (cache.py). On a
+    GPU call `refresh` after writing through ``p.data`` by hand.
 
     Args:
         shape, config: sizes and formula.
@@ -216,7 +216,7 @@ class Adapter(nn.Module):
         return replica
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         enlist(self)
 
     def extra_repr(self) -> str:

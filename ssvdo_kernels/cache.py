@@ -30,7 +30,7 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def stamp(tensor: Tensor) -> tuple[object, ...]:
-    """What changes where a tensor is written to or replaced. Its storage must be alive for two stamps to be compared."""
+    """What changes where a tensor is written to or replaced; for a storage that is still alive."""
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.device
 
@@ -118,7 +118,7 @@ class Cache:
         return fixed, (not on_cpu and _optimizer_steps, *map(stamp, present))
 
     def out_of_date(self, source: Source, by_value: bool = True) -> bool:
-        """Whether what is kept was made from other tensors, or other numbers. by_value: on a CPU, look at the numbers."""
+        """Whether what is kept was made from other tensors or numbers. by_value: on a CPU, look at the numbers."""
         return self._up_to_date(source, by_value) is None
 
     def _up_to_date(self, source: Source, by_value: bool = True) -> Prepared | None:
@@ -128,10 +128,8 @@ class Cache:
         fixed, moving = self._stamp(source)
         if fixed != kept.stamps[0]:
             return None
-        if by_value and _on_cpu(source):
-            same = kept.prepared.numbers is not None and kept.prepared.numbers.same(source.parameters)
-        else:
-            same = moving == kept.stamps[1]
+        look = by_value and _on_cpu(source)
+        same = kept.prepared.stands(source.parameters) if look else moving == kept.stamps[1]
         return kept.prepared if same else None
 
     def current(self, source: Source) -> Prepared:

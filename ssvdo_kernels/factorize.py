@@ -95,8 +95,8 @@ def _signs(v: Tensor) -> Tensor:
 def thin_svd(matrix: Tensor, left: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
     """A = U diag(S) V^T for A of size large x d, large >= d, with a fixed sign for each pair (u_i, v_i).
 
-    By way of A = Q R, at half the cost of the SVD of A. Returns U (large x d; None without `left`, which saves a third),
-    S (d, descending), V (d x d).
+    By way of A = Q R, at half the cost of the SVD of A. Returns U (large x d; None without `left`, which saves a
+    third), S (d, descending), V (d x d).
     """
     # Scaled to entries of at most 1: LAPACK loses those near the ends of the exponent range.
     peak = matrix.abs().amax()
@@ -200,8 +200,8 @@ def _svd_beside(exact: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def departure(
     weight: Tensor, factors: Factors, shape: LayerShape, exact: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> float:
-    """max |U^T Z R^-T|: by how much U' would depart from orthonormality with 8 random vectors of the complement mixed in
-    at `DEPARTURE_ANGLE`, Z as preparation computes it and U that of the float64 factorisation.
+    """max |U^T Z R^-T|: by how much U' would depart from orthonormality with 8 random vectors of the complement mixed
+    in at `DEPARTURE_ANGLE`, Z as preparation computes it and U that of the float64 factorisation.
 
     exact: (A, V, S) in float64 where the caller has them.
     """

@@ -18,6 +18,7 @@ from .ops.dispatch import preparation
 from .ops.engines import prepare
 from .ops.preparation import Prepared, Source
 
+
 class Member(NamedTuple):
     """A layer: its cache, its shape and configuration, and what it would be prepared from now (None: it is gone)."""
 

@@ -1,7 +1,7 @@
 """Whole models computed through the dense W', and given back as plain layers.
 
-W0 is never written to. A merged layer keeps its weight bit for bit, and so does its state_dict: it can be saved, loaded,
-trained and unmerged at any time, and its W' follows the parameters. So unmerging is exact.
+W0 is never written to. A merged layer keeps its weight bit for bit, and so does its state_dict: it can be saved,
+loaded, trained and unmerged at any time, and its W' follows the parameters. So unmerging is exact.
 """
 
 from __future__ import annotations

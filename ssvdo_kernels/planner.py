@@ -204,7 +204,7 @@ def choose(prepared: History, work: Work) -> str:
         form = plan(prepared.shape, prepared.extra, work.tokens, seen, work.grad, prepared.built)
     if not work.grad:
         return form
-    # Activation checkpointing runs a forward twice and needs the same tensors saved: within a preparation, forwards of as
-    # many rows keep to forms that save alike.
+    # Activation checkpointing runs a forward twice and needs the same tensors saved: within a preparation, forwards of
+    # as many rows keep to forms that save alike.
     first = prepared.choices.setdefault(work.tokens, form)
     return form if form == first or (form in ALIKE and first in ALIKE) else first

@@ -58,7 +58,7 @@ def turned(U: Tensor, S: Tensor, L: Tensor, width: int) -> Tensor:
 
     Left out of U are components beyond the first `width` (adapted ones) with S_i <= LEAST S_0.
     """
-    kept = S > S[0] * LEAST
+    kept = S[0] * LEAST < S
     kept[:width] = True
     span, lifted = U[:, kept], torch.cat([L.new_zeros(U.shape[1], L.shape[1]), L])
     return lifted - span @ (span.mT @ lifted)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
 from ssvdo_kernels.ops import engines
@@ -72,6 +74,21 @@ def count_preparations(monkeypatch):
 
         monkeypatch.setattr(engines, original.__name__, counting)
     return counts
+
+
+class Made(TorchDispatchMode):
+    """The size of the largest tensor whose storage is none of `known`."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.known, self.numel = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.numel = max(self.numel, t.numel())
+        return out
 
 
 def error(got: Tensor, want: Tensor, size: Tensor | None = None) -> float:

@@ -1,14 +1,17 @@
-"""The factorisation, its fixed signs, the implicit complement, hostile weights and the cache."""
+"""The factorisation, its fixed signs, the projector onto the complement, hostile weights and the cache."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close, error
+from helpers import assert_close, error, prepared, three
 from torch import nn
 
 import ssvdo_kernels.factorize as module
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, reference
 from ssvdo_kernels.config import LayerShape
-from ssvdo_kernels.factorize import apply_complement, apply_complement_transposed, factorize, thin_svd
+from ssvdo_kernels.factorize import DEPARTURE, Factors, departure, factorize, tall_of, thin_svd
+from ssvdo_kernels.ops.complement import Projector, inverse_of, project
 
 
 def shape_of(weight, p=0.5, rank=2):
@@ -19,26 +22,68 @@ def draw(m, n, seed=0, dtype=torch.float64):
     return torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("m, n", [(24, 8), (9, 8), (12, 8), (17, 1)])
-def test_complement_is_orthonormal_and_implicit_form_equals_the_dense_one(m, n):
+def spread(m, n, span, seed=0):
+    """A weight whose singular values fall by `span` orders of magnitude."""
+    u, _, vt = torch.linalg.svd(draw(m, n, seed), full_matrices=False)
+    return u * torch.logspace(0, -span, min(m, n), dtype=torch.float64) @ vt
+
+
+@pytest.mark.parametrize("m, n", [(24, 8), (9, 8), (12, 8), (17, 1), (8, 8)])
+def test_thin_svd(m, n):
     weight = draw(m, n)
     u, s, v = thin_svd(weight)
     assert_close("A", u * s @ v.mT, weight, 1e-13)
-    y, x = module._reflector(u), torch.eye(m - n, dtype=torch.float64)
-    assert y.shape == (m, min(n, m - n))
-    dense = reference.complement(u)
-    assert_close("U2", apply_complement(y, x), dense, 1e-13)
-    assert_close("U2^T", apply_complement_transposed(y, torch.eye(m, dtype=torch.float64), n), dense.mT, 1e-13)
-    assert_close("Y^T Y = 2I", y.mT @ y, 2 * torch.eye(y.shape[1], dtype=torch.float64), 1e-13)
-    basis = torch.cat([u, dense], 1)
-    assert_close("[U U2] orthogonal", basis.mT @ basis, torch.eye(m, dtype=torch.float64), 1e-13)
+    for name, basis in (("U", u), ("V", v)):
+        assert_close(name, basis.mT @ basis, torch.eye(n), 1e-13)
+    assert bool((s[1:] <= s[:-1]).all())
+    none, again, same = thin_svd(weight, left=False)
+    assert none is None
+    assert_close("S", again, s, 1e-14)
+    assert_close("V", same, v, 1e-13)
 
 
-def test_complement_depends_on_the_span_alone():
-    u = thin_svd(draw(24, 8))[0]
-    turned = u @ torch.linalg.qr(draw(8, 8, seed=1)).Q
-    x = torch.eye(16, dtype=torch.float64)
-    assert_close("U2", apply_complement(module._reflector(turned), x), apply_complement(module._reflector(u), x), 1e-12)
+def projector(weight, shape):
+    """(P of one layer as preparation has it, U of the float64 factorisation)."""
+    factors, tall = factorize(weight, shape), tall_of(weight, shape)
+    inverse = inverse_of(factors.singular_values, shape.width, factors.null)
+    return Projector(tall, factors.basis, inverse, factors.null_basis), thin_svd(tall.double())[0]
+
+
+def dense(made, like):
+    """P as a matrix, from its columns."""
+    large = made.tall.shape[0]
+    return project([made], [torch.eye(large, dtype=like)], large, large)[0].double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [8, 5])
+@pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
+def test_the_projector_kills_what_it_should_and_is_one(m, n, rank, dtype):
+    """P U = 0, P = P^T, P P = P; columns of U without an inverse are killed too, by N.
+
+    What a pass leaves of U is its own error: an inverse multiplies the roundings of V (to the dtype in which it is kept)
+    and of the sums (8 and 24 of them, in that of the work) by at most S_0 / S_i each; two passes of a half type square it.
+    N is rounded to the weight's dtype and is applied once a pass.
+    """
+    weight = (draw(m, n) if rank == 8 else draw(m, rank) @ draw(rank, n, seed=1)).to(dtype)
+    shape = shape_of(weight, p=1.0)
+    made, u = projector(weight, shape)
+    work = made.inverse.dtype
+    assert (made.null is None) == (rank == 8)
+    P, eye = dense(made, work), torch.eye(24, dtype=torch.float64)
+    used = made.inverse[made.inverse > 0].double()
+    condition = float(used.max() / used.min())
+    left = 8 * condition * torch.finfo(made.basis.dtype).eps
+    if made.passes == 2:
+        left = left**2 + 8 * condition * torch.finfo(work).eps
+    kept = 8 * torch.finfo(dtype).eps if made.null is not None else 0.0
+    bound = left + (kept if made.passes == 1 else kept**2 + torch.finfo(work).eps)
+    if rank == 8:  # N of a half type is orthonormal to eps alone, as is U where its columns are A v / S of a rounded A
+        assert float((P @ u).abs().max()) <= bound
+    assert float((P - P.mT).abs().max()) <= bound
+    assert float((P @ P - P).abs().max()) <= bound
+    assert float(P.trace()) == pytest.approx(16, abs=24 * bound)
+    assert float((P - (eye - u @ u.mT)).abs().max()) <= bound
 
 
 @pytest.mark.parametrize("weight", [draw(24, 8), torch.tensor([[1.0, 1], [1, -1], [1, 1], [1, -1]]).double() + 0.1])

@@ -6,14 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close, count_preparations, make_layer, prepared, randomise, reference_linear, three
+from helpers import Made, assert_close, count_preparations, make_layer, prepared, randomise, reference_linear, three
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation
 from ssvdo_kernels.adapter import PARAMETER_NAMES
-from ssvdo_kernels.ops import preparation, products
+from ssvdo_kernels.ops import products
 
 
 def want(layer, x):
@@ -197,7 +195,7 @@ def test_a_backward_is_of_the_inner_parameters_of_its_forward(dtype, tokens, rot
         assert torch.equal(a, b)
 
 
-def test_an_edit_of_outer_before_the_backward_is_an_error():
+def test_an_edit_of_the_outer_part_before_the_backward_is_an_error():
     """As PyTorch says of its own operations."""
     layer = make_layer(24, 8, outer_rank=3)
     y = layer(X)
@@ -206,6 +204,48 @@ def test_an_edit_of_outer_before_the_backward_is_an_error():
         layer.adapter.outer.add_(0.5)
     with pytest.raises(RuntimeError, match="`outer` was changed in place between a forward and its backward"):
         y.sum().backward()
+
+
+def write_the_same(layer):
+    with torch.no_grad():
+        for p in layer.adapter.trained:
+            p.mul_(1)
+
+
+def step_by_nothing(layer):
+    """As a schedule that warms up from 0 does."""
+    layer(X).square().sum().backward()
+    torch.optim.AdamW(layer.parameters(), lr=0.0).step()
+
+
+def there_and_back(layer):
+    for outer in (torch.zeros_like(layer.adapter.outer), layer.adapter.outer.detach().clone()):
+        with torch.no_grad():
+            layer.adapter.outer.copy_(outer)
+
+
+def exchange_for_the_same(layer):
+    """And the old ones go on elsewhere."""
+    old = layer.adapter.trained
+    for name in PARAMETER_NAMES:
+        setattr(layer.adapter, name, nn.Parameter(getattr(layer.adapter, name).detach().clone()))
+    with torch.no_grad():
+        for p in old:
+            p.add_(0.5)
+
+
+@pytest.mark.parametrize("write", [write_the_same, step_by_nothing, there_and_back, exchange_for_the_same,
+                                   lambda layer: layer.load_state_dict(layer.state_dict())])  # fmt: skip
+def test_writing_the_same_numbers_is_no_edit(write):
+    layer, plain = make_layer(24, 8, outer_rank=3), make_layer(24, 8, outer_rank=3)
+    plain(X).square().sum().backward()
+    layer(X)
+    for _ in range(2):
+        write(layer)
+        layer.zero_grad()
+        layer(X).square().sum().backward()
+        for a, b in zip(grads(layer), grads(plain), strict=True):
+            assert_close("grad", a, b, 1e-12)
 
 
 def test_dtype_moves_and_copies_are_not_stale():
@@ -376,21 +416,6 @@ def test_what_has_no_numbers_is_not_there(m, n, options, missing, tmp_path):
     other = make_layer(m, n, seed=7, path="factored", **options)
     other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
     assert torch.equal(other(x), layer(x))
-
-
-class Made(TorchDispatchMode):
-    """The size of the largest tensor whose storage is none of `known`."""
-
-    def __init__(self, known=()):
-        super().__init__()
-        self.known, self.numel = {t.untyped_storage().data_ptr() for t in known}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
-                self.numel = max(self.numel, t.numel())
-        return out
 
 
 def test_no_tensor_of_the_size_of_the_complement():

@@ -10,10 +10,10 @@ from ssvdo_kernels import SSVDOConfig, apply_ssvdo
 from ssvdo_kernels.monitor import DiagnosticsMonitor, ForgettingMonitor
 
 
-def small():
+def small(**options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 8))
-    return apply_ssvdo(model, SSVDOConfig(outer_rank=2, target_modules=("0", "2")))
+    return apply_ssvdo(model, SSVDOConfig(outer_rank=2, target_modules=("0", "2"), **options))
 
 
 def mse(model, batch):
@@ -44,10 +44,11 @@ def test_diagnostics_are_taken_every_so_many_steps_and_written(tmp_path):
 
 
 def test_forgetting_is_the_growth_of_the_same_batches_loss():
-    model = small()
+    model = small(path="factored")  # left alone, the planner takes another form in the end, which rounds otherwise
     batches = [torch.randn(4, 8) for _ in range(2)]
     monitor = ForgettingMonitor(model, iter(batches), mse)
-    assert monitor.before == pytest.approx(sum(float(mse(model, b)) for b in batches) / 2)
+    with torch.no_grad():
+        assert monitor.before == pytest.approx(sum(float(mse(model, b)) for b in batches) / 2)
     assert monitor.measure().increase == 0
     train(model, 20, lambda: None)
     found = monitor.measure(20)

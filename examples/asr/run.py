@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
-import gc
 import statistics
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +14,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
+from benchmarks.memory import Meter
 from ssvdo_kernels import orthogonality
-from ssvdo_kernels.model import adapted_layers
+from ssvdo_kernels.host import hosts
 
 from .corpus import Utterance, batches, features
 from .methods import adapt
@@ -63,33 +61,6 @@ def prepare(corpus: str, model: str, seconds: int) -> None:
     load_whisper(model, seconds)
 
 
-class Meter:
-    """Peak memory of a span: allocated on a GPU, resident on a CPU (Linux; None elsewhere), less what was there."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.before = device, 0
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        elif self._status() is not None:
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed is given back first
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the memory in use now
-            self.before = self._status() or 0
-
-    @staticmethod
-    def _status() -> int | None:
-        status = Path("/proc/self/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")]
-        return found[0] if found else None
-
-    def mebibytes(self) -> float | None:
-        """Since the meter was made."""
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self._status()
-        return None if peak is None else (peak - self.before) / 2**20
-
-
 class Run:
     """The state of one run. `settings`: SETTINGS with what differs."""
 
@@ -121,7 +92,7 @@ class Run:
                 "stage": stage, "step": step, "voice": voice, "wer": errors.wer, "cer": errors.cer,
                 "words_wrong": errors.words_wrong, "words": errors.words,
             })  # fmt: skip
-        if any(True for _ in adapted_layers(self.model)):
+        if any(True for _ in hosts(self.model)):
             reports = orthogonality(self.model)
             names = ("orthonormality", "inner_orthonormality", "inner_angle", "outer_angle", "drift", "scale_change",
                      "cholesky_condition")  # fmt: skip

@@ -51,6 +51,8 @@ class DeferredSSVDOLinear(Host):
         ValueError: a size does not fit. (Forward) RuntimeError: the adapter was trained on another weight.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     lora_singular_values: Tensor
 
     def __init__(

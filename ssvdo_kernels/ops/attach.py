@@ -23,8 +23,8 @@ def stand_ins(prepared: Prepared) -> Pair:
 class Attach(torch.autograd.Function):
     """The stand-ins of every layer of a batch, as differentiable functions of all their parameters.
 
-    One backward for all: it runs when the last consumer has delivered. A layer that nothing used gets no gradient. sink:
-    where the only consumer of a single layer may leave the mixer's gradient as `Rows`, and return none.
+    One backward for all: it runs when the last consumer has delivered. A layer that nothing used gets no gradient.
+    sink: where the only consumer of a single layer may leave the mixer's gradient as `Rows`, and return none.
     """
 
     @staticmethod

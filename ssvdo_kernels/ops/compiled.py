@@ -3,18 +3,18 @@
     adapted        x, W0, bias, parameters, factors  ->  y
     adapted_train  the same                          ->  y and what its backward keeps
 
-Each is a function of its arguments alone. What depends on parameters alone is prepared outside of the graph: an operation
-looks the layer up whose parameters it is given, by their storage, and takes that layer's preparation, which an eager
-forward, another graph or an earlier token may have made; where they have changed since, it is prepared anew, together
-with the other layers of its shape. Parameters that belong to no living layer (an exported program in another process) are
-prepared in every forward.
+Each is a function of its arguments alone. What depends on parameters alone is prepared outside of the graph: an
+operation looks the layer up whose parameters it is given, by their storage, and takes that layer's preparation. An eager
+forward, another graph or an earlier token may have made it; where parameters have changed since, it is made anew,
+together with the other layers of its shape. Parameters that belong to no living layer (an exported program in another
+process) are prepared in every forward.
 """
 
 from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -44,7 +44,9 @@ class Owner(Protocol):
 
     name: str
     inner_scale: torch.nn.Parameter
-    cache: Keeper
+
+    @property
+    def cache(self) -> Keeper: ...
 
 
 _living: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -103,14 +105,14 @@ _LAYER = ("Tensor tokens, Tensor weight, Tensor? rotation, Tensor scale, Tensor?
           "Tensor singular_values, Tensor? outer_basis, Tensor? null_basis")  # fmt: skip
 
 
-def _source(layer: tuple[Tensor, ...], spec: str) -> tuple[DenseBase, Source]:
+def _source(layer: Sequence[Any], spec: str) -> tuple[DenseBase, Source]:
     tokens, weight, rotation, scale, outer, *factors = layer
     shape, config = decode(spec)
     source = Source((rotation, scale, outer), Factors(*factors), DenseBase(weight), shape, config, "a compiled layer")
     return DenseBase(tokens), source
 
 
-def _extra(layer: tuple[Tensor | None, ...], shape: LayerShape) -> int:
+def _extra(layer: Sequence[Tensor | None], shape: LayerShape) -> int:
     null = layer[-1]
     return shape.l + (0 if null is None else max(0, null.shape[1] - (shape.width - shape.k)))
 
@@ -145,7 +147,7 @@ def _training_form(x: Tensor, prepared: Prepared, backend: str, merged: bool) ->
     return plan(prepared.shape, prepared.extra, len(x), seen, True, prepared.built, ALIKE)
 
 
-def _saved_shape(x: Tensor, layer: tuple[Tensor | None, ...], spec: str, merged: bool) -> tuple[Any, int]:
+def _saved_shape(x: Tensor, layer: Sequence[Tensor | None], spec: str, merged: bool) -> tuple[Any, int]:
     shape, config = decode(spec)
     form = "merged" if merged else config.path
     backend, _ = token_path(config.backend, x.device, x.dtype)

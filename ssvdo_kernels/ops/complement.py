@@ -4,9 +4,9 @@ For the tall matrix A (large x d; W0, or W0^T for a wide layer), A = U diag(S) V
 
     P z = z - A V S^-2 V^T A^T z - N N^T z
 
-N (large x q, `null_basis`): the columns of U whose S_i is too small for A v_i / S_i to stand for u_i; their
-inverses, and those of weak components (`LEAST`), are taken as 0. P is symmetric, so that backward is the same passes over A. A V in half precision is orthonormal to about 2^-9 alone; applying P twice squares
-what that leaves of U in the result.
+N (large x q, `null_basis`): the columns of U whose S_i is too small for A v_i / S_i to stand for u_i; their inverses,
+and those of weak components (`LEAST`), are taken as 0. P is symmetric, so that backward is the same passes over A. A V
+in half precision is orthonormal to about 2^-9 alone; applying P twice squares what that leaves of U in the result.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Projector:
 
 
 LEAST = 1e-3
-"""S_i / S_0 up to which a component beyond the adapted ones is left out of P: U_l' leaning on it changes W' by S_i times
-the lean, and the inverse would lose eps S_0 / S_i. The same in every dtype, so that an adapter means the same in all."""
+"""S_i / S_0 up to which a component beyond the adapted ones is left out of P: U_l' leaning on it changes W' by S_i
+times the lean, and the inverse would lose eps S_0 / S_i. The same in every dtype, as an adapter is to mean the same."""
 
 
 def inverse_of(singular: Tensor, width: int, null: int) -> Tensor:

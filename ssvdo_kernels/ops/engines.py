@@ -82,7 +82,7 @@ def _inner(many: Sequence[Prepared], counts: Tensor | None) -> list[Inner]:
 def adjoint(
     many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows], d_columns: Sequence[Tensor]
 ) -> list[Gradients]:
-    """(d inner_rotation, d inner_scale, d outer) of each layer, in the dtype of the work; None for what is not there."""
+    """(d inner_rotation, d inner_scale, d outer) of each layer, in the dtype of the work; None for what is absent."""
     one = many[0]
     for p in many:
         p.check_unedited()

@@ -29,7 +29,6 @@ from .attach import Pair, stand_ins
 from .base import DenseBase
 from .preparation import Prepared, Rows
 
-
 NAMES = {"mixer": "M", "lower": "B", "folded": "MV", "folded_transposed": "NtV", "core": "E", "expansion": "R"}
 
 
@@ -287,8 +286,8 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 def adapted_linear(x: Tensor, pair: Pair | None, base: DenseBase, bias: Tensor | None, call: Call) -> Tensor:
-    """y = x W'^T + b. x: T x in_features; pair: stand-ins from `attach`, or leaves; None where no gradient is wanted."""
-    if pair is None and not torch.is_grad_enabled():
-        return run(x, base, bias, call, False)[0]  # a token at a time, autograd's bookkeeping costs as much as a product
+    """y = x W'^T + b. x: T x in_features; pair: stand-ins from `attach` or leaves; None: parameters get no gradient."""
+    if pair is None and not torch.is_grad_enabled():  # a token at a time, bookkeeping costs as much as a product
+        return run(x, base, bias, call, False)[0]
     mixer, columns = stand_ins(call.prepared) if pair is None else pair
     return AdaptedLinear.apply(x, mixer, columns, bias, base, call, *base.tensors)  # type: ignore[no-untyped-call,no-any-return]

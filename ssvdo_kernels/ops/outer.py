@@ -5,8 +5,8 @@
                dL = (E + Q[last c] H) X^T,  Q = Z X
 
 dGram = X Phi X^T, Phi the lower triangle of -dX^T X with its diagonal halved, is the standard adjoint of the Cholesky
-factor (Murray, "Differentiation of the Cholesky decomposition", 2016); Z (dGram + dGram^T) = Q (Phi + Phi^T) X^T. Z^T dF
-is L^T E because P is symmetric, and P Z = Z because it is a projector.
+factor (Murray, "Differentiation of the Cholesky decomposition", 2016); Z (dGram + dGram^T) = Q (Phi + Phi^T) X^T. Z^T
+dF is L^T E because P is symmetric, and P Z = Z because it is a projector.
 """
 
 from __future__ import annotations

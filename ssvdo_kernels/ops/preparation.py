@@ -8,8 +8,8 @@
 M is called `mixer` in code and F `columns`. With x on the small side, x' = x + (x V) N^T V^T and z = (x V) B_z^T
 give y = x' A^T + z F^T; every form of the layer is built from M and F (matrices.py). Gradients come back by hand.
 
-Kept between steps are F and (I + K)^-1 (or K, and G where it is a series), which the way back needs; M is made again from
-these where it has been let go.
+Kept between steps are F and (I + K)^-1 (or K, and G where it is a series), which the way back needs; M is made again
+from these where it has been let go.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def version(tensor: Tensor | None) -> int | None:
 class Prepared(Matrices):
     """The matrices of one layer made from its parameters, and the way back to the parameters' gradients.
 
-    `engines.prepare` makes it whole. The way back reads `outer` again: a copy would be memory for nothing, so an edit in
-    place before it is an error, as PyTorch says of its own operations.
+    `engines.prepare` makes it whole. The way back reads `outer` again: a copy would be memory for nothing, so an edit
+    in place before it is an error, as PyTorch says of its own operations.
     """
 
     numbers: Numbers | None  # of parameters on a CPU, from before they were read
@@ -163,6 +163,17 @@ class Prepared(Matrices):
         """Counts rows that pass through this preparation."""
         self.tokens += rows
         self.trained += rows if grad else 0
+
+    def stands(self, parameters: Parameters) -> bool:
+        """Whether parameters on a CPU hold the numbers that this was made from, where the way back will read them."""
+        if self.numbers is None or not self.numbers.same(parameters):
+            return False
+        own, now = self.source.parameters[2], parameters[2]
+        if own is not None and now is not None and version(own) != self._version:
+            if own.data_ptr() != now.data_ptr():
+                return False
+            self._version = version(own)  # written to, but with the same numbers
+        return True
 
     def check_unedited(self) -> None:
         """Raises RuntimeError where `outer`, which the way back reads again, has been written to since the forward."""

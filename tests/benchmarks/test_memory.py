@@ -154,11 +154,11 @@ def test_a_process_of_its_own():
 @linux
 @pytest.mark.parametrize("name", ["LoRA", bench_layer.EVERY])
 def test_a_layer_s_peak(name, tmp_path):
-    """Above frozen: at least its parameters and their gradients; at T = 64 not much more."""
-    case, dtype = ("tall", 256, 64, 0.5, 16), torch.float32
+    """Above frozen: at least its parameters and their gradients; at few tokens not many times as much."""
+    case, dtype = ("tall", 512, 64, 1.0, 128), torch.float32
     found = memory.peaks((name,), lambda n: bench_layer.peak_of(case, tmp_path, "cpu", dtype, n))
-    trained = 16 * (256 + 1024) if name == "LoRA" else 128 * 129 // 2 + 768 * 16
-    assert 8 * trained / 2**20 - 0.5 < found[name] < 24
+    trained = 128 * (512 + 2048) if name == "LoRA" else 512 * 513 // 2 + 1536 * 128
+    assert 8 * trained / 2**20 - 0.5 < found[name] < 32
 
 
 def test_which_cases_have_peaks():

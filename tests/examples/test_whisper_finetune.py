@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from examples.asr.corpus import SPEECH, read_manifest
 from examples.whisper_finetune import main
 from ssvdo_kernels import load_ssvdo
-from ssvdo_kernels.model import adapted_layers
+from ssvdo_kernels.host import hosts
 
 SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|translate|>", "<|transcribe|>", "<|startoflm|>",
            "<|startofprev|>", "<|nocaptions|>", "<|notimestamps|>"]  # fmt: skip
@@ -58,4 +58,4 @@ def test_it_trains_and_saves_an_adapter(folder, tmp_path, capsys):
     assert set(values) == {"first_loss", "last_loss", "wer_before", "wer_after"}
     fresh = transformers.WhisperForConditionalGeneration.from_pretrained(folder)
     load_ssvdo(fresh, tmp_path / "out")
-    assert sum(1 for _ in adapted_layers(fresh)) == 4
+    assert sum(1 for _ in hosts(fresh)) == 4

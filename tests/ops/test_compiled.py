@@ -200,6 +200,15 @@ def test_never_stale(edit):
     same(gradients(function, net, x), as_copied(net, x), 1e-12)
 
 
+def test_a_merged_layer_is_one_product():
+    layer = make_layer(12, 5, outer_rank=3)
+    function, x = compiled(layer), torch.randn(4, 5, dtype=torch.float64)
+    layer.merge()
+    with torch.no_grad():
+        assert torch.equal(function(x), nn.functional.linear(x, layer.adapted_weight(), layer.bias))
+    assert torch.equal(function(x), nn.functional.linear(x, layer.adapted_weight(), layer.bias))
+
+
 def test_edits_of_numbers_compile_nothing_anew():
     net, counter = model(torch.float64, 2), CompileCounterWithBackend("aot_eager")
     function, x = torch.compile(net, fullgraph=True, backend=counter), tokens(5)

@@ -24,7 +24,7 @@ if not torch.cuda.is_available():  # before the kernels are imported: then Trito
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
-from ssvdo_kernels.linear import PARAMETER_NAMES
+from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.ops.dispatch import without_triton
 
 from .kernel_table import put
@@ -85,9 +85,12 @@ def results(layer: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]
     """y and the gradients (zeros where a parameter has no part in y)."""
     x = x.clone().requires_grad_()
     y = layer(x)
-    parameters = [getattr(layer, part) for part in PARAMETER_NAMES]
-    grads = torch.autograd.grad(y, [x, *parameters], cotangent, allow_unused=True, materialize_grads=True)
-    return dict(zip(RESULTS, [y.detach(), *grads], strict=True))
+    owner = layer.adapter if isinstance(layer, SSVDOLinear) else layer
+    parts = [getattr(owner, part) for part in PARAMETER_NAMES]
+    there = [x, *(p for p in parts if p is not None)]
+    grads = iter(torch.autograd.grad(y, there, cotangent, allow_unused=True, materialize_grads=True))
+    found = [next(grads), *(x.new_zeros(0) if p is None else next(grads) for p in parts)]
+    return dict(zip(RESULTS, [y.detach(), *found], strict=True))
 
 
 class Dense(nn.Module):
@@ -116,9 +119,11 @@ def sizes(truth: nn.Module, case: Case) -> dict[str, float]:
 def parameters_of(case: Case, layer: SSVDOLinear, singular: Tensor) -> list[Tensor]:
     """K, dS and L of the case, in float64; the same for every dtype but for dS, which follows S."""
     torch.manual_seed(case.seed)
-    rotation, scale, outer = (torch.randn(getattr(layer, part).shape, dtype=torch.float64) for part in PARAMETER_NAMES)
+    shape = layer.adapter.shape
+    sizes = (shape.rotated,), (shape.k,), (shape.c, shape.l)
+    rotation, scale, outer = (torch.randn(size, dtype=torch.float64) for size in sizes)
     if rotation.numel():
-        rotation *= case.angle / float(torch.linalg.matrix_norm(reference.skew(rotation, layer.shape.k), 2))
+        rotation *= case.angle / float(torch.linalg.matrix_norm(reference.skew(rotation, shape.k), 2))
     return [rotation, 0.3 * min(case.angle, 1.0) * singular * torch.tanh(scale), min(case.angle, 3.0) * outer]
 
 
@@ -129,9 +134,9 @@ def errors(case: Case, dtype: torch.dtype, backends: tuple[str, ...]) -> dict[tu
     linear = nn.Linear(case.n, case.m, bias=False, dtype=dtype)
     linear.weight = nn.Parameter(weight)
     first = SSVDOLinear.from_linear(linear, config)
-    exact = reference.dense_factors(weight.double(), first.shape)
-    drawn = zip(parameters_of(case, first, exact[1][: first.shape.k]), PARAMETER_NAMES, strict=True)
-    parameters = [value.to(getattr(first, part).dtype) for value, part in drawn]
+    exact = reference.dense_factors(weight.double(), first.adapter.shape)
+    drawn = parameters_of(case, first, exact[1][: first.adapter.shape.k])
+    parameters = [value.to(first.adapter.inner_scale.dtype) for value in drawn]
     x, cotangent = torch.randn(20, case.n).to(dtype), torch.randn(20, case.m).to(dtype)
     truth = Dense(weight.double(), [v.double() for v in parameters], config, exact)
     want = results(truth, x.double(), cotangent.double())
@@ -147,8 +152,9 @@ def errors(case: Case, dtype: torch.dtype, backends: tuple[str, ...]) -> dict[tu
         for form in FORMS[backend]:
             layer = SSVDOLinear.from_linear(linear, replace(config, path=form, backend=backend))
             with torch.no_grad():
-                for part, value in zip(PARAMETER_NAMES, parameters, strict=True):
-                    getattr(layer, part).copy_(value)
+                for part, value in zip(layer.adapter.parts, parameters, strict=True):
+                    if part is not None:
+                        part.copy_(value)
             for name, got in results(layer, x, cotangent).items():
                 found[name, backend] = max(found.get((name, backend), 0.0), error(name, got))
     return found

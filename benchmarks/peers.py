@@ -98,7 +98,7 @@ class DenseSSVDO(nn.Module):
         super().__init__()
         layer = SSVDOLinear.from_linear(linear, config)
         self.config, self.weight, self.bias = config, layer.weight, layer.bias
-        for name, parameter in zip(PARAMETER_NAMES, layer.adapter.parameters3, strict=True):
+        for name, parameter in zip(PARAMETER_NAMES, layer.adapter.parts, strict=True):
             setattr(self, name, parameter)
         for name, tensor in zip("usv", reference.dense_factors(layer.weight, layer.adapter.shape), strict=True):
             self.register_buffer(name, tensor)

@@ -45,7 +45,7 @@ MEMORY = ("frozen state / W0", "held / W0", "peak beyond frozen, MiB")
 
 def memory_cells(method: dict[str, Any]) -> Row:
     """A method's cells under MEMORY; "-" for what was not measured."""
-    shown = {"frozen_state": "{:.3f}", "held": "{:.3f}", "peak_mib": "{:.0f}"}
+    shown = {"frozen_state": "{:.3f}", "held": "{:.3f}", "peak_mib": "{:.1f}"}
     return ["-" if method.get(n) is None else form.format(method[n]) for n, form in shown.items()]
 
 

@@ -90,14 +90,14 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """K = 0, dS = 0 and L random: each outer vector is turned by about init_angle radians."""
-        for parameter in self.parameters3:
+        for parameter in self.parts:
             if parameter is not None:
                 parameter.zero_()
         if self.outer is not None:
             self.outer.normal_(0, self.shape.outer_deviation(self.config))
 
     @property
-    def parameters3(self) -> Parameters:
+    def parts(self) -> Parameters:
         """(inner_rotation, inner_scale, outer), None for what is not there."""
         return self.inner_rotation, self.inner_scale, self.outer
 
@@ -113,7 +113,7 @@ class Adapter(nn.Module):
 
     def source(self, base: DenseBase) -> Source:
         """What a preparation is made from."""
-        return Source(self.parameters3, self.factors, base, self.shape, self.config, self.name)
+        return Source(self.parts, self.factors, base, self.shape, self.config, self.name)
 
     @lasting
     @own_dtypes()
@@ -164,7 +164,7 @@ class Adapter(nn.Module):
         rows = x.reshape(-1, self.shape.in_features)
         if torch.compiler.is_compiling():
             factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
-            y = adapted(rows, tokens.weight, base.weight, bias, self.parameters3, factors, self.spec, self.merged)
+            y = adapted(rows, tokens.weight, base.weight, bias, self.parts, factors, self.spec, self.merged)
         else:
             y = self._forward(rows, tokens, base, bias)
         return y.view(*x.shape[:-1], self.shape.out_features)

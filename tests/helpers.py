@@ -47,7 +47,7 @@ def three(layer):
     """(inner_rotation, inner_scale, outer), as the reference takes them: of no numbers where the layer has none."""
     shape, like = layer.adapter.shape, layer.adapter.inner_scale.detach()
     sizes = ((shape.rotated,), (shape.k,), (shape.c, shape.l))
-    parameters = zip(layer.adapter.parameters3, sizes, strict=True)
+    parameters = zip(layer.adapter.parts, sizes, strict=True)
     return tuple(like.new_zeros(size) if p is None else p for p, size in parameters)
 
 

@@ -1,10 +1,20 @@
 """Sizes for a given number of trained parameters."""
 
 import pytest
+import torch
 from torch import nn
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, suggest_budget, trainable_summary
-from ssvdo_kernels.budget import fitted_ratio, layer_matrices, lora_rank, trained_numbers
+from benchmarks.memory import held
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, suggest_budget, trainable_summary
+from ssvdo_kernels.budget import (
+    chosen,
+    factor_numbers,
+    fitted_ratio,
+    layer_matrices,
+    lora_rank,
+    prepared_numbers,
+    trained_numbers,
+)
 
 
 def block(d=48, h=160):
@@ -19,11 +29,25 @@ def test_trained_numbers_are_those_of_the_applied_adapter(p, l):  # noqa: E741
     assert counted == trainable_summary(apply_ssvdo(model, config), quiet=True).trainable
 
 
+@pytest.mark.parametrize(("m", "n", "p", "l"), [
+    (160, 48, 0.5, 8), (48, 160, 0.5, 8), (48, 48, 0.5, 0), (160, 48, 0.25, 40), (160, 48, 0.25, 0), (3, 1, 1.0, 1)])
+def test_factors_and_prepared_matrices_are_counted(m, n, p, l):  # noqa: E741
+    torch.manual_seed(0)
+    layer = SSVDOLinear.from_linear(nn.Linear(n, m), SSVDOConfig(inner_ratio=p, outer_rank=l, path="folded"))
+    shape, factors = layer.adapter.shape, layer.adapter.factors
+    assert factors.null == 0
+    assert factor_numbers(shape) == sum(t.numel() for t in factors.tensors().values())
+    layer(torch.randn(5, n)).sum().backward()
+    assert prepared_numbers(shape) == pytest.approx(held(layer) / 4, rel=0.25, abs=16)  # M may be kept as well
+
+
 def test_the_paper_s_layer():
     model = nn.ModuleDict({"fc1": nn.Linear(1024, 4096, device="meta")})
     config = SSVDOConfig(inner_ratio=0.5, outer_rank=64)
     assert trained_numbers(model, config) == 327_936
     assert lora_rank(layer_matrices(model, config), 327_936) == 64
+    (shape,) = (s for _, s in chosen(layer_matrices(model, config), config).values())
+    assert factor_numbers(shape) == 1024 * 1024 + 1024 + 4096 * 64  # V, S, U_l: 31% of W0
     halves = [s for s in suggest_budget(model, 327_936) if s.config.inner_ratio == 0.5]
     assert [(s.config.outer_rank, s.trained) for s in halves] == [(64, 327_936)]
 

@@ -9,7 +9,8 @@ from rich.console import Console
 from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, diagnose, orthogonality, reference, trainable_summary
-from ssvdo_kernels.diagnostics import layer_report
+from ssvdo_kernels.diagnostics import complement_departure, layer_report
+from ssvdo_kernels.factorize import DEPARTURE, departure
 from ssvdo_kernels.info import info
 
 
@@ -47,6 +48,16 @@ def test_departures_are_seen_where_they_exist():
     assert layer_report(layer(outer="additive")).orthonormality > 0.1
     assert layer_report(layer(rotation="first_order")).inner_orthonormality > 0.1
     assert layer_report(layer(outer_rank=0)).outer_angle == 0
+
+
+def test_the_basis_and_what_its_rounding_costs():
+    torch.manual_seed(0)
+    made = SSVDOLinear.from_linear(nn.Linear(32, 96).bfloat16(), SSVDOConfig(outer_rank=3))
+    assert layer_report(made).basis == "bfloat16 x2"
+    own = departure(made.weight, made.adapter.factors, made.adapter.shape)
+    assert 0 < complement_departure(made) == own <= DEPARTURE
+    inner = layer(outer_rank=0)
+    assert layer_report(inner).basis == "float64" and complement_departure(inner) == 0
 
 
 def test_initial_angle_is_about_init_angle():

@@ -11,11 +11,11 @@ import torch.multiprocessing as multiprocessing
 from helpers import require_fully_shard
 from torch import nn
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, load_ssvdo, save_ssvdo
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, load_ssvdo, save_ssvdo
 from ssvdo_kernels import model as model_module
+from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.checkpoint import CheckpointError
-from ssvdo_kernels.linear import FACTOR_NAMES, PARAMETER_NAMES, gradient_accumulation
-from ssvdo_kernels.model import adapted_layers
+from ssvdo_kernels.host import hosts
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch has no gloo", allow_module_level=True)
@@ -75,10 +75,12 @@ def start(rank, folder):
 
 
 def check_shared_factors(model, alone):
-    for (name, a), (_, b) in zip(adapted_layers(model), adapted_layers(alone), strict=True):
-        assert a.name == name
-        for part in FACTOR_NAMES:
-            assert torch.equal(getattr(a, part), getattr(b, part)), (name, part)
+    for (name, a), (_, b) in zip(hosts(model), hosts(alone), strict=True):
+        assert a.adapter.name == name
+        ours, theirs = a.adapter.factors.tensors(), b.adapter.factors.tensors()
+        assert ours.keys() == theirs.keys()
+        for part, tensor in ours.items():
+            assert torch.equal(tensor, theirs[part]), (name, part)
 
 
 def mean_loss(losses):
@@ -121,7 +123,7 @@ def ddp_failure(rank, folder, alone, want):
     with pytest.raises(RuntimeError, match="process 1: ValueError: disk full"):
         apply_ssvdo(model, CONFIG, process_group=dist.group.WORLD)
     model_module.factorize = original
-    assert not any(True for _ in adapted_layers(model))
+    assert not any(True for _ in hosts(model))
     other = nn.ModuleDict({"fc1": nn.Linear(4, 8 + rank)})
     with pytest.raises(RuntimeError, match="do not hold the same layers"):
         apply_ssvdo(other, SSVDOConfig(outer_rank=1), process_group=dist.group.WORLD)
@@ -204,7 +206,8 @@ def test_two_processes_give_what_one_gives(work, tmp_path):
     alone = apply_ssvdo(base(), CONFIG)
     state = copy.deepcopy(alone.state_dict())
     want = fit(alone)
-    assert (alone.state_dict()["blocks.0.0.outer"] - state["blocks.0.0.outer"]).abs().max() > 0.05  # it learns
+    name = "blocks.0.0.adapter.outer"
+    assert (alone.state_dict()[name] - state[name]).abs().max() > 0.05  # it learns
     import socket
 
     with socket.socket() as free:
@@ -226,9 +229,9 @@ def test_accumulation_in_one_context():
     with gradient_accumulation(model):
         for rows in (slice(0, 2), slice(2, 4)):
             ((model(x[rows]) - y[rows]).square().mean() / 2).backward()
-    for _, layer in adapted_layers(model):
+    for _, layer in hosts(model):
         for part in PARAMETER_NAMES:
-            assert getattr(layer, part).grad is not None
+            assert getattr(layer.adapter, part).grad is not None
     for n, p in model.named_parameters():
         if p.requires_grad:
             close(p.grad, want[n], n)

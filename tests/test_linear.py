@@ -30,7 +30,7 @@ def compare(layer, x, tolerance):
     assert_close("dx", x.grad, x64.grad, tolerance)
     if bias is not None and layer.bias.requires_grad:
         assert_close("dbias", layer.bias.grad, bias.grad, tolerance)
-    for name, p, q in zip(PARAMETER_NAMES, layer.adapter.parameters3, wide, strict=True):
+    for name, p, q in zip(PARAMETER_NAMES, layer.adapter.parts, wide, strict=True):
         if p is not None:
             assert_close(f"d{name}", p.grad, torch.zeros_like(q) if q.grad is None else q.grad, tolerance)
 

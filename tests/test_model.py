@@ -106,6 +106,7 @@ def test_square_layers_get_no_outer_part_with_one_warning():
     assert len(messages) == 1 and "0.q_proj" in messages[0]
     layers = dict(hosts(model))
     assert layers["0.q_proj"].adapter.shape.l == 0 and layers["0.fc1"].adapter.shape.l == 2
+    assert layers["0.q_proj"].adapter.outer is None and layers["0.q_proj"].adapter.outer_basis is None
 
 
 @pytest.mark.parametrize("break_model, error, words", [

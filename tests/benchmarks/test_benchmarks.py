@@ -74,7 +74,7 @@ def test_the_autograd_loop_prepares_the_same():
         for name, a, b in zip(PARAMETER_NAMES, got, of, strict=True):
             assert_close(name, a, b, 1e-4)
 
-    one_by_one = [(a.parameters3, layer.weight.detach(), a.factors, d)
+    one_by_one = [(a.parts, layer.weight.detach(), a.factors, d)
                   for a, layer, d in zip(adapters, layers, given, strict=True)]  # fmt: skip
     for gradients, arguments in zip(want, one_by_one, strict=True):
         check(gradients, *arguments)
@@ -166,6 +166,7 @@ TINY = Stack(16, 2, 2, 2, True, frames=6, labels=3, vocabulary=11)
 
 def test_models_are_measured_by_every_method(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench_model.STACKS, "owsm-0.1b", TINY)
+    monkeypatch.setattr(bench_model, "peak_of", lambda *about: {"frozen": 1.0, "LoRA": 3.5}.get(about[-1]))
     bench_model.main(["owsm-0.1b", "--device", "cpu", "--dtype", "float32", "--batch", "2", "--rank", "4", "--rounds",
                       "2", "--out", str(tmp_path)])  # fmt: skip
     (file,) = tmp_path.glob("*-float32-models.json")
@@ -177,7 +178,11 @@ def test_models_are_measured_by_every_method(tmp_path, monkeypatch, capsys):
     assert trained["frozen"] == 0 and trained["LoRA"] == feed_forward * 4 * (16 + 64)
     assert trained["SSVD-O, p=0.5"] == trained["dense SSVD-O, p=0.5"] == feed_forward * (8 * 9 // 2 + 48 * 4)
     assert row["training"]["frozen"]["ratio"] == row["decoding"]["plain"]["ratio"] == 1.0
-    assert f"| LoRA | {row['training']['LoRA']['median_ms']:.1f} |" in capsys.readouterr().out
+    ours, lora, shown = row["training"]["SSVD-O, p=0.5"], row["training"]["LoRA"], capsys.readouterr().out
+    assert f"| LoRA | {lora['median_ms']:.1f} |" in shown and "| 0.000 | 0.000 | 2.5 |" in shown
+    assert ours["held"] > 0 == lora["held"] and ours["peak_mib"] is None
+    assert ours["frozen_state"] == pytest.approx((16 * 16 + 16 + 64 * 4) / (16 * 64))  # V, S, U_l
+    assert row["training"]["dense SSVD-O, p=0.5"]["frozen_state"] == pytest.approx((64 * 16 + 16 * 16 + 16) / (16 * 64))
 
 
 def test_a_peer_is_made_once_for_each_shape():

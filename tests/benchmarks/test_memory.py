@@ -200,6 +200,6 @@ def test_the_tables_of_a_layer_s_memory():
     about = {"device": "x", "threads": 2, "dtype": "float32", "torch": "2", "commit": "c", "date": "d"}
     kept = {"frozen_state": 0.25, "held": 0.5}
     text = markdown({**about, "rows": [row(4, **kept), row(1024, **kept, peak_mib=12.3), row(4096, **kept)]})
-    assert "| 8->32 T=1024 p=0.5 l=2 | LoRA | 0.250 | 0.500 | 12 |" in text and text.count("| LoRA | 0.250") == 1
+    assert "| 8->32 T=1024 p=0.5 l=2 | LoRA | 0.250 | 0.500 | 12.3 |" in text and text.count("| LoRA | 0.250") == 1
     assert "| 8->32 T=4 p=0.5 l=2 | LoRA | 0.250 | 0.500 | - |" in markdown({**about, "rows": [row(4, **kept)]})
     assert "Memory" not in markdown({**about, "rows": [row(4)]})  # a file from before these columns

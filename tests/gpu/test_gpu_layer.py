@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_close, make_layer
+from helpers import assert_close, count_preparations, make_layer, reference_linear, three
 from torch.utils.checkpoint import checkpoint
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, reference
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation
+from ssvdo_kernels.adapter import PARAMETER_NAMES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 # float32 products may run in tf32 only where the user says so; bf16 operands are rounded about ten products deep
@@ -24,13 +25,13 @@ def test_output_and_gradients(m, n, p, dtype, backend, path):
     dy = torch.randn(33, m, device="cuda").to(dtype)
     y = layer(x)
     y.backward(dy)
-    wide = [p.detach().double().requires_grad_() for p in layer.adapter_parameters]
-    x64, bias = x.detach().double().requires_grad_(), layer.bias.detach().double()
-    want = reference.linear(x64, layer.weight.detach().double(), bias, *wide, config=layer.config)
+    wide = [p.detach().double().requires_grad_() for p in three(layer)]
+    x64 = x.detach().double().requires_grad_()
+    want = reference_linear(layer, x64, wide)
     want.backward(dy.double())
     assert_close("y", y, want, TOLERANCE[dtype])
     assert_close("dx", x.grad, x64.grad, TOLERANCE[dtype])
-    for name, p, q in zip(("inner_rotation", "inner_scale", "outer"), layer.adapter_parameters, wide, strict=True):
+    for name, p, q in zip(PARAMETER_NAMES, layer.adapter.trained, wide, strict=True):
         assert_close(name, p.grad, q.grad, TOLERANCE[dtype])
 
 
@@ -54,7 +55,7 @@ def test_gradient_accumulation():
     plain(x).sum().backward()
     with gradient_accumulation(once):
         once(x).sum().backward()
-    for a, b in zip(once.adapter_parameters, plain.adapter_parameters, strict=True):
+    for a, b in zip(once.adapter.trained, plain.adapter.trained, strict=True):
         assert_close("grad", a.grad, b.grad, 1e-11)
 
 
@@ -85,6 +86,31 @@ def test_compile(path):
         x = tokens(count)
         for a, b in zip(gradients(compiled, net, x), gradients(net, net, x), strict=True):
             assert_close("compiled", a, b, TOLERANCE[torch.bfloat16])
+
+
+def test_compiled_training_prepares_once_a_step(monkeypatch):
+    """And sees each step, which the optimiser writes in place."""
+    net = model()
+    compiled, calls = torch.compile(net, fullgraph=True), count_preparations(monkeypatch)
+    optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        calls["forward"].clear()
+        x = tokens(33)
+        got = gradients(compiled, net, x)
+        assert sum(calls["forward"]) == 2
+        for a, b in zip(got, gradients(net, net, x), strict=True):
+            assert_close("compiled", a, b, TOLERANCE[torch.bfloat16])
+        assert sum(calls["forward"]) == 2  # the eager forward took what the compiled one had prepared
+        optimiser.step()
+
+
+def test_an_edit_before_the_backward_is_an_error():
+    layer = make_layer(64, 16, outer_rank=4, device="cuda")
+    y = layer(torch.randn(5, 16, dtype=torch.float64, device="cuda"))
+    with torch.no_grad():
+        layer.adapter.outer.add_(0.1)
+    with pytest.raises(RuntimeError, match="`outer` was changed in place"):
+        y.sum().backward()
 
 
 def test_checkpointing():
@@ -141,7 +167,7 @@ def test_no_waiting_for_the_device():
     net, x = model(), tokens(33)
     gradients(net, net, x)
     with torch.no_grad():
-        net[0].outer.add_(0.01)
+        net[0].adapter.outer.add_(0.01)
     torch.cuda.set_sync_debug_mode("error")
     try:
         net(x).float().square().sum().backward()

@@ -33,7 +33,7 @@ def fresh_compiler():
 def arguments(layer):
     """(weight twice, parameters, factors) as the operations take them."""
     factors = [getattr(layer.adapter, name) for name in FACTOR_NAMES]
-    return [layer.weight, layer.weight, *layer.adapter.parameters3, *factors]
+    return [layer.weight, layer.weight, *layer.adapter.parts, *factors]
 
 
 @pytest.mark.parametrize("m, n, options", [
@@ -323,6 +323,23 @@ def test_activation_checkpointing(reentrant, p, count):
     for _ in range(3):
         unmerge_ssvdo(net)  # forgets what it has seen
         same(gradients(lambda v: checkpoint(net, v, use_reentrant=reentrant), net, x), want, 1e-11)
+
+
+@pytest.mark.parametrize("p, count", [(0.5, 64), (1.0, 16)])
+def test_all_forwards_save_alike(p, count):
+    """However often: in eager mode the planner takes a form in the end that saves other tensors, of other sizes."""
+    net = model(torch.float64, inner_ratio=p)
+    function, x = compiled(net), tokens(count)
+    want = as_copied(net, x)
+    for _ in range(8):
+        same(gradients(function, net, x), want, 1e-12)
+    for name in "0", "2":
+        layer = net[int(name)]
+        rest = *arguments(layer), layer.adapter.spec, False
+        rows = torch.randn(count, layer.in_features, dtype=torch.float64)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            expected = operations.train(mode.from_tensor(rows), None, *rest)[1].shape
+        assert operations.train(rows, None, *rest)[1].shape == expected
 
 
 @pytest.mark.parametrize("outside", [False, True])

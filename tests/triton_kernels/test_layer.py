@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from helpers import assert_close, make_layer, require_triton
+from helpers import assert_close, make_layer, reference_linear, require_triton, three
 from hypothesis import given
 from hypothesis import strategies as st
 
 require_triton()
 from test_linear import compare
 
-from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation, reference
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation
+from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.planner import joins
 from ssvdo_kernels.triton import launch
 
@@ -65,14 +66,14 @@ def test_float16(m, n, path):
     y = layer(x)
     dy = torch.randn(33, m).half()
     y.backward(dy)
-    wide = [p.detach().double().requires_grad_() for p in layer.adapter_parameters]
-    x64, bias = x.detach().double().requires_grad_(), layer.bias.detach().double()
-    want = reference.linear(x64, layer.weight.detach().double(), bias, *wide, config=layer.config)
+    wide = [p.detach().double().requires_grad_() for p in three(layer)]
+    x64 = x.detach().double().requires_grad_()
+    want = reference_linear(layer, x64, wide)
     want.backward(dy.double())
     tolerance = 8 * 2**-10  # operands, folded matrices and intermediates are each rounded to 11 bits
     assert_close("y", y, want, tolerance)
     assert_close("dx", x.grad, x64.grad, tolerance)
-    for name, p, q in zip(("inner_rotation", "inner_scale", "outer"), layer.adapter_parameters, wide, strict=True):
+    for name, p, q in zip(PARAMETER_NAMES, layer.adapter.trained, wide, strict=True):
         assert_close(name, p.grad, q.grad, tolerance)
 
 
@@ -94,13 +95,13 @@ def test_kernels_are_what_runs(m, n, monkeypatch):
 @pytest.mark.parametrize("m, n", [(12, 6), (6, 12)])
 def test_gradcheck(m, n):
     layer = make_layer(m, n, outer_rank=2, path="folded", **TRITON)
-    names = ("inner_rotation", "inner_scale", "outer")
+    names = [f"adapter.{name}" for name in PARAMETER_NAMES]
 
     def function(x, *parameters):
         return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
 
     x = torch.randn(3, n, dtype=torch.float64, requires_grad=True)
-    parameters = [p.detach().clone().requires_grad_() for p in layer.adapter_parameters]
+    parameters = [p.detach().clone().requires_grad_() for p in layer.adapter.trained]
     assert torch.autograd.gradcheck(function, (x, *parameters))
 
 
@@ -111,7 +112,7 @@ def test_accumulation_uses_the_kernels_too():
         for part in x.split(2):
             once(part).sum().backward()
     plain(x).sum().backward()
-    for a, b in zip(once.adapter_parameters, plain.adapter_parameters, strict=True):
+    for a, b in zip(once.adapter.trained, plain.adapter.trained, strict=True):
         assert_close("grad", a.grad, b.grad, 1e-11)
 
 

@@ -17,7 +17,8 @@ from thorough import times
 from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo, unmerge_ssvdo
-from ssvdo_kernels.model import Plan, adapted_layers
+from ssvdo_kernels.host import hosts
+from ssvdo_kernels.model import Plan
 
 CONFIG = SSVDOConfig(inner_ratio=0.5, outer_rank=4, target_modules=("0", "2"))
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ if child == 0:
     torch.set_num_threads(1)
     same = torch.allclose(model(x), want, atol=1e-6)
     model(x).sum().backward()
-    os._exit(0 if same and model[0].outer.grad is not None else 7)
+    os._exit(0 if same and model[0].adapter.outer.grad is not None else 7)
 _, status = os.waitpid(child, 0)
 assert torch.allclose(model(x), want, atol=1e-6)
 raise SystemExit(os.waitstatus_to_exitcode(status))
@@ -93,7 +94,7 @@ def test_a_fork_after_use_still_works():
 
 
 def unchanged(model, before):
-    assert not list(adapted_layers(model))
+    assert not list(hosts(model))
     assert all(type(m) in (nn.Sequential, nn.Linear, nn.GELU) for m in model.modules())
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
@@ -160,8 +161,9 @@ def test_processes_share_a_factor_cache():
                 assert done.returncode == 0, done.stderr
         assert len(list(Path(cache).iterdir())) == 2  # one file a layer, no temporary ones
         cached, own = (apply_ssvdo(base(), CONFIG, cache_dir=c) for c in (cache, None))
-        for (_, a), (_, b) in zip(adapted_layers(cached), adapted_layers(own), strict=True):
-            assert torch.equal(a.outer_basis, b.outer_basis) and torch.equal(a.inner_basis, b.inner_basis)
+        for (_, a), (_, b) in zip(hosts(cached), hosts(own), strict=True):
+            own, theirs = a.adapter.factors.tensors(), b.adapter.factors.tensors()
+            assert own.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in own.items())
 
 
 def trained(steps):
@@ -216,7 +218,7 @@ def test_training_does_not_grow():
 
 def test_merging_for_ever_keeps_every_bit():
     model = adapted()
-    weights = [layer.weight.detach().clone() for _, layer in adapted_layers(model)]
+    weights = [layer.weight.detach().clone() for _, layer in hosts(model)]
     x = torch.randn(4, 16)
     merged = None
     for _ in range(times(200, 10_000)):
@@ -225,7 +227,7 @@ def test_merging_for_ever_keeps_every_bit():
         assert merged is None or torch.equal(got, merged)
         merged = got
         unmerge_ssvdo(model)
-        assert all(torch.equal(layer.weight, w) for (_, layer), w in zip(adapted_layers(model), weights, strict=True))
+        assert all(torch.equal(layer.weight, w) for (_, layer), w in zip(hosts(model), weights, strict=True))
 
 
 def test_a_layer_is_freed_with_its_last_reference():

@@ -6,6 +6,7 @@ import pickle
 import tempfile
 
 import torch
+from helpers import three
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from thorough import examples
@@ -22,8 +23,8 @@ from ssvdo_kernels import (
     save_ssvdo,
     unmerge_ssvdo,
 )
-from ssvdo_kernels.linear import PARAMETER_NAMES
-from ssvdo_kernels.model import adapted_layers
+from ssvdo_kernels.adapter import PARAMETER_NAMES
+from ssvdo_kernels.host import hosts
 
 NAMES = ("0", "2")  # a tall layer and a wide one
 
@@ -62,10 +63,13 @@ class Model(RuleBasedStateMachine):
         self.adapted, self.merged = True, False
         for name in NAMES:
             with torch.no_grad():
-                for part in PARAMETER_NAMES:
-                    parameter = getattr(self.at(name), part)
+                for parameter in self.at(name).adapter.trained:
                     parameter.copy_(0.2 * self.draw(*parameter.shape))
-                    self.state[name][part] = parameter.detach().clone()
+            self.state[name] |= self.numbers(name)
+
+    def numbers(self, name):
+        """The adapter's, as the equations take them: of no numbers where the layer has none."""
+        return {part: t.detach().clone() for part, t in zip(PARAMETER_NAMES, three(self.at(name)), strict=True)}
 
     def weight(self, name, parts=None):
         s = self.state[name]
@@ -114,9 +118,9 @@ class Model(RuleBasedStateMachine):
         for mine, x in zip(got, fresh, strict=True):
             self.close(mine, x.grad)
         for name in NAMES:
-            for part, theirs in zip(PARAMETER_NAMES, parts[name], strict=True):
-                wanted = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
-                self.close(getattr(self.at(name), part).grad, wanted)
+            for own, theirs in zip(self.at(name).adapter.parts, parts[name], strict=True):
+                if own is not None:
+                    self.close(own.grad, torch.zeros_like(theirs) if theirs.grad is None else theirs.grad)
 
     @precondition(lambda self: self.adapted)
     @rule()
@@ -130,8 +134,7 @@ class Model(RuleBasedStateMachine):
 
     def remember(self):
         for name in NAMES:
-            for part in PARAMETER_NAMES:
-                self.state[name][part] = getattr(self.at(name), part).detach().clone()
+            self.state[name] |= self.numbers(name)
 
     @precondition(lambda self: self.adapted)
     @rule(merge=st.booleans())
@@ -180,7 +183,7 @@ class Model(RuleBasedStateMachine):
     def save_and_load(self, own, fresh):
         own = own or self.tolerance > 1e-6  # bases of rounded weights may come out otherwise, as load_ssvdo would say
         with tempfile.TemporaryDirectory() as folder:
-            save_ssvdo(self.model, folder, include_factors=own)
+            save_ssvdo(self.model, folder, include_basis=own)
             if not fresh:
                 self.step()
                 wanted = load_ssvdo(self.model, folder)
@@ -220,7 +223,7 @@ class Model(RuleBasedStateMachine):
             for name in NAMES:
                 assert torch.equal(self.at(name).weight, self.state[name]["weight"])
                 assert torch.equal(self.at(name).bias, self.state[name]["bias"])
-            assert all(layer.merged == self.merged for _, layer in adapted_layers(self.model))
+            assert all(layer.merged == self.merged for _, layer in hosts(self.model))
 
 
 TestModel = Model.TestCase

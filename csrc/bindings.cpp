@@ -54,6 +54,23 @@ void inner(bool forward, const InnerShape& s, const Addresses& layers, int token
     (forward ? chosen.inner_forward : chosen.inner_backward)(s, list.data(), int(list.size()), threads);
 }
 
+// addresses: a, b, out.
+template <class T>
+void product(const ProductShape& s, const Addresses& layers, int threads, const std::string& name) {
+    check(layers, 3);
+    at_least("rows", s.rows, 1);
+    at_least("inner", s.inner, 1);
+    at_least("columns", s.columns, 1);
+    at_least("threads", threads, 1);
+    if (s.out_row != 1 && s.out_column != 1) refuse("out_row", s.out_row, "1, or out_column=1");
+    std::vector<ProductLayer<T>> list;
+    for (const auto& a : layers)
+        list.push_back({reinterpret_cast<const T*>(a[0]), reinterpret_cast<const T*>(a[1]), reinterpret_cast<T*>(a[2])});
+    const Host<T>& chosen = build<T>(name);
+    py::gil_scoped_release release;
+    chosen.product(s, list.data(), int(list.size()), threads);
+}
+
 template <class Single, class Double>
 auto by_dtype(const std::string& dtype, Single single, Double twice) {
     if (dtype == "float32") return single();
@@ -77,6 +94,19 @@ PYBIND11_MODULE(_C, m) {
             return seed;
         },
         py::arg("pieces"), "One number for the contents of pieces of memory, each (address, bytes).");
+    using Strides = std::pair<long long, long long>;
+    m.def(
+        "product",
+        [](const std::string& dtype, const Addresses& layers, int rows, int inner, int columns, Strides a, Strides b,
+           Strides out, int threads, const std::string& build) {
+            const ProductShape s{rows, inner, columns, a.first, a.second, b.first, b.second, out.first, out.second};
+            by_dtype(
+                dtype, [&] { product<float>(s, layers, threads, build); },
+                [&] { product<double>(s, layers, threads, build); });
+        },
+        py::arg("dtype"), py::arg("layers"), py::kw_only(), py::arg("rows"), py::arg("inner"), py::arg("columns"),
+        py::arg("a"), py::arg("b"), py::arg("out"), py::arg("threads"), py::arg("build") = "",
+        "out = a b of each layer: one row of addresses (a, b, out) a layer, strides in elements as (row, column).");
     for (bool forward : {true, false}) {
         m.def(
             forward ? "inner_forward" : "inner_backward",

@@ -28,8 +28,22 @@ struct InnerLayer {
     T* d_scale;
 };
 
+// out = a b; strides of rows and columns in elements. out has adjacent columns, or adjacent rows.
+struct ProductShape {
+    int rows, inner, columns;
+    ptrdiff_t a_row, a_column, b_row, b_column, out_row, out_column;
+};
+
+template <class T>
+struct ProductLayer {
+    const T* a;  // rows x inner
+    const T* b;  // inner x columns
+    T* out;      // rows x columns
+};
+
 template <class T>
 struct Host {
+    void (*product)(const ProductShape&, ProductLayer<T>*, int count, int threads);
     void (*inner_forward)(const InnerShape&, InnerLayer<T>*, int count, int threads);
     void (*inner_backward)(const InnerShape&, InnerLayer<T>*, int count, int threads);
 };

@@ -186,9 +186,23 @@ inline void inner_backward_one(const InnerShape& s, InnerLayer<T>& layer, int th
     pack(Z.data, k, layer.d_packed);
 }
 
+// A large matrix by a few columns. One with adjacent rows is read as the packed operand of out^T = b^T a^T.
+template <class T>
+inline void product_one(const ProductShape& s, const ProductLayer<T>& one, int threads) {
+    const View<const T> a{one.a, s.a_row, s.a_column}, b{one.b, s.b_row, s.b_column};
+    const View<T> out{one.out, s.out_row, s.out_column};
+    if (s.out_column == 1)
+        gemm<T>(s.rows, s.columns, s.inner, T(1), a, b, false, out, threads);
+    else
+        gemm<T>(s.columns, s.rows, s.inner, T(1), b.transposed(), a.transposed(), false, out.transposed(), threads);
+}
+
 // -- what the bindings call ------------------------------------------------------------------------------------------
 template <class T>
 struct Build {
+    static void product(const ProductShape& s, ProductLayer<T>* layers, int count, int threads) {
+        each(layers, count, threads, [&](ProductLayer<T>& one, int t) { product_one(s, one, t); });
+    }
     static void inner_forward(const InnerShape& s, InnerLayer<T>* layers, int count, int threads) {
         each(layers, count, threads, [&](InnerLayer<T>& one, int t) { inner_forward_one(s, one, t); });
     }
@@ -196,7 +210,7 @@ struct Build {
         each(layers, count, threads, [&](InnerLayer<T>& one, int t) { inner_backward_one(s, one, t); });
     }
     static const Host<T>* table() {
-        static const Host<T> found{inner_forward, inner_backward};
+        static const Host<T> found{product, inner_forward, inner_backward};
         return &found;
     }
 };

@@ -4,8 +4,8 @@
     adapted_train  the same                          ->  y and what its backward keeps
 
 Each is a function of its arguments alone. What depends on parameters alone is prepared outside of the graph: an
-operation looks the layer up whose parameters it is given, by their storage, and takes that layer's preparation. An eager
-forward, another graph or an earlier token may have made it; where parameters have changed since, it is made anew,
+operation looks the layer up whose parameters it is given, by their storage, and takes that layer's preparation. An
+eager forward, another graph or an earlier token may have made it; where parameters have changed since, it is made anew,
 together with the other layers of its shape. Parameters that belong to no living layer (an exported program in another
 process) are prepared in every forward.
 """

@@ -33,8 +33,9 @@ def prepare_one(source: Source) -> Prepared:
 
 
 def _means(engine: str) -> dict[str, Any]:
-    """What an engine brings to `outer.forward`."""
-    return {"product": device.product, "factor": device.factor} if engine == "cuda" else {}
+    """What an engine brings to `outer.forward`; its products serve `outer.backward` too."""
+    return {"cuda": {"product": device.product, "factor": device.factor}, "host": {"product": host.product}}.get(
+        engine, {})
 
 
 def _prepare(many: Sequence[Prepared]) -> list[int]:
@@ -91,9 +92,9 @@ def adjoint(
     d_outer: Sequence[Tensor | None] = [None] * len(many)
     if parts:
         l = one.shape.l  # noqa: E741
-        product = {"product": device.product} if one.engine == "cuda" else {}
+        product = _means(one.engine).get("product", outer.one_by_one)
         dF = [d[:, :l].to(one.dtype) for d in d_columns]
-        d_outer = outer.backward(parts, [p.X for p in many], [p.columns[:, :l] for p in many], dF, **product)
+        d_outer = outer.backward(parts, [p.X for p in many], [p.columns[:, :l] for p in many], dF, product)
     inner = _inner_gradients(many, d_mixer)
     return [(pair[0] if p.rotation.numel() else None, pair[1], outer)
             for p, pair, outer in zip(many, inner, d_outer, strict=True)]  # fmt: skip

@@ -198,3 +198,29 @@ def test_a_null_address_has_no_fingerprint():
     with pytest.raises(ValueError, match="address=0 is out of range; allowed: not null"):
         host._C.hash([(0, 8)])
     assert host._C.hash([]) == 0 and isinstance(host._C.hash([(0, 0)]), int)
+
+
+BUILDS = ["plain", "avx2", "avx512"][: ["plain", "avx2", "avx512"].index(host.instruction_set()) + 1]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("right", [True, False])
+@given(st.tuples(*[st.integers(1, 90)] * 3), st.integers(1, 3), st.sampled_from([torch.float32, torch.float64]))
+def test_products_of_matrices_by_rows_or_by_columns(build, left, right, sizes, count, dtype):
+    """Each of `inner` terms is rounded in the product and in the sum: |error| <= (inner + 2) eps |A| |B|."""
+    rows, inner, columns = sizes
+    draw = torch.randn(count, rows, inner + 2, dtype=dtype)[:, :, 1:-1]  # rows further apart than they are long
+    A = [a if left else a.mT.contiguous().mT for a in draw]
+    B = [b if right else b.mT.contiguous().mT for b in torch.randn(count, inner, columns, dtype=dtype)]
+    for a, b, got in zip(A, B, host.product(A, B, build), strict=True):
+        bound = (inner + 2) * torch.finfo(dtype).eps * (a.abs().double() @ b.abs().double())
+        want = a.double() @ b.double()
+        assert got.dtype == dtype and bool(((got.double() - want).abs() <= bound).all())
+
+
+def test_products_that_the_core_does_not_make_come_from_pytorch():
+    half, none = torch.randn(5, 4).bfloat16(), torch.zeros(0, 4)
+    columns = torch.randn(4, 3)
+    assert torch.equal(host.product([half], [columns])[0], half.float() @ columns)
+    assert host.product([none], [columns])[0].shape == (0, 3)

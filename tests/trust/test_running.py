@@ -63,6 +63,32 @@ def test_eight_threads_share_a_model(state, mode):
                     assert torch.allclose(one, want, atol=1e-5), trial
 
 
+def test_threads_after_an_edit_see_the_new_parameters():
+    """While one of them prepares, and exchanges what was kept, none may take the old for the new."""
+    model, x, before = adapted(), torch.randn(3, 16), sys.getswitchinterval()
+    pool = ThreadPoolExecutor(8)
+    try:
+        sys.setswitchinterval(1e-6)
+        for trial in range(times(100, 5000)):
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.add_(0.1 * torch.randn_like(p))
+                want = copy.deepcopy(model)(x)
+            start = threading.Barrier(8)
+
+            def infer(start=start):
+                start.wait()
+                with torch.no_grad():
+                    return model(x)
+
+            for got in [future.result() for future in [pool.submit(infer) for _ in range(8)]]:
+                assert torch.allclose(got, want, atol=1e-4, rtol=1e-4), trial
+    finally:
+        sys.setswitchinterval(before)
+        pool.shutdown()
+
+
 def script(text, *arguments, timeout=120):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/trust'}"}
     return subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True, timeout=timeout,

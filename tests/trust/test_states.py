@@ -132,6 +132,32 @@ class Model(RuleBasedStateMachine):
         self.model.zero_grad()
         self.remember()
 
+    @precondition(lambda self: self.adapted)
+    @rule(how=st.sampled_from(["in place", "data", "one number", "exchanged", "assigned", "the same"]))
+    def edit(self, how):
+        for name in NAMES:
+            adapter, numbers = self.at(name).adapter, {}
+            for part, p in zip(PARAMETER_NAMES, adapter.parts, strict=True):
+                if p is None:
+                    continue
+                if how == "in place":
+                    with torch.no_grad():
+                        p.add_(0.1 * self.draw(*p.shape))
+                elif how == "data":
+                    p.data = p.data + 0.1 * self.draw(*p.shape)
+                elif how == "one number":
+                    p.data.view(-1)[-1] += 0.1
+                elif how == "exchanged":
+                    setattr(adapter, part, nn.Parameter(p.detach() + 0.1 * self.draw(*p.shape)))
+                elif how == "assigned":
+                    numbers[part] = p.detach() + 0.1 * self.draw(*p.shape)
+                else:
+                    with torch.no_grad():
+                        p.mul_(1)
+            if numbers:
+                adapter.load_state_dict({**adapter.state_dict(), **numbers}, assign=True)
+        self.remember()
+
     def remember(self):
         for name in NAMES:
             self.state[name] |= self.numbers(name)

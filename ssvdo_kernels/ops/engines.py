@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import device, host, outer
+from .complement import one_by_one
 from .preparation import Gradients, Prepared, Rows, Source, check_pivot
 
 Inner = tuple[Tensor, Tensor, Tensor]  # G, saved, mixer
@@ -34,8 +35,9 @@ def prepare_one(source: Source) -> Prepared:
 
 def _means(engine: str) -> dict[str, Any]:
     """What an engine brings to `outer.forward`; its products serve `outer.backward` too."""
-    return {"cuda": {"product": device.product, "factor": device.factor}, "host": {"product": host.product}}.get(
-        engine, {})
+    if engine == "cuda":
+        return {"product": device.product, "factor": device.factor}
+    return {"product": host.product} if engine == "host" else {}
 
 
 def _prepare(many: Sequence[Prepared]) -> list[int]:
@@ -92,7 +94,7 @@ def adjoint(
     d_outer: Sequence[Tensor | None] = [None] * len(many)
     if parts:
         l = one.shape.l  # noqa: E741
-        product = _means(one.engine).get("product", outer.one_by_one)
+        product = _means(one.engine).get("product", one_by_one)
         dF = [d[:, :l].to(one.dtype) for d in d_columns]
         d_outer = outer.backward(parts, [p.X for p in many], [p.columns[:, :l] for p in many], dF, product)
     inner = _inner_gradients(many, d_mixer)

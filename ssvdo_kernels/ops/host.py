@@ -44,14 +44,15 @@ def fingerprint(tensors: Sequence[Tensor]) -> int | None:
 
 def product(matrices: Tensors, columns: Tensors, build: str = "") -> list[Tensor]:
     """[A_i B_i], rows x cols, for layers of one shape: a large matrix by a few columns, by the core where both are
-    float32, or float64, and else by PyTorch. A transposed A gives a transposed result, as each is read where it lies."""
+    float32, or float64, else by PyTorch. A transposed A gives a transposed result, as each is read where it lies."""
     a, b = matrices[0], columns[0]
     strides = {(x.stride(), y.stride(), x.dtype, y.dtype) for x, y in zip(matrices, columns, strict=True)}
     (rows, inner), width = a.shape, b.shape[1]
     if a.dtype != b.dtype or len(strides) > 1 or not rows * inner * width or a.dtype.itemsize < 4:
         return one_by_one(matrices, columns)
-    stacked = b.new_empty(len(columns), width, rows).mT if a.stride(1) != 1 else b.new_empty(len(columns), rows, width)
-    out = list(stacked.unbind())
+    lies = a.stride(1) != 1
+    stacked = b.new_empty(len(columns), width, rows) if lies else b.new_empty(len(columns), rows, width)
+    out: list[Tensor] = list((stacked.mT if lies else stacked).unbind())
     addresses = [[t.data_ptr() for t in row] for row in zip(matrices, columns, out, strict=True)]
     _C.product(str(a.dtype).removeprefix("torch."), addresses, rows=rows, inner=inner, columns=width, a=a.stride(),
                b=b.stride(), out=out[0].stride(), threads=torch.get_num_threads(), build=build)  # fmt: skip

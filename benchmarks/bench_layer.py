@@ -26,6 +26,7 @@ from .runner import interleave, launches, peak_extra_bytes
 EVERY, CACHED, PLAIN = "SSVD-O, prepared every step", "SSVD-O, cached", "SSVD-O, accumulating without the context"
 ROUNDS = {128: 15, 1024: 5, 4096: 4}  # on a CPU; 30 on a GPU
 COMPILED_AT = 16384  # on a GPU, with l = 64: each torch.compile takes seconds
+Case = tuple[str, int, int, float, int]  # kind, d, tokens, p, l
 FULL_AT = (1024, 2048)  # the token counts at which --quick has every peer, for p = 0.5
 
 
@@ -58,15 +59,13 @@ def adapted(linear: nn.Linear, p: float, rank: int, cache: Path, path: str = "au
     return SSVDOLinear.from_linear(linear, SSVDOConfig(inner_ratio=p, outer_rank=rank, path=path), cache_dir=cache)
 
 
-def peaked(case: tuple[str, int, int, float, int], quick: bool, gpu: bool) -> bool:
+def peaked(case: Case, quick: bool, gpu: bool) -> bool:
     """Whether peaks are taken of this case: on a CPU, where each takes a process of its own, at one token count."""
     kind, _, tokens, p, _ = case
     return tokens in FULL_AT and p == 0.5 and kind == "tall" if quick else gpu or tokens in FULL_AT
 
 
-def layer_peak(
-    case: tuple[str, int, int, float, int], name: str, cache: Path, device: str, dtype: torch.dtype
-) -> float | None:
+def layer_peak(case: Case, name: str, cache: Path, device: str, dtype: torch.dtype) -> float | None:
     """MiB that training steps of one method take beyond the pretrained layer, and the tokens and their gradients."""
     kind, d, tokens, p, rank = case
 
@@ -89,9 +88,7 @@ def layer_peak(
     return peak(d, tokens, rank)
 
 
-def peak_of(
-    case: tuple[str, int, int, float, int], cache: Path, device: str, dtype: torch.dtype, name: str
-) -> float | None:
+def peak_of(case: Case, cache: Path, device: str, dtype: torch.dtype, name: str) -> float | None:
     """`layer_peak` where it can be told: here on a GPU, else in a process of its own. None for compiled methods."""
     if name.endswith("compiled"):
         return None
@@ -119,9 +116,7 @@ def training_step(
     return step
 
 
-def test_layer(
-    case: tuple[str, int, int, float, int], benchmark: Any, request: pytest.FixtureRequest, tmp_path_factory: Any
-) -> None:
+def test_layer(case: Case, benchmark: Any, request: pytest.FixtureRequest, tmp_path_factory: Any) -> None:
     """One point of the grid; its rows land in the JSON's extra_info."""
     minutes = request.config.getoption("--minutes")
     if minutes is not None and time.monotonic() - BEGAN > 60 * minutes:

@@ -319,6 +319,26 @@ def test_rank_deficient_members():
     agree(net, alone)
 
 
+def test_members_whose_bases_are_of_other_dtypes(calls):
+    """Of one ill-conditioned bfloat16 weight V is kept in float32: it is prepared apart from the others."""
+    torch.manual_seed(0)
+    net = Net().double()
+    with torch.no_grad():
+        u, _, vt = torch.linalg.svd(net.blocks[2][0].weight, full_matrices=False)
+        net.blocks[2][0].weight.copy_(u * torch.logspace(0, -2.5, 8, dtype=torch.float64) @ vt)
+    apply_ssvdo(net.bfloat16(), SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2))
+    dtypes = [block[0].adapter.basis.dtype for block in net.blocks]
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16]
+    alone = copy.deepcopy(net)
+    x = x_of(5).bfloat16()
+    train(net, x)
+    assert sorted(calls["forward"]) == [1, 3, 4]
+    train(alone, x)
+    for (name, p), (_, q) in zip(net.named_parameters(), alone.named_parameters(), strict=True):
+        if q.grad is not None:
+            assert torch.equal(p.grad, q.grad), name
+
+
 def replicated(module):
     """As nn.DataParallel does: the same dictionaries, copies of the parameters."""
     replica = module._replicate_for_data_parallel()

@@ -1,6 +1,7 @@
 """What methods keep and take is counted and measured as `benchmarks.memory` says."""
 
 import gc
+import json
 import os
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft", reason="the peers need PEFT")
-from benchmarks import bench_layer, bench_model, memory
+from benchmarks import bench_layer, bench_memory, bench_model, memory
 from benchmarks.peers import peers
 from benchmarks.report import MEMORY, markdown
 from benchmarks.stacks import STACKS, Recogniser
@@ -188,6 +189,23 @@ def test_the_model_benchmark_tells_memory_alone(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench_model.main(["owsm-0.1b", "--device", "cpu", "--methods", "lora"])
     assert "--methods: 'lora' is unknown; allowed: frozen, full, LoRA" in capsys.readouterr().err
+
+
+@linux
+def test_a_layer_s_memory_without_times(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_memory, "peak_of", lambda *about: {"frozen": 1.0, "LoRA": 2.25}.get(about[-1], 3.0))
+    bench_memory.main(["--dtypes", "float32", "bfloat16", "--kinds", "wide", "square", "--d", "32", "--tokens", "8",
+                       "--rank", "4", "--out", str(tmp_path)])  # fmt: skip
+    shown = capsys.readouterr().out
+    assert shown.count("| 128->32 T=8 p=0.5 l=4 | LoRA | 0.000 | 0.000 | 1.2 |") == 2  # a dtype each
+    (file,) = tmp_path.glob("*-memory.json")
+    found = json.loads(file.read_text())["dtypes"]
+    wide, square = (row["methods"] for row in found["float32"])
+    assert set(wide) == {*peers(0.5, 4), bench_layer.EVERY}
+    ours = wide[bench_layer.EVERY]
+    assert ours["frozen_state"] == (32 * 32 + 32 + 128 * 4) / (128 * 32) and ours["peak_mib"] == 2.0
+    assert square[bench_layer.EVERY]["frozen_state"] == (32 * 16 + 16) / (32 * 32)  # V_k and S_k
+    assert ours["held"] > 0 == wide["DoRA"]["held"]
 
 
 def test_the_tables_of_a_layer_s_memory():

@@ -40,7 +40,7 @@ def measure(case: Case, device: str, dtype: torch.dtype, cache: Path) -> dict[st
 def markdown(results: dict[str, Any]) -> str:
     """A table for each dtype."""
     lines = [f"{results['device']}, {results['threads']} threads, torch {results['torch']}, commit "
-             f"{results['commit']}, {results['date']}. Multiples of W0's bytes; peaks in MiB, less the frozen layer's."]  # fmt: skip
+             f"{results['commit']}, {results['date']}. Multiples of W0's bytes; peaks less the frozen layer's."]
     for dtype, rows in results["dtypes"].items():
         lines += ["", f"**{dtype}**", "", *as_markdown(*memory_table({"rows": rows}))]
     return "\n".join(lines) + "\n"

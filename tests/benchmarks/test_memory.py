@@ -49,7 +49,7 @@ def test_frozen_state_is_what_each_method_stores_beside_w0(m, n, dtype):
 def alive():
     """Storage -> bytes, of every tensor that there is."""
     gc.collect()
-    found = [o.untyped_storage() for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    found = [o.untyped_storage() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
     return {s.data_ptr(): s.nbytes() for s in found}
 
 

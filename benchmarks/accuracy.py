@@ -9,6 +9,7 @@ rounding of the operands alone costs.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections import defaultdict
@@ -156,8 +157,13 @@ def errors(case: Case, dtype: torch.dtype, backends: tuple[str, ...]) -> dict[tu
                     if part is not None:
                         part.copy_(value)
             for name, got in results(layer, x, cotangent).items():
-                found[name, backend] = max(found.get((name, backend), 0.0), error(name, got))
+                found[name, backend] = worse(found.get((name, backend), 0.0), error(name, got))
     return found
+
+
+def worse(a: float, b: float) -> float:
+    """The larger; NaN, which `max` may pass over, is the worst."""
+    return b if math.isnan(b) or b > a else a
 
 
 def backends_for(dtype: torch.dtype) -> tuple[str, ...]:
@@ -172,7 +178,7 @@ def table(count: int) -> str:
         for label, dtype in DTYPES.items():
             for (name, by), value in errors(case, dtype, backends_for(dtype)).items():
                 key = number % 2, name, label, by
-                worst[key] = max(worst[key], value)
+                worst[key] = worse(worst[key], value)
     columns = ("dense", "reference", "auto", "triton")
     lines = ["| cases | result | dtype | dense form | PyTorch | compiled core | Triton |", "|---" * 7 + "|"]
     for hard, name, label in ((h, r, t) for h in (0, 1) for t in DTYPES for r in RESULTS):

@@ -48,7 +48,8 @@ def division(case, dtype):
 def projection(case, dtype):
     """What P loses by standing A V S^-1 for U, to which the dense form has no counterpart: eps S_0 / S_i in the dtype
     of the work, S_i the smallest value whose inverse P takes; V rounded to a half type leaves at
-    most DEPARTURE more.""" if not case.l:
+    most DEPARTURE more."""
+    if not case.l:
         return 0.0
     shape = LayerShape.of(case.m, case.n, SSVDOConfig(inner_ratio=case.p, outer_rank=case.l))
     weight = case.weight(dtype).double()

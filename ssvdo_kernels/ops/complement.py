@@ -39,6 +39,11 @@ class Projector:
     null: Tensor | None
 
     @property
+    def unit(self) -> Tensor:
+        """1 / S_0 (1 where W0 = 0): what is of W0's size, times this, times W0 stays in the range of float32."""
+        return torch.where(self.inverse[0] > 0, self.inverse[0], 1)
+
+    @property
     def passes(self) -> int:
         """How often P is applied: twice where V is of half precision."""
         return 1 if self.basis.dtype == self.inverse.dtype else 2

@@ -98,6 +98,8 @@ def backward(
 ) -> list[Tensor]:
     """d outer of each layer; F: as `forward` made it, dF: its gradient, in the dtype of the work."""
     one, c = many[0], many[0].c
+    units = [p.projector.unit for p in many]  # dF is of the size of S
+    dF = [d * unit for d, unit in zip(dF, units, strict=True)]
     E = project([p.projector for p in many], dF, one.large, c, product)
     dX = list(product([p.L.mT for p in many], E))
     Q = turned_part(many, X, F, c, product)
@@ -107,4 +109,5 @@ def backward(
     lower = product([d.mT for d in dX], X)
     H = [-(t.tril() + t.tril(-1).mT) for t in lower]
     inner = [e.add_(more) for e, more in zip(E, product(Q, H), strict=True)]
-    return [d.mul_(one.scale) for d in product(inner, [x.mT for x in X])]
+    found = product(inner, [x.mT for x in X])
+    return [d.mul_(one.scale / unit) for d, unit in zip(found, units, strict=True)]

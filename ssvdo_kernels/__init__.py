@@ -3,9 +3,10 @@
 from .accumulation import gradient_accumulation
 from .adapter import Adapter
 from .budget import suggest_budget
-from .checkpoint import BaseMismatchError, CheckpointError, load_ssvdo, save_ssvdo
+from .checkpoint import load_ssvdo, save_ssvdo
 from .config import SSVDOConfig
 from .diagnostics import diagnose, orthogonality, trainable_summary
+from .fingerprint import BaseMismatchError, CheckpointError
 from .linear import SSVDOLinear
 from .merging import merge_ssvdo, remove_ssvdo, unmerge_ssvdo
 from .model import apply_ssvdo, group_layers

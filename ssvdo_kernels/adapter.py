@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -208,6 +209,18 @@ class Adapter(nn.Module):
             size, (rows, most) = tuple(incoming.shape), (self.shape.large, self.shape.width)
             return (own is None or size != tuple(own.shape)) and len(size) == 2 and size[0] == rows and size[1] <= most
         return name == "basis" and own is not None and incoming.shape == own.shape and incoming.dtype != own.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        # The factors move with the module, but keep the dtypes that the factorisation chose: rounded S or V would be
+        # those of another weight, and how often P is applied goes by how V is rounded.
+        frozen = {id(t) for t in (getattr(self, name) for name in FACTOR_NAMES) if t is not None}
+
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            return made if id(tensor) not in frozen or made.dtype == tensor.dtype else tensor.to(made.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _replicate_for_data_parallel(self) -> Adapter:
         replica: Adapter = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]

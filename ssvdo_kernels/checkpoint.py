@@ -1,17 +1,11 @@
 """Adapters as files: a folder with `ssvdo_model.safetensors` and, for people to read, `ssvdo_config.json`.
 
 The safetensors file alone is what is loaded; its metadata holds the configuration, so that tensors and configuration
-can never belong to different saves. Nothing is unpickled. A fingerprint ties the adapter to its base weights:
-
-- `sha256` of W0's bytes: another base is refused; with another dtype W0 is compared by a 4 x 4 sketch instead;
-- a sketch of V_k: the inner numbers are coordinates in that basis. Where a factorisation comes out otherwise here
-  (near-equal singular values on another LAPACK, or a base in another dtype), the basis that the file carries is taken;
-  a file without one is refused. The outer numbers need no more: what they are turned towards depends on W0 alone.
+can never belong to different saves. Nothing is unpickled. fingerprint.py ties an adapter to its base weights.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -25,50 +19,14 @@ from torch import Tensor, nn
 from .adapter import PARAMETER_NAMES
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, check_weight, factorize
-from .files import as_bytes, as_file, write_atomically
+from .files import as_file, write_atomically
+from .fingerprint import BASIS_TOLERANCE, DTYPES, SKETCH, Bases, CheckpointError, Fingerprint, departure
 from .host import Host
 from .linear import SSVDOLinear
 from .model import exchange, freeze_rest, group_layers, require_adapted
 
 FORMAT, VERSION = "ssvdo", 1
 MODEL_FILE, CONFIG_FILE = "ssvdo_model.safetensors", "ssvdo_config.json"
-DTYPES = ("torch.float64", "torch.float32", "torch.bfloat16", "torch.float16")  # of adapted weights
-SKETCH = 4  # probe vectors
-BASIS_TOLERANCE = 1e-2  # relative change of one sketched vector; a flip gives about 2, rounding in float64 below 1e-6
-
-
-class CheckpointError(ValueError):
-    """An adapter file is damaged, foreign, or does not fit the model."""
-
-
-class BaseMismatchError(CheckpointError):
-    """The adapter was trained on other base weights, or in another singular basis."""
-
-
-def _probes(rows: int, like: Tensor) -> Tensor:
-    grid = torch.arange(rows * SKETCH, dtype=torch.float64).view(SKETCH, rows).mT
-    return torch.cos(grid * grid % 6.2831853).to(dtype=torch.float64, device=like.device)
-
-
-def _sha256(weight: Tensor) -> str:
-    return hashlib.sha256(as_bytes(weight)).hexdigest()
-
-
-def _weight_sketch(weight: Tensor) -> Tensor:
-    w = weight.detach().to(torch.float64)
-    return (_probes(w.shape[0], w).mT @ (w @ _probes(w.shape[1], w))).cpu()
-
-
-def _basis_sketch(basis: Tensor) -> Tensor:
-    """width x SKETCH, a row for each column of V_k."""
-    V = basis.to(torch.float64)
-    return (V.mT @ _probes(V.shape[0], V)).cpu()
-
-
-def _departure(basis: Tensor, sketch: Tensor) -> float:
-    """The largest relative change of one sketched vector."""
-    saved = sketch.double()
-    return float((_basis_sketch(basis) - saved).norm(dim=1).max() / saved.norm(dim=1).square().mean().sqrt())
 
 
 def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis: bool = True) -> Path:
@@ -94,15 +52,18 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
             if getattr(adapter, part) is not None:
                 tensors[f"{name}.{part}"] = _whole(getattr(adapter, part))
         assert adapter.basis is not None
-        weight, basis = _whole(layer.weight), _whole(adapter.basis)[:, : adapter.shape.width]
-        tensors[f"{name}.weight_sketch"] = _weight_sketch(weight)
-        tensors[f"{name}.basis_sketch"] = _basis_sketch(basis).to(torch.float32)
+        weight, factors = _whole(layer.weight), {n: _whole(t) for n, t in adapter.factors.tensors().items()}
+        bases = Bases.of(weight, Factors.of(factors), adapter.shape)
+        origin = Fingerprint.of(weight, bases)
+        tensors[f"{name}.weight_sketch"], tensors[f"{name}.basis_sketch"] = origin.weight, origin.basis
         if include_basis:
-            tensors[f"{name}.basis"] = basis.to(weight.dtype)
+            tensors[f"{name}.basis"] = bases.V.to(weight.dtype)
+        if include_basis and bases.N is not None:
+            tensors[f"{name}.null_basis"] = bases.N.to(weight.dtype)
         layers[name] = {
             "config": adapter.config.to_dict(),
             "out_features": adapter.shape.out_features, "in_features": adapter.shape.in_features,
-            "dtype": str(weight.dtype), "sha256": _sha256(weight),
+            "dtype": origin.dtype, "sha256": origin.sha256,
         }
     header = {"format": FORMAT, "version": VERSION, "include_basis": include_basis, "layers": layers}
     folder, sharded = Path(path), any(_is_sharded(layer) for layer in adapted.values())
@@ -133,10 +94,9 @@ class Entry:
     name: str
     shape: LayerShape
     config: SSVDOConfig
-    dtype: str
-    sha256: str
+    origin: Fingerprint
     tensors: dict[str, Tensor]
-    basis: Tensor | None
+    bases: Bases | None
 
 
 def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -204,13 +164,13 @@ def layer_for(module: nn.Module | None, entry: Entry, file: Path) -> tuple[SSVDO
         differ = {k: (theirs[k], ours[k]) for k in ours if ours[k] != theirs[k]}
         raise CheckpointError(f"{where}: the model is adapted otherwise (saved, model): {differ}")
     check_weight(module.weight, f"{entry.name}.weight")
-    _check_base(module.weight, entry, where)
-    name = f"{entry.name}.weight"
+    entry.origin.check(module.weight, where)
     if isinstance(module, SSVDOLinear):
         own = module.adapter.factors
-        used = _in_basis(own, module.weight, entry, where)
+        used = entry.origin.adopt(own, module.weight, entry.shape, entry.bases, where)
         return module, None if used is own else used
-    used = _in_basis(factorize(module.weight, entry.shape, name=name), module.weight, entry, where)
+    own = factorize(module.weight, entry.shape, name=f"{entry.name}.weight")
+    used = entry.origin.adopt(own, module.weight, entry.shape, entry.bases, where)
     layer = SSVDOLinear(module.weight, module.bias, used, entry.shape, entry.config).train(module.training)
     layer.adapter.name = entry.name
     return layer, None
@@ -220,32 +180,6 @@ def _formula(config: SSVDOConfig) -> dict[str, Any]:
     """What decides the meaning of the trained numbers; the rest is how they are chosen, started or computed."""
     names = ("inner_ratio", "outer_rank", "tau", "rotation", "outer", "outer_scale", "orientation", "neumann_terms")
     return {name: getattr(config, name) for name in names}
-
-
-def _check_base(weight: Tensor, entry: Entry, where: str) -> None:
-    if str(weight.dtype) == entry.dtype:
-        same = _sha256(weight) == entry.sha256
-    else:
-        saved, now = entry.tensors["weight_sketch"], _weight_sketch(weight)
-        eps = max(torch.finfo(t).eps for t in (weight.dtype, getattr(torch, entry.dtype.removeprefix("torch."))))
-        scale = float(weight.detach().double().norm()) * SKETCH  # rounding: |g^T E h| <~ eps |W0|_F per probe pair
-        same = float((saved - now).abs().max()) <= eps * scale
-    if not same:
-        raise BaseMismatchError(
-            f"{where}: trained on other base weights than this model's; load the base that it was made for")
-
-
-def _in_basis(factors: Factors, weight: Tensor, entry: Entry, where: str) -> Factors:
-    """`factors` if their basis is that of the entry, else factors in the basis that the file carries."""
-    worst = _departure(factors.basis[:, : entry.shape.width], entry.tensors["basis_sketch"])
-    if worst <= BASIS_TOLERANCE:
-        return factors
-    if entry.basis is not None:
-        return factorize(weight, entry.shape, name=f"{entry.name}.weight", basis=entry.basis.to(weight.device))
-    raise BaseMismatchError(
-        f"{where}: the singular vectors of W0 came out otherwise here (sketch differs by {worst:.2g}, allowed "
-        f"{BASIS_TOLERANCE}), as near-equal singular values do on another LAPACK or dtype; save the adapter with "
-        "save_ssvdo(..., include_basis=True) where it was trained, and load that file")
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
@@ -288,14 +222,17 @@ def read_adapter(file: Path) -> list[Entry]:
 def _entry(name: str, values: dict[str, Any], with_basis: bool, tensors: dict[str, Tensor], file: Path) -> Entry:
     config = SSVDOConfig.from_dict(values["config"])
     shape = LayerShape.of(values["out_features"], values["in_features"], config)
+    vectors = tensors[f"{name}.basis_sketch"].shape[0] if f"{name}.basis_sketch" in tensors else shape.width
+    q = min(max(0, vectors - shape.width), shape.width)
     sizes: dict[str, tuple[int, ...]] = {
         "inner_rotation": (shape.rotated,), "inner_scale": (shape.k,), "outer": (shape.c, shape.l),
-        "weight_sketch": (SKETCH, SKETCH), "basis_sketch": (shape.width, SKETCH)}  # fmt: skip
-    sizes = {part: size for part, size in sizes.items() if 0 not in size}  # what has no numbers is not in the file
+        "weight_sketch": (SKETCH, SKETCH), "basis_sketch": (shape.width + q, SKETCH)}  # fmt: skip
     if with_basis:
-        sizes["basis"] = (shape.d, shape.width)
+        sizes.update(basis=(shape.d, shape.width), null_basis=(shape.large, q))
     found = {}
     for part, size in sizes.items():
+        if 0 in size:
+            continue  # what has no numbers is not in the file
         tensor = tensors.pop(f"{name}.{part}", None)
         if tensor is None:
             raise CheckpointError(f"{file}: tensor {name}.{part} is missing")
@@ -305,8 +242,10 @@ def _entry(name: str, values: dict[str, Any], with_basis: bool, tensors: dict[st
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file}: tensor {name}.{part} has non-finite entries")
         found[part] = tensor
-    if with_basis and not _departure(found["basis"], found["basis_sketch"]) <= BASIS_TOLERANCE:  # "not": it may be NaN
-        raise CheckpointError(f"{file}: tensor {name}.basis is not the basis that the adapter was trained in")
     if not isinstance(values["sha256"], str) or values["dtype"] not in DTYPES:
         raise CheckpointError(f"{file}: layer {name} has no valid fingerprint")
-    return Entry(name, shape, config, values["dtype"], values["sha256"], found, found.pop("basis", None))
+    origin = Fingerprint(values["dtype"], values["sha256"], found.pop("weight_sketch"), found.pop("basis_sketch"))
+    bases = Bases(found.pop("basis"), found.pop("null_basis", None)) if with_basis else None
+    if bases is not None and not departure(bases.sketch(), origin.basis) <= BASIS_TOLERANCE:  # "not": it may be NaN
+        raise CheckpointError(f"{file}: tensor {name}.basis is not the basis that the adapter was trained in")
+    return Entry(name, shape, config, origin, found, bases)

@@ -110,7 +110,7 @@ def thin_svd(matrix: Tensor, left: bool = True) -> tuple[Tensor | None, Tensor, 
 
 def factorize(
     weight: Tensor, shape: LayerShape, *, name: str = "weight", cache_dir: str | os.PathLike[str] | None = None,
-    basis: Tensor | None = None,
+    basis: Tensor | None = None, null_basis: Tensor | None = None,
 ) -> Factors:  # fmt: skip
     """Factorises a pretrained weight once.
 
@@ -120,6 +120,7 @@ def factorize(
         name: how errors call the weight.
         cache_dir: a folder in which factors are kept, keyed by the weight's content; None: no cache.
         basis: V_k (d x max(k, l)) to take as it is, of a weight that differs by rounding alone; None: the weight's own.
+        null_basis: N (large x q) to take with it, the last q columns of U among the first max(k, l).
 
     Raises:
         ValueError: weight is not a matrix, on the meta device, or has NaN or infinite entries; a cache file is damaged.
@@ -129,18 +130,20 @@ def factorize(
     weight = weight.detach()
     check_weight(weight, name)
     if cache_dir is None or basis is not None:
-        return _within_memory(weight, shape, name, basis)
+        return _within_memory(weight, shape, name, basis, null_basis)
     path = Path(cache_dir) / f"{content_key(weight, shape)}.safetensors"
     if path.exists():
         return _load(path, weight.device)
-    factors = _within_memory(weight, shape, name, None)
+    factors = _within_memory(weight, shape, name, None, None)
     write_atomically({path: as_file(factors.tensors(), {})})
     return factors
 
 
-def _within_memory(weight: Tensor, shape: LayerShape, name: str, basis: Tensor | None) -> Factors:
+def _within_memory(
+    weight: Tensor, shape: LayerShape, name: str, basis: Tensor | None, null_basis: Tensor | None
+) -> Factors:
     try:
-        return _factorize(weight, shape, basis)
+        return _factorize(weight, shape, basis, null_basis)
     except (MemoryError, RuntimeError) as error:
         cuda = isinstance(error, torch.OutOfMemoryError)
         if not cuda and not isinstance(error, MemoryError) and "allocate memory" not in str(error):
@@ -162,15 +165,16 @@ def without_inverse(singular: Tensor, width: int, large: int, dtype: torch.dtype
     return int((singular[:width] <= max(floor, small.tiny / small.eps)).sum())
 
 
-def _factorize(weight: Tensor, shape: LayerShape, basis: Tensor | None) -> Factors:
+def _factorize(weight: Tensor, shape: LayerShape, basis: Tensor | None, null_basis: Tensor | None) -> Factors:
     # float64 for every dtype: near-equal singular values then give the same vectors on every machine.
     exact, width, l = tall_of(weight, shape).to(torch.float64), shape.width, shape.l  # noqa: E741
     u, s, v = thin_svd(exact, weight.dtype == torch.float64) if basis is None else _svd_beside(exact, basis.double())
     q = without_inverse(s, width, shape.large, weight.dtype)
-    if u is None and l and (q or float(s[l - 1]) <= 1e-4 * float(s[0])):
+    if u is None and (q or (l and float(s[l - 1]) <= 1e-4 * float(s[0]))):
         u, s, v = thin_svd(exact)  # A v_i / S_i would err by eps S_0 / S_i
-    if u is None and q:
-        u, s, v = thin_svd(exact)
+    if u is not None and null_basis is not None:
+        q = max(q, null_basis.shape[1])
+        u[:, width - null_basis.shape[1] : width] = null_basis
     outer = u[:, :l] if u is not None else (exact @ v[:, :l]) / s[:l]
     null = u[:, width - q : width] if u is not None and q else None
     dtype = compute_dtype(weight.dtype)

@@ -288,6 +288,64 @@ def test_rank_deficient_weights_round_trip(tmp_path):
     assert torch.equal(run(load_ssvdo(deficient(), tmp_path), x), run(model, x))
 
 
+def deficient():
+    model = base()
+    with torch.no_grad():
+        model["fc1"].weight[:, 2:] = model["fc1"].weight[:, :2].repeat(1, 2)  # rank 2 of 6
+    return model
+
+
+def other_null_columns(layer):
+    """As another LAPACK gives them: N is any basis of what W0 does not reach."""
+    N = layer.adapter.null_basis
+    turn = torch.linalg.qr(torch.randn(N.shape[0], N.shape[1])).Q
+    reached = torch.linalg.qr(layer.weight[:, :2]).Q
+    N.copy_(torch.linalg.qr(turn - reached @ (reached.mT @ turn)).Q)
+
+
+@pytest.mark.parametrize("adapted_before", [False, True])
+def test_null_columns_that_come_out_otherwise_are_noticed_and_the_file_brings_its_own(
+    tmp_path, monkeypatch, adapted_before
+):
+    config = SSVDOConfig(inner_ratio=1.0, outer_rank=3)
+    model, x = trained(config=config, make=lambda seed: deficient()), torch.randn(3, 6)
+    save_ssvdo(model, tmp_path / "small", include_basis=False)
+    save_ssvdo(model, tmp_path / "whole")
+    assert contents(tmp_path / "whole")[1]["fc1.null_basis"].shape == (14, 4)
+    monkeypatch.setattr("test_checkpoint.CONFIG", config)
+    elsewhere = adapt_elsewhere(deficient(), other_null_columns, monkeypatch, adapted_before)
+    with pytest.raises(BaseMismatchError, match=r"layer fc1: the singular vectors.*include_basis=True"):
+        load_ssvdo(elsewhere, tmp_path / "small")
+    load_ssvdo(elsewhere, tmp_path / "whole")
+    torch.testing.assert_close(run(elsewhere, x), run(model, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize("source", DTYPES)
+def test_weak_components_move_between_dtypes_with_the_columns_of_the_file(tmp_path, source, target):
+    """Half types hold as N what float32 divides by (S_i <= S_0 / 32): N goes along, more columns or fewer."""
+    def plain(dtype):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 144))
+        with torch.no_grad():
+            u, _, v = torch.linalg.svd(model[0].weight.double(), full_matrices=False)
+            model[0].weight.copy_(u @ torch.diag(torch.logspace(0, -2.5, 48).double()) @ v)
+        return model.to(source).to(dtype)
+
+    model = apply_ssvdo(plain(source), SSVDOConfig(inner_ratio=1.0, outer_rank=8, target_modules=("0",)))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model[0].adapter.inner_rotation.normal_(0, 0.02)
+        model[0].adapter.inner_scale.normal_(0, 0.05)
+        model[0].adapter.outer.normal_(0, 0.1)
+    want = change_of(model[0])
+    assert (model[0].adapter.null_basis is None) == (source == torch.float32)
+    moved = load_ssvdo(plain(target), save_ssvdo(model, tmp_path))
+    assert moved[0].weight.dtype == target
+    off = float((change_of(moved[0]) - want).norm() / want.norm())
+    assert off <= (0.01 if source != target else 0.0), off
+
+
 @pytest.mark.parametrize("cut", [0, 4, 100, -1])
 def test_truncated_files_are_refused(tmp_path, cut):
     file = save_ssvdo(trained(), tmp_path) / MODEL_FILE

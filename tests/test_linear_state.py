@@ -11,6 +11,8 @@ from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation
 from ssvdo_kernels.adapter import PARAMETER_NAMES
+from ssvdo_kernels.diagnostics import complement_departure
+from ssvdo_kernels.factorize import DEPARTURE
 from ssvdo_kernels.ops import products
 
 
@@ -445,3 +447,17 @@ def test_a_preparation_makes_no_copy_of_the_frozen_matrices(m, n, dtype, backend
         layer(torch.randn(3, n).to(dtype)).sum().backward()
         mode.numel = 0  # of the preparation's way back alone, which leaving brings
     assert mode.numel <= 160 * 4
+
+
+@pytest.mark.parametrize("there", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_factors_keep_their_dtypes_where_a_layer_is_cast(dtype, there):
+    """S and V rounded again would be another weight's; and P is to be applied twice as long as V is rounded."""
+    layer = make_layer(96, 24, dtype=dtype, outer_rank=3)
+    before = {n: t.clone() for n, t in layer.adapter.factors.tensors().items()}
+    layer.to(there)
+    assert layer.weight.dtype == there and layer.adapter.inner_scale.dtype == there
+    assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype
+               for n, t in layer.adapter.factors.tensors().items())  # fmt: skip
+    assert complement_departure(layer) <= (DEPARTURE if there.itemsize > 2 or there == dtype else 0.02)  # W0's rounding
+    assert torch.isfinite(layer(torch.randn(2, 24, dtype=there))).all()

@@ -1,0 +1,131 @@
+"""What ties an adapter to the base weight that it was trained on, and to the singular basis that its numbers are in.
+
+- SHA-256 of W0's bytes: another base is refused; with another dtype W0 is compared by a 4 x 4 sketch instead.
+- A sketch of V_k and of N, the null columns of U: the inner numbers are coordinates in these. Where a factorisation
+  comes out otherwise (near-equal singular values on another LAPACK, a rank-deficient weight, a base in another dtype),
+  the bases that were kept with the adapter are taken; without them it is refused. The outer numbers need no more: what
+  they are turned towards depends on W0 and N alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import LayerShape
+from .factorize import Factors, factorize, tall_of, without_inverse
+from .files import as_bytes
+from .ops.products import times
+
+DTYPES = ("torch.float64", "torch.float32", "torch.bfloat16", "torch.float16")  # of adapted weights
+SKETCH = 4  # probe vectors
+BASIS_TOLERANCE = 1e-2  # relative change of one sketched vector; a flip gives about 2, rounding in float64 below 1e-6
+
+
+class CheckpointError(ValueError):
+    """An adapter file is damaged, foreign, or does not fit the model."""
+
+
+class BaseMismatchError(CheckpointError):
+    """The adapter was trained on other base weights, or in another singular basis."""
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The singular vectors that an adapter's inner numbers are coordinates in.
+
+    V: d x width, V_k; N: large x q or None, the last q of the first `width` columns of U.
+    """
+
+    V: Tensor
+    N: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, factors: Factors, shape: LayerShape, q: int | None = None) -> Bases:
+        """Those of a layer. q: None: as many as any dtype needs (a half type cannot divide by what float32 can)."""
+        width, S = shape.width, factors.singular_values
+        q = without_inverse(S, width, shape.large, torch.bfloat16) if q is None else q
+        N, more = factors.null_basis, slice(width - q, width - factors.null)
+        if q > factors.null:
+            U = times(tall_of(weight.detach(), shape), factors.basis[:, more].to(S.dtype)) / S[more]
+            N = U if N is None else torch.cat([U, N.to(U.dtype)], 1)
+        return cls(factors.basis[:, :width], None if N is None or not q else N[:, N.shape[1] - q :])
+
+    def sketch(self) -> Tensor:
+        """(width + q) x SKETCH, a row for each vector, float32."""
+        both = [_sketched(self.V)] + ([] if self.N is None else [_sketched(self.N)])
+        return torch.cat(both).to(torch.float32)
+
+
+def departure(sketch: Tensor, saved: Tensor) -> float:
+    """The largest relative change of one sketched vector."""
+    saved = saved.double()
+    return float((sketch.double() - saved).norm(dim=1).max() / saved.norm(dim=1).square().mean().sqrt())
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of a weight and of the bases of its adapter. sha256: hex; weight: SKETCH x SKETCH float64; basis: `Bases.sketch`.
+    """
+
+    dtype: str
+    sha256: str
+    weight: Tensor
+    basis: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, bases: Bases) -> Fingerprint:
+        """The fingerprint of what is there."""
+        return cls(str(weight.dtype), _sha256(weight), _weight_sketch(weight), bases.sketch())
+
+    def check(self, weight: Tensor, where: str) -> None:
+        """Raises BaseMismatchError where `weight` is not the one that was trained on."""
+        if str(weight.dtype) == self.dtype:
+            same = _sha256(weight) == self.sha256
+        else:
+            eps = max(torch.finfo(t).eps for t in (weight.dtype, getattr(torch, self.dtype.removeprefix("torch."))))
+            scale = float(weight.detach().double().norm()) * SKETCH  # rounding: |g^T E h| <~ eps |W0|_F per probe pair
+            same = float((self.weight - _weight_sketch(weight)).abs().max()) <= eps * scale
+        if not same:
+            raise BaseMismatchError(
+                f"{where}: trained on other base weights than this model's; load the base that it was made for")
+
+    def adopt(self, factors: Factors, weight: Tensor, shape: LayerShape, kept: Bases | None, where: str) -> Factors:
+        """`factors` of `weight` where their bases are those trained in, else factors in the bases that were kept.
+
+        Raises:
+            BaseMismatchError: they are others, and none were kept.
+        """
+        own = Bases.of(weight, factors, shape, self.basis.shape[0] - shape.width)
+        worst = departure(own.sketch(), self.basis)
+        if worst <= BASIS_TOLERANCE:
+            return factors
+        if kept is None:
+            raise BaseMismatchError(
+                f"{where}: the singular vectors of W0 came out otherwise here (sketch differs by {worst:.2g}, allowed "
+                f"{BASIS_TOLERANCE}), as near-equal or zero singular values do on another LAPACK or dtype; save the "
+                "adapter with its basis (include_basis=True) where it was trained, and load that file")
+        return factorize(weight, shape, name=where, basis=kept.V.to(weight.device),
+                         null_basis=None if kept.N is None else kept.N.to(weight.device))  # fmt: skip
+
+
+def _probes(rows: int, like: Tensor) -> Tensor:
+    grid = torch.arange(rows * SKETCH, dtype=torch.float64).view(SKETCH, rows).mT
+    return torch.cos(grid * grid % 6.2831853).to(dtype=torch.float64, device=like.device)
+
+
+def _sketched(vectors: Tensor) -> Tensor:
+    V = vectors.detach().to(torch.float64)
+    return (V.mT @ _probes(V.shape[0], V)).cpu()
+
+
+def _weight_sketch(weight: Tensor) -> Tensor:
+    w = weight.detach().to(torch.float64)
+    return (_probes(w.shape[0], w).mT @ (w @ _probes(w.shape[1], w))).cpu()
+
+
+def _sha256(weight: Tensor) -> str:
+    return hashlib.sha256(as_bytes(weight)).hexdigest()

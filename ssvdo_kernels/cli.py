@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from tqdm.auto import tqdm
 
 from . import budget
-from .checkpoint import Entry, adapter_file, fill, layer_for, read_adapter
+from .checkpoint import read_adapter
 from .config import SSVDOConfig
-from .files import as_bytes
+from .export import merge_files, own_adapter
 
 TOKENS = [1, 128, 1024, 16384]
 
@@ -53,77 +47,17 @@ def show_plan(model: Path, config: SSVDOConfig, rank: int, console: Console) -> 
 
 def show_adapter(path: Path, console: Console) -> None:
     """Prints what an adapter holds."""
-    entries = read_adapter(adapter_file(path))
+    entries = read_adapter(own_adapter(path))
     table = Table("layer", "shape", "k", "l", "trained", "dtype of W0", "W0's SHA-256", title=str(path))
     for e in entries:
         table.add_row(e.name, f"{e.shape.in_features} -> {e.shape.out_features}", str(e.shape.k), str(e.shape.l),
-                      f"{e.shape.parameters:,}", e.dtype.removeprefix("torch."), e.sha256[:12])
+                      f"{e.shape.parameters:,}", e.origin.dtype.removeprefix("torch."), e.origin.sha256[:12])
     console.print(table)
-    basis = "with V_k" if entries and entries[0].basis is not None else "without V_k"
+    basis = "with V_k" if entries and entries[0].bases is not None else "without V_k"
     total = sum(e.shape.parameters for e in entries)
     console.print(f"{len(entries)} layers, {total:,} trained numbers, {basis}")
     for text in sorted({repr(e.config) for e in entries}):
         console.print(text, highlight=False)
-
-
-def merge(base: Path, adapter: Path, out: Path) -> list[Path]:
-    """Writes the base model's safetensors files with the adapter merged in, one weight in memory at a time.
-
-    Args:
-        base: a safetensors file, or a folder of them. adapter: a folder made by save_ssvdo. out: a new folder.
-
-    Raises:
-        ValueError: the base lacks a weight of the adapter, or `out` is the base's own folder.
-        CheckpointError: the adapter is damaged, or made for other weights. Nothing is written then but whole files.
-    """
-    files = budget.model_files(base)
-    if out.resolve() == files[0].parent.resolve():
-        raise ValueError(f"--out {out} is the base model's own folder; allowed: another one")
-    file = adapter_file(adapter)
-    entries = {f"{e.name}.weight": e for e in read_adapter(file)}
-    where: dict[str, tuple[Path, int]] = {}  # tensor -> its file, and where its bytes begin
-    for source in files:
-        header, begin = budget.read_header(source)
-        where |= {name: (source, begin + values["data_offsets"][0]) for name, values in header.items()}  # type: ignore[index]
-    missing = sorted(set(entries) - set(where))
-    if missing:
-        raise ValueError(f"{base} has no tensor {missing[:4]}; the adapter's names must be the model file's")
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    with tqdm(total=len(entries), desc="merging", unit="layer", delay=2, leave=False) as bar:
-        for source in files:
-            handle, temporary = tempfile.mkstemp(dir=out, prefix=f".{source.name}.")
-            os.close(handle)
-            try:
-                shutil.copyfile(source, temporary)
-                for name in [n for n in entries if where[n][0] == source]:
-                    _merge_one(source, Path(temporary), where[name][1], entries[name], file)
-                    bar.update()
-                with open(temporary, "rb+") as target:
-                    os.fsync(target.fileno())
-                os.replace(temporary, out / source.name)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-            written.append(out / source.name)
-    return written
-
-
-@torch.no_grad()
-def _merge_one(source: Path, target: Path, begin: int, entry: Entry, file: Path) -> None:
-    """Overwrites one weight's bytes, from `begin` on, by W' in its own dtype: the header stays as it is."""
-    from safetensors import safe_open
-
-    name = f"{entry.name}.weight"
-    with safe_open(source, "pt") as opened:
-        weight = opened.get_tensor(name)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    layer, _ = layer_for(linear, entry, file)
-    fill(layer, entry)
-    with target.open("rb+") as opened_target:
-        opened_target.seek(begin)
-        opened_target.write(as_bytes(layer.adapted_weight()))
 
 
 def _targets(given: list[str] | None) -> tuple[str, ...] | str | None:
@@ -145,9 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what an adapter file holds")
     inspect.add_argument("adapter", type=Path)
     merging = commands.add_parser("merge", help="write the model's files with the adapter merged in")
-    merging.add_argument("base", type=Path, help="a safetensors file, or a folder of them")
+    merging.add_argument("base", type=Path, help="a model's folder, index or .safetensors, .bin, .pt or .pth file")
     merging.add_argument("adapter", type=Path)
     merging.add_argument("--out", type=Path, required=True, help="a new folder")
+    merging.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     return parser
 
 
@@ -163,11 +98,14 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "inspect":
             show_adapter(options.adapter, console)
         else:
-            for path in merge(options.base, options.adapter, options.out):
+            for path in merge_files(options.base, options.adapter, options.out, overwrite=options.overwrite):
                 print(f"wrote {path}")
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError, MemoryError) as error:
         print(f"ssvdo: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("ssvdo: interrupted; nothing is written in part", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import soundfile
 import torch
@@ -31,6 +33,28 @@ class Utterance:
     stop: float | None = None  # None: to its end
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark; ValueError names one in another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from None
+
+
+def read_rows(path: Path, **how: Any) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, fields by the header's names) of a table with a header. how: as `csv.reader` takes it.
+
+    Raises:
+        ValueError: the file is not UTF-8, or the csv module cannot read a line; names it.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), **how)
+    try:
+        for row in reader:
+            yield reader.line_num, {name: value or "" for name, value in row.items() if name}
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num + 1}: {error}") from None
+
+
 def read_manifest(path: Path) -> list[Utterance]:
     """Reads a TSV with a header naming at least `path` (relative to the manifest) and `text`; also `voice`, `split`.
 
@@ -38,19 +62,16 @@ def read_manifest(path: Path) -> list[Utterance]:
         ValueError: a column is missing, a text is empty, or a recording does not exist; names the file and line.
     """
     path = Path(path)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        missing = {"path", "text"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: columns {sorted(missing)} are missing; the header has {reader.fieldnames}")
-        utterances = []
-        for number, row in enumerate(reader, 2):
-            audio, text = path.parent / (row["path"] or ""), (row["text"] or "").strip()
-            if not text:
-                raise ValueError(f"{path}, line {number}: the text is empty")
-            if not audio.is_file():
-                raise ValueError(f"{path}, line {number}: no recording at {audio}")
-            utterances.append(Utterance(audio, text, row.get("voice") or "", row.get("split") or ""))
+    utterances = []
+    for number, row in read_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE):
+        if missing := {"path", "text"} - set(row):
+            raise ValueError(f"{path}: columns {sorted(missing)} are missing; the header has {list(row)}")
+        audio, text = path.parent / row["path"], row["text"].strip()
+        if not text:
+            raise ValueError(f"{path}, line {number}: the text is empty")
+        if not audio.is_file():
+            raise ValueError(f"{path}, line {number}: no recording at {audio}")
+        utterances.append(Utterance(audio, text, row.get("voice", ""), row.get("split", "")))
     if not utterances:
         raise ValueError(f"{path}: holds no utterance")
     return utterances

@@ -63,7 +63,7 @@ class Take:
 
 def sentences(name: str = "sentences") -> list[str]:
     """The lines of sentences.txt, or of another list beside it."""
-    return (HERE / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return (HERE / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 
 def committed() -> list[Take]:

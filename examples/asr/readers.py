@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .corpus import SPEECH, Utterance, read_manifest
+from .corpus import SPEECH, Utterance, read_manifest, read_rows, read_text
 from .make_speech import lab, make, manifest
 from .whisper import cache_folder
 
@@ -49,12 +49,20 @@ def read_kaldi(folder: Path) -> list[Utterance]:
     return _some(found, folder)
 
 
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line), without blank lines at the end. Newlines alone end a line: U+2028, NEL and the like are text."""
+    lines = read_text(path).split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    yield from enumerate(lines, 1)
+
+
 def _kaldi_lines(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        key, _, value = line.strip().partition(" ")
-        if not key or not value.strip():
+    for number, line in _lines(path):
+        key, *value = re.split("[ \t]+", line.strip(" \t"), maxsplit=1)
+        if not value or not value[0].strip():
             raise ValueError(f"{path}, line {number}: expected a name and a value")
-        yield number, (key, value.strip())
+        yield number, (key, value[0].strip())
 
 
 def read_audio_folder(folder: Path) -> list[Utterance]:
@@ -79,17 +87,17 @@ def read_audio_folder(folder: Path) -> list[Utterance]:
 
 def _metadata(folder: Path) -> Iterator[tuple[int, dict[str, str], Path]]:
     if (path := folder / "metadata.csv").is_file():
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file), 2):
-                yield number, row, path
+        for number, row in read_rows(path):
+            yield number, row, path
     elif (path := folder / "metadata.jsonl").is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in _lines(path):
             try:
                 row = json.loads(line)
-                assert isinstance(row, dict)
-            except (ValueError, AssertionError):
-                raise ValueError(f"{path}, line {number}: no JSON object") from None
-            yield number, row, path
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: no JSON object")
+            yield number, {name: value for name, value in row.items() if isinstance(value, str)}, path
 
 
 def _existing(folder: Path, name: str, where: str) -> Path:

@@ -1,5 +1,6 @@
 """Corpora of other tools."""
 
+import itertools
 import json
 
 import pytest
@@ -18,7 +19,7 @@ def folder_of(root, files, audio=("a.wav",)):
     root.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_text(text)
+        (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     for name in audio:
         (root / name).parent.mkdir(exist_ok=True)
         soundfile.write(root / name, torch.linspace(-0.5, 0.5, RATE).numpy(), RATE)
@@ -81,6 +82,39 @@ def test_audio_folder_with_splits(tmp_path):
 def test_audio_folder_errors(tmp_path, name, text, said):
     with pytest.raises(ValueError, match=said):
         read_audio_folder(folder_of(tmp_path / "d", {name: text}))
+
+
+@pytest.mark.parametrize("text", ["two words", "a\u2028b", "a\x85b", "a\x0bb\x1cc", "one  two", "\u4f60\u3000\u597d"])
+@pytest.mark.parametrize("kind", ["kaldi", "kaldi tabs", "jsonl", "csv", "tsv"])
+def test_a_text_is_read_as_it_is_written(tmp_path, kind, text):
+    """Newlines alone end lines; blanks at the end and byte order marks are nothing; space or tab ends Kaldi's names."""
+    row = json.dumps({"file_name": "a.wav", "text": text}, ensure_ascii=False)
+    files = {"jsonl": {"metadata.jsonl": row}, "csv": {"metadata.csv": f"file_name,text\na.wav,{text}"},
+             "tsv": {"manifest.tsv": f"path\ttext\na.wav\t{text}"},
+             "kaldi": {"wav.scp": "u1 a.wav", "text": f"u1 {text}"},
+             "kaldi tabs": {"wav.scp": "u1\ta.wav", "text": f"u1\t{text}"}}[kind]  # fmt: skip
+    folder = folder_of(tmp_path / "d", files)
+    for mark, end in itertools.product(("", "\ufeff"), ("", "\n", "\r\n", "\n\n", "\r\n\r\n")):
+        for name, content in files.items():
+            lines = content.replace("\n", "\r\n") if "\r" in end else content
+            (folder / name).write_bytes((mark + lines + end).encode())
+        assert [u.text for u in read_corpus(folder)] == [text], (mark, end)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"wav.scp": "u1 a.wav\n", "text": "u1 caf\xe9\n".encode("latin-1")}, "text: not UTF-8"),
+        ({"metadata.csv": "file_name,text\na.wav,hi\n".encode("utf-16")}, r"metadata\.csv: not UTF-8"),
+        ({"metadata.csv": "file_name,text\na.wav," + "x" * 200_000}, r"metadata\.csv, line 2: field larger"),
+        ({"metadata.csv": 'file_name,text\na.wav,"two\nlines"\nb.wav,hi\n'}, r"metadata\.csv, line 4: no recording"),
+        ({"metadata.jsonl": '{"file_name": "a.wav", "text": 5}\n'}, r"metadata\.jsonl, line 1: needs file_name"),
+        ({"wav.scp": "u1 a.wav\n\nu2 a.wav\n", "text": "u1 hi\n"}, r"wav\.scp, line 2: expected a name"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, files, said):
+    with pytest.raises(ValueError, match=said):
+        read_corpus(folder_of(tmp_path / "d", files))
 
 
 def test_a_corpus_is_put_together_by_voice_and_split(tmp_path):

@@ -7,17 +7,16 @@ Results are kept in ``$SSVDO_CACHE`` (default ``~/.cache/ssvdo_kernels``), one J
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from ..files import write_atomically
 from .configs import CONFIGS, Config
 
 _memory: dict[str, int] = {}
@@ -104,16 +103,6 @@ def _save(path: Path) -> None:
     prefix = f"{path}:"
     entries = {k.removeprefix(prefix): v for k, v in sorted(_memory.items()) if k.startswith(prefix)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        write_atomically({path: json.dumps(entries, indent=1).encode()})
     except OSError as error:
-        warnings.warn(f"autotuning results cannot be kept in {path.parent} ({error})", stacklevel=2)
-        return
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(entries, file, indent=1)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
         warnings.warn(f"autotuning results cannot be kept in {path} ({error})", stacklevel=2)

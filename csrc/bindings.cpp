@@ -82,6 +82,12 @@ auto by_dtype(const std::string& dtype, Single single, Double twice) {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled core of ssvdo_kernels.";
+    m.attr("interface") = interface_version;
+#ifdef _OPENMP
+    m.attr("openmp") = true;
+#else
+    m.attr("openmp") = false;
+#endif
     m.def("host_name", &host_name, "The instruction set that this processor's build uses.");
     m.def(
         "hash",

@@ -13,6 +13,9 @@
 namespace ssvdo {
 
 namespace py = pybind11;
+
+constexpr int interface_version = 1;  // INTERFACE in ops/host.py: raise both where functions or their arguments change
+
 using Addresses = std::vector<std::vector<std::uintptr_t>>;
 
 [[noreturn]] inline void refuse(const std::string& name, long long value, const std::string& allowed) {

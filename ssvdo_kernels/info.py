@@ -11,6 +11,7 @@ import torch
 from . import __version__
 from .ops.device import architectures
 from .ops.dispatch import preparation, token_path
+from .ops.host import absent, description
 from .traffic import machine
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -25,12 +26,13 @@ def _version(package: str) -> str:
 
 def info() -> dict[str, str]:
     """What `python -m ssvdo_kernels.info` prints, as name -> text."""
-    cuda = torch.cuda.is_available()
+    cuda, archs = torch.cuda.is_available(), ", ".join(architectures().split())
     lines = {
         "ssvdo_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__,
         "triton": _version("triton"), "cpu threads": str(torch.get_num_threads()),
         "cuda device": torch.cuda.get_device_name() if cuda else "none",
-        "cuda kernels": f"built for sm_{', '.join(architectures().split())}" if architectures() else "not built",
+        "compiled core": description().removeprefix("compiled core, "),
+        "cuda kernels": f"built for sm_{archs}" if archs else absent or "not built",
     }
     tf32 = torch.backends.cuda.matmul.allow_tf32
     if cuda:

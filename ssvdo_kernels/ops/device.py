@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
-from .host import _C, Tensors, inner_sizes
+from .host import _C, Tensors, absent, inner_sizes
 
 
 def obstacle(device: torch.device) -> str:
@@ -21,9 +21,9 @@ def obstacle(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"there are no kernels for {device.type} devices"
     if _C is None:
-        return "the compiled core was not built (no C++ compiler at installation, or SSVDO_BUILD=0)"
+        return absent
     if not _C.device_architectures():
-        return "the compiled core was built without CUDA (no nvcc at installation, or SSVDO_CUDA_ARCHS=none)"
+        return "the compiled core was built without CUDA (no working nvcc at installation, or SSVDO_CUDA_ARCHS=none)"
     capability = torch.cuda.get_device_capability(device)
     return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
 

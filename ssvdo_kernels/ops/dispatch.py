@@ -23,8 +23,10 @@ def without_triton() -> str:
     """Why Triton is no use here; "" where it is."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    import triton
-
+    try:
+        import triton
+    except (ImportError, OSError, AttributeError) as error:
+        return f"the package triton is there but does not load: {error}"
     old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON
     return f"Triton {triton.__version__} is older than {'.'.join(map(str, TRITON))}" if old else ""
 
@@ -67,9 +69,7 @@ def preparation(backend: str, device: torch.device) -> tuple[str, str]:
     if device.type != "cpu":
         missing = obstacle(device)
         return ("reference", missing) if missing else ("cuda", f"kernels for sm_{', '.join(architectures().split())}")
-    if not host.available():
-        return "reference", "the compiled core was not built (no C++ compiler at installation, or SSVDO_BUILD=0)"
-    return "host", f"compiled core, {host.instruction_set()}"
+    return "host" if host.available() else "reference", host.description()
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:

@@ -7,7 +7,10 @@ Every argument that is a list has one tensor a layer, all float32 or all float64
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +19,37 @@ from torch import Tensor
 from ..config import LayerShape, SSVDOConfig
 from .complement import one_by_one
 
-_C: Any
-try:
-    _C = importlib.import_module("ssvdo_kernels._C")
-except ImportError:  # not built: the package runs on PyTorch alone
-    _C = None
+INTERFACE = 1
+"""interface_version in csrc/bindings.h, where this file calls the core rightly."""
+
+
+def _load() -> tuple[Any, str]:
+    """(the compiled core, ""), or (None, why the package runs on PyTorch alone). Warns of a core that is of no use."""
+    try:
+        core = importlib.import_module("ssvdo_kernels._C")
+    except ModuleNotFoundError:
+        there = [f.name for f in Path(__file__).parents[1].glob("_C.*") if f.name[2:] not in EXTENSION_SUFFIXES]
+        why = f"for this Python, only {there[0]}" if there else "(no C++ compiler or pybind11 then, or SSVDO_BUILD=0)"
+        return None, f"the compiled core was not built at installation {why}"
+    except ImportError as error:
+        why = f"does not load: {error}"
+    else:
+        theirs = getattr(core, "interface", 0)
+        if theirs == INTERFACE:
+            return core, ""
+        why = f"is of another version (interface {theirs}, needed: {INTERFACE})"
+    why = f"the compiled core is there but {why}; install the package again"
+    warnings.warn(f"{why}. PyTorch serves in its place.", RuntimeWarning, stacklevel=2)
+    return None, why
+
+
+_C, absent = _load()
 
 Tensors = Sequence[Tensor]
 
 
 def available() -> bool:
-    """Whether the compiled core was built."""
+    """Whether there is a compiled core that can be used; `absent` says why not."""
     return _C is not None
 
 
@@ -35,8 +58,14 @@ def instruction_set() -> str:
     return str(_C.host_name())
 
 
+def description() -> str:
+    """What the core is, in words; `absent` where there is none."""
+    threads = "OpenMP" if _C is not None and _C.openmp else "one thread: built without OpenMP"
+    return absent or f"compiled core, {instruction_set()}, {threads}"
+
+
 def fingerprint(tensors: Sequence[Tensor]) -> int | None:
-    """A 64-bit hash of the bytes of contiguous tensors on the CPU; None where the core was not built."""
+    """A 64-bit hash of the bytes of contiguous tensors on the CPU; None where there is no core."""
     if _C is None or not all(t.is_contiguous() for t in tensors):
         return None
     return int(_C.hash([(t.data_ptr(), t.numel() * t.element_size()) for t in tensors]))

@@ -1,5 +1,12 @@
 """Which backend serves the token path, and the reason it gives."""
 
+import re
+import shutil
+import subprocess
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import make_layer
@@ -8,6 +15,7 @@ from ssvdo_kernels import SSVDOConfig
 from ssvdo_kernels.ops import dispatch
 from ssvdo_kernels.ops.dispatch import token_path
 
+PACKAGE = Path(dispatch.__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -91,6 +99,40 @@ def test_paths_without_kernels(path):
 def test_unknown_backend():
     with pytest.raises(ValueError, match="backend='cuda'"):
         SSVDOConfig(backend="cuda")
+
+
+OWN = f"_C{EXTENSION_SUFFIXES[0]}"
+
+
+@pytest.mark.parametrize("file, content, said", [
+    ("README", b"", "was not built at installation (no C++ compiler or pybind11 then, or SSVDO_BUILD=0)"),
+    ("_C.cpython-27m.so", b"", "was not built at installation for this Python, only _C.cpython-27m.so"),
+    (OWN, b"\x7fELF", "is there but does not load: "),
+    ("_C.py", b"openmp = True", "is there but is of another version (interface 0, needed: ")])  # fmt: skip
+def test_why_there_is_no_core(tmp_path, file, content, said):
+    """One that is there and of no use gives a warning too, and PyTorch serves."""
+    shutil.copytree(PACKAGE, tmp_path / "ssvdo_kernels", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    (tmp_path / "ssvdo_kernels" / file).write_bytes(content)
+    code = ("import runpy, sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+            "runpy.run_module('ssvdo_kernels.info', run_name='__main__')")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines() if "  " in line)
+    assert f"the compiled core {said}" in lines["compiled core"] and said in lines["cuda kernels"]
+    assert lines["preparation"].startswith("reference: the compiled core") and said in lines["preparation"]
+    assert ("RuntimeWarning" in done.stderr and said in done.stderr) == ("is there" in said)
+
+
+def test_a_triton_that_does_not_load(monkeypatch, tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    dispatch.without_triton.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"triton is there but does not load: libtriton\.so: undefined"):
+            token_path("triton", CUDA, torch.float16)
+    finally:
+        dispatch.without_triton.cache_clear()
 
 
 @pytest.mark.parametrize("version, works", [("3.4.9", False), ("3.5.0", True), ("3.10.0+git1", True), ("4.0", True)])

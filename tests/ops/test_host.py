@@ -1,8 +1,10 @@
 """The compiled core against the PyTorch preparation, in float64, with every instruction set that runs."""
 
 import gc
+import re
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear
 from ssvdo_kernels.config import LayerShape
+from ssvdo_kernels.info import info
 from ssvdo_kernels.ops import engines, host
 from ssvdo_kernels.ops.dispatch import preparation
 from ssvdo_kernels.ops.preparation import Rows
@@ -156,7 +159,20 @@ def test_without_the_core_the_package_runs():
             "layer = SSVDOLinear.from_linear(nn.Linear(4, 12), SSVDOConfig(outer_rank=2))\n"
             "layer(torch.randn(3, 4)).sum().backward(); print(info()['preparation'])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("reference: the compiled core was not built")
+    assert done.stdout.startswith("reference: the compiled core was not built") and not done.stderr
+
+
+def test_the_interface_s_number_follows_the_functions():
+    """Where this fails, raise interface_version in csrc/bindings.h and INTERFACE in host.py, and note the sum here."""
+    functions = sorted(name for name in dir(_C) if callable(getattr(_C, name)))
+    arguments = [(name, re.findall(r"(\w+): ", getattr(_C, name).__doc__.splitlines()[0])) for name in functions]
+    assert (host.INTERFACE, _C.interface, zlib.crc32(repr(arguments).encode())) == (1, 1, 2557935510)
+
+
+def test_a_core_without_openmp_says_so(monkeypatch):
+    assert ("OpenMP" if _C.openmp else "built without OpenMP") in preparation("auto", torch.device("cpu"))[1]
+    monkeypatch.setattr(_C, "openmp", not _C.openmp)
+    assert ("built without OpenMP" in info()["compiled core"]) != _C.openmp
 
 
 def test_memory_is_given_back():

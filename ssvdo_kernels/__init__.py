@@ -9,7 +9,7 @@ from .diagnostics import diagnose, orthogonality, trainable_summary
 from .fingerprint import BaseMismatchError, CheckpointError
 from .linear import SSVDOLinear
 from .merging import merge_ssvdo, remove_ssvdo, unmerge_ssvdo
-from .model import apply_ssvdo, group_layers
+from .model import apply_ssvdo, group_layers, refactorize_ssvdo
 from .monitor import DiagnosticsMonitor, ForgettingMonitor
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "load_ssvdo",
     "merge_ssvdo",
     "orthogonality",
+    "refactorize_ssvdo",
     "remove_ssvdo",
     "save_ssvdo",
     "suggest_budget",

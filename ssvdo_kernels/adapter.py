@@ -12,12 +12,14 @@ from .accumulation import Accumulator
 from .cache import Cache
 from .config import LayerShape, SSVDOConfig
 from .factorize import FACTOR_NAMES, Factors, compute_dtype
+from .fingerprint import Bases, Fingerprint
 from .ops import lasting, own_dtypes
 from .ops.base import DenseBase
 from .ops.compiled import adapted, encode, enlist
 from .ops.dispatch import token_path
 from .ops.linear import Call, adapted_linear
 from .ops.preparation import Parameters, Prepared, Source
+from .origin import Origin
 from .planner import Work, choose
 
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
@@ -36,8 +38,9 @@ class Adapter(nn.Module):
     Args:
         shape, config: sizes and formula.
         factors: those of the weight; None: `set_factors` brings them before the first forward.
-        dtype, device: of the base weight.
-        buffers: whether the factors are buffers that no state_dict holds, instead of frozen parameters.
+        weight: W0, for its dtype, its device and to be known again; the adapter does not keep it.
+        buffers: whether the factors are buffers that no state_dict holds, instead of frozen parameters; it holds the
+            weight's fingerprint then.
     """
 
     inner_rotation: nn.Parameter | None
@@ -47,14 +50,14 @@ class Adapter(nn.Module):
     singular_values: Tensor | None
     outer_basis: Tensor | None
     null_basis: Tensor | None
+    base_digest: Tensor
 
     def __init__(
         self,
         shape: LayerShape,
         config: SSVDOConfig,
         factors: Factors | None,
-        dtype: torch.dtype,
-        device: torch.device,
+        weight: Tensor,
         *,
         buffers: bool = False,
     ) -> None:
@@ -63,16 +66,19 @@ class Adapter(nn.Module):
         self.name = "layer"  # how errors call it
         self.merged = False
         self._buffered = buffers
+        for name, place in Fingerprint.places(shape).items() if buffers else ():
+            self.register_buffer(name, place.to(weight.device))
+        self.origin: Origin | None = Origin()
         self.cache = Cache()
         self.accumulator = Accumulator(self.cache)
         sizes = ((shape.rotated,), (shape.k,), (shape.c, shape.l))
         for name, size in zip(PARAMETER_NAMES, sizes, strict=True):
-            made = torch.zeros(size, dtype=compute_dtype(dtype), device=device)
+            made = torch.zeros(size, dtype=compute_dtype(weight.dtype), device=weight.device)
             self.register_parameter(name, nn.Parameter(made) if made.numel() else None)
         for name in FACTOR_NAMES:
             self._hold(name, None)
         if factors is not None:
-            self.set_factors(factors)
+            self.set_factors(factors, weight)
         self.reset_parameters()
         enlist(self)
 
@@ -82,8 +88,12 @@ class Adapter(nn.Module):
         else:
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
-    def set_factors(self, factors: Factors) -> None:
+    def set_factors(self, factors: Factors, weight: Tensor) -> None:
         """Takes the factors of the weight that is to be adapted."""
+        if self.origin is not None:
+            self.origin.record(weight)
+        if self._buffered and not weight.is_meta and not self.base_digest.is_meta:
+            Fingerprint.of(weight, Bases.of(weight, factors, self.shape)).write(dict(self.named_buffers()))
         for name in FACTOR_NAMES:
             self._hold(name, getattr(factors, name))
         self.cache.forget()
@@ -112,9 +122,14 @@ class Adapter(nn.Module):
         """The frozen factors."""
         return Factors(*(getattr(self, name) for name in FACTOR_NAMES))
 
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Of the weight that was trained on, where the adapter has buffers and there is one."""
+        return Fingerprint.read(dict(self.named_buffers()), self.shape)
+
     def source(self, base: DenseBase) -> Source:
         """What a preparation is made from."""
-        return Source(self.parts, self.factors, base, self.shape, self.config, self.name)
+        return Source(self.parts, self.factors, base, self.shape, self.config, self.name, self.origin)
 
     @lasting
     @own_dtypes()
@@ -194,6 +209,10 @@ class Adapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Which factors there are, of what size and dtype, belongs to the weight: a checkpoint may bring others.
+        if self._buffered:  # the host has looked at the bases that a file may bring
+            state_dict = {key: t for key, t in state_dict.items() if key.removeprefix(prefix) not in FACTOR_NAMES}
+        elif self.origin is not None and any(prefix + name in state_dict for name in FACTOR_NAMES):
+            self.origin.forget()
         for name in FACTOR_NAMES if not self._buffered else ():
             incoming, own = state_dict.get(prefix + name), getattr(self, name)
             if incoming is None and name == "null_basis" and prefix + "basis" in state_dict:
@@ -213,7 +232,7 @@ class Adapter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         # The factors move with the module, but keep the dtypes that the factorisation chose: rounded S or V would be
         # those of another weight, and how often P is applied goes by how V is rounded.
-        frozen = {id(t) for t in (getattr(self, name) for name in FACTOR_NAMES) if t is not None}
+        frozen = {id(t) for t in (*self.factors.tensors().values(), *self.buffers())}
 
         def moved(tensor: Tensor) -> Tensor:
             made = fn(tensor)
@@ -224,6 +243,7 @@ class Adapter(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Adapter:
         replica: Adapter = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.origin = None
         replica.cache = Cache()  # on another device, in another thread, for one forward
         replica.accumulator = Accumulator(replica.cache)
         return replica

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .ops.attach import Pair, attach
 from .ops.engines import prepare_one
 from .ops.preparation import Parameters, Prepared, Rows, Source
+from .origin import stamp
 
 _optimizer_steps = 0
 
@@ -27,12 +28,6 @@ def _count_step(*_: object) -> None:
 
 # Some optimisers write through `p.data`, which leaves no trace in the version counter; every step therefore counts.
 register_optimizer_step_post_hook(_count_step)
-
-
-def stamp(tensor: Tensor) -> tuple[object, ...]:
-    """What changes where a tensor is written to or replaced; for a storage that is still alive."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
 def _on_cpu(source: Source) -> bool:

@@ -20,10 +20,11 @@ from .adapter import PARAMETER_NAMES
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, check_weight, factorize
 from .files import as_file, write_atomically
-from .fingerprint import BASIS_TOLERANCE, DTYPES, SKETCH, Bases, CheckpointError, Fingerprint, departure
+from .fingerprint import BASIS_TOLERANCE, DTYPES, Bases, CheckpointError, Fingerprint, departure
 from .host import Host
 from .linear import SSVDOLinear
 from .model import exchange, freeze_rest, group_layers, require_adapted
+from .origin import SKETCH
 
 FORMAT, VERSION = "ssvdo", 1
 MODEL_FILE, CONFIG_FILE = "ssvdo_model.safetensors", "ssvdo_config.json"
@@ -39,7 +40,8 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
             factorisation comes out otherwise, on a base in another dtype above all. Without it the file is smaller.
 
     Raises:
-        ValueError: the model has no SSVDOLinear. OSError: the folder cannot be written; an old file stays whole.
+        ValueError: the model has no SSVDOLinear. RuntimeError: a weight is no longer the one that was factorised.
+        OSError: the folder cannot be written; an old file stays whole.
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
@@ -52,7 +54,10 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
             if getattr(adapter, part) is not None:
                 tensors[f"{name}.{part}"] = _whole(getattr(adapter, part))
         assert adapter.basis is not None
-        weight, factors = _whole(layer.weight), {n: _whole(t) for n, t in adapter.factors.tensors().items()}
+        weight = _whole(layer.weight)
+        if adapter.origin is not None:
+            adapter.origin.check(weight, name, by_value=True)
+        factors = {n: _whole(t) for n, t in adapter.factors.tensors().items()}
         bases = Bases.of(weight, Factors.of(factors), adapter.shape)
         origin = Fingerprint.of(weight, bases)
         tensors[f"{name}.weight_sketch"], tensors[f"{name}.basis_sketch"] = origin.weight, origin.basis
@@ -123,7 +128,7 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             old, (layer, factors) = modules[entry.name], loaded[entry.name]
             fill(layer, entry)
             if layer is old and factors is not None:
-                layer.adapter.set_factors(factors)
+                layer.adapter.set_factors(factors, layer.weight)
             if layer is not old:
                 replacements[id(old)] = layer
     exchange(model, replacements)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,9 @@ from .config import LayerShape
 from .factorize import Factors, factorize, tall_of, without_inverse
 from .files import as_bytes
 from .ops.products import times
+from .origin import SKETCH, alike, coarser, probes, weight_sketch
 
 DTYPES = ("torch.float64", "torch.float32", "torch.bfloat16", "torch.float16")  # of adapted weights
-SKETCH = 4  # probe vectors
 BASIS_TOLERANCE = 1e-2  # relative change of one sketched vector; a flip gives about 2, rounding in float64 below 1e-6
 
 
@@ -79,16 +80,38 @@ class Fingerprint:
     @classmethod
     def of(cls, weight: Tensor, bases: Bases) -> Fingerprint:
         """The fingerprint of what is there."""
-        return cls(str(weight.dtype), _sha256(weight), _weight_sketch(weight), bases.sketch())
+        return cls(str(weight.dtype), _sha256(weight), weight_sketch(weight), bases.sketch())
 
-    def check(self, weight: Tensor, where: str) -> None:
-        """Raises BaseMismatchError where `weight` is not the one that was trained on."""
-        if str(weight.dtype) == self.dtype:
-            same = _sha256(weight) == self.sha256
-        else:
-            eps = max(torch.finfo(t).eps for t in (weight.dtype, getattr(torch, self.dtype.removeprefix("torch."))))
-            scale = float(weight.detach().double().norm()) * SKETCH  # rounding: |g^T E h| <~ eps |W0|_F per probe pair
-            same = float((self.weight - _weight_sketch(weight)).abs().max()) <= eps * scale
+    @staticmethod
+    def places(shape: LayerShape) -> dict[str, Tensor]:
+        """Tensors of fixed sizes, all 0, for a state_dict to carry a fingerprint in."""
+        return {"base_digest": torch.zeros(33), "base_sketch": torch.zeros(SKETCH, SKETCH, dtype=torch.float64),
+                "basis_sketch": torch.zeros(2 * shape.width, SKETCH)}  # fmt: skip
+
+    def write(self, places: Mapping[str, Tensor]) -> None:
+        """Into tensors of these sizes; bytes as floats, so that an average of checkpoints has them, too."""
+        digest = [DTYPES.index(self.dtype), *bytes.fromhex(self.sha256)]
+        places["base_digest"].copy_(torch.tensor(digest, dtype=torch.float32))
+        places["base_sketch"].copy_(self.weight)
+        places["basis_sketch"].zero_()[: len(self.basis)].copy_(self.basis)
+
+    @classmethod
+    def read(cls, places: Mapping[str, Tensor], shape: LayerShape) -> Fingerprint | None:
+        """What `write` wrote; None where nothing has been written."""
+        dtype, *digest = (int(b) for b in places["base_digest"].round().clamp(0, 255).tolist())
+        if not any(digest):
+            return None
+        basis = places["basis_sketch"].cpu().float()
+        q = int((basis[shape.width :] != 0).any(1).sum())
+        return cls(DTYPES[min(dtype, 3)], bytes(digest).hex(), places["base_sketch"].cpu(), basis[: shape.width + q])
+
+    def check(self, weight: Tensor, where: str, exact: bool = True) -> None:
+        """Raises BaseMismatchError where `weight` is not the one that was trained on. exact: in the same dtype to the
+        bit; else up to roundings, as where checkpoints have been averaged."""
+        same = str(weight.dtype) == self.dtype and _sha256(weight) == self.sha256
+        if not same and not (exact and str(weight.dtype) == self.dtype):
+            trained = getattr(torch, self.dtype.removeprefix("torch."))
+            same = alike(self.weight, weight, coarser(trained, weight.dtype))
         if not same:
             raise BaseMismatchError(
                 f"{where}: trained on other base weights than this model's; load the base that it was made for")
@@ -112,19 +135,9 @@ class Fingerprint:
                          null_basis=None if kept.N is None else kept.N.to(weight.device))  # fmt: skip
 
 
-def _probes(rows: int, like: Tensor) -> Tensor:
-    grid = torch.arange(rows * SKETCH, dtype=torch.float64).view(SKETCH, rows).mT
-    return torch.cos(grid * grid % 6.2831853).to(dtype=torch.float64, device=like.device)
-
-
 def _sketched(vectors: Tensor) -> Tensor:
     V = vectors.detach().to(torch.float64)
-    return (V.mT @ _probes(V.shape[0], V)).cpu()
-
-
-def _weight_sketch(weight: Tensor) -> Tensor:
-    w = weight.detach().to(torch.float64)
-    return (_probes(w.shape[0], w).mT @ (w @ _probes(w.shape[1], w))).cpu()
+    return (V.mT @ probes(V.shape[0], V)).cpu()
 
 
 def _sha256(weight: Tensor) -> str:

@@ -40,7 +40,7 @@ class SSVDOLinear(Host):
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
-        self.adapter = Adapter(shape, config, factors, weight.dtype, weight.device)
+        self.adapter = Adapter(shape, config, factors, weight)
 
     @classmethod
     def from_linear(

@@ -187,6 +187,23 @@ def apply_ssvdo(
     return model
 
 
+@torch.no_grad()
+def refactorize_ssvdo(model: nn.Module, *, cache_dir: str | os.PathLike[str] | None = None) -> nn.Module:
+    """Factorises the weights that adapted layers hold now: after another base was loaded into them. Returns the model.
+
+    What was trained keeps its numbers; they are coordinates in the singular bases, so that they mean another change.
+    All weights are factorised before any layer changes. Raises as `apply_ssvdo` does.
+    """
+    made = []
+    for name, layer in require_adapted(model).items():
+        weight = layer.base().weight
+        made += [(adapter, factorize(weight, adapter.shape, name=f"{name}.weight", cache_dir=cache_dir), weight)
+                 for adapter in layer.adapters()]  # fmt: skip
+    for adapter, factors, weight in made:
+        adapter.set_factors(factors, weight)
+    return model
+
+
 def group_layers(model: nn.Module) -> None:
     """Lets layers of one shape be prepared together. For models that were not made by `apply_ssvdo`, or were copied."""
     group_hosts(layer for _, layer in hosts(model))

@@ -256,7 +256,8 @@ def test_functional_call_with_the_same_numbers():
 def test_functional_call_and_compile():
     net, alone = nets()
     x = x_of(4)
-    other = {n: (p.detach() * 1.1).requires_grad_(p.requires_grad) for n, p in net.named_parameters()}
+    other = {n: (p.detach() * (1.1 if p.requires_grad else 1)).requires_grad_(p.requires_grad)
+             for n, p in net.named_parameters()}  # fmt: skip
     trained = [n for n in other if n.endswith(PARAMETER_NAMES)]
     grads = [torch.autograd.grad(torch.func.functional_call(m, other, (x,)).sum(), [other[n] for n in trained])
              for m in (net, alone)]  # fmt: skip

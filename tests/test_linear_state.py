@@ -91,6 +91,7 @@ def edit_weight(layer):
     with torch.no_grad():
         layer.weight.mul_(2)
         layer.adapter.singular_values.mul_(2)
+    layer.adapter.origin.forget()  # the factors are the new weight's
 
 
 def scale_weight_through_data(layer):
@@ -98,6 +99,7 @@ def scale_weight_through_data(layer):
     layer.adapter.singular_values.data = layer.adapter.singular_values.data * 4
     for _ in range(2):
         layer.weight.data = layer.weight.data * 2
+    layer.adapter.origin.forget()
 
 
 def exchange_parameters(layer):
@@ -131,9 +133,14 @@ def test_an_edit_of_any_frozen_tensor_is_seen(name, rank, merged):
     before = layer(X)
     with torch.no_grad():
         if name == "set_factors":
-            layer.adapter.set_factors(replace(layer.adapter.factors, basis=layer.adapter.basis.flip(1).contiguous()))
+            flipped = replace(layer.adapter.factors, basis=layer.adapter.basis.flip(1).contiguous())
+            layer.adapter.set_factors(flipped, layer.weight)
         elif (tensor := getattr(layer if name == "weight" else layer.adapter, name)) is not None:
             tensor.mul_(1.5)
+    if name == "weight":
+        with pytest.raises(RuntimeError, match="layer: weight is no longer the one that was factorised"):
+            layer(X)
+        layer.adapter.origin.forget()
     after = layer(X)
     assert torch.equal(after, copy.deepcopy(layer)(X))
     assert torch.equal(after, before) == (name == "outer_basis" and rank == 0)
@@ -148,6 +155,7 @@ def test_a_weight_where_another_lay_is_another():
         for _ in range(2):  # the second may take the place of what was there at the forward
             layer.weight.data = layer.weight.data * factor
         layer.adapter.singular_values.data *= factor**2
+        layer.adapter.origin.forget()
         assert_close(f"times {factor}", layer(X), want(layer, X), 1e-11)
 
 

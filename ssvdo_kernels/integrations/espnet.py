@@ -7,8 +7,8 @@
 adapts those layers. ESPnet builds the model, then the adapter and the optimiser, and loads the pretrained weights last;
 so a layer is factorised at its first forward, and again where its weight has become another. W0 is never written to:
 what ESPnet saves is W0 and the adapter (save_strategy all), or the adapter alone (adapter_only, required_grad_only),
-with the singular values it was trained on, by which a wrong base is recognised. Names contain "lora_", by which ESPnet
-chooses what to train and save.
+with the fingerprint of the weight that it was trained on. Names contain "lora_", by which ESPnet chooses what to train
+and save.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..cache import stamp
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, compute_dtype, content_key, factorize, without_inverse
 from ..host import Host, group_hosts
@@ -32,6 +31,7 @@ from ..linear import SSVDOLinear
 from ..model import exchange, matches
 from ..ops import lasting
 from ..ops.base import DenseBase
+from ..origin import stamp
 
 FEED_FORWARD = ("feed_forward.w_1", "feed_forward.w_2")
 _log = logging.getLogger(__name__)
@@ -48,12 +48,11 @@ class DeferredSSVDOLinear(Host):
         options: fields of SSVDOConfig. A square layer gets outer_rank 0.
 
     Raises:
-        ValueError: a size does not fit. (Forward) RuntimeError: the adapter was trained on another weight.
+        ValueError: a size does not fit. (Forward) BaseMismatchError: the adapter was trained on another weight.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    lora_singular_values: Tensor
 
     def __init__(
         self,
@@ -75,8 +74,7 @@ class DeferredSSVDOLinear(Host):
         plain = nn.Linear(in_features, out_features, bias)
         self.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
         self.register_parameter("bias", plain.bias)
-        self.lora_adapter = Adapter(shape, config, None, torch.float32, self.weight.device, buffers=True)
-        self.register_buffer("lora_singular_values", torch.zeros(shape.kept))  # those trained on; 0: not known yet
+        self.lora_adapter = Adapter(shape, config, None, self.weight, buffers=True)
         self._cache_dir, self._key = cache_dir, ""
         self._made_for: tuple[object, ...] | None = None
 
@@ -114,22 +112,20 @@ class DeferredSSVDOLinear(Host):
             factors = adapter.factors
         else:
             factors = factorize(self.weight, adapter.shape, name=f"{adapter.name}.weight", cache_dir=self._cache_dir)
-        trained, own = self.lora_singular_values, factors.singular_values
-        if bool(trained.any()) and float((trained - own).abs().max()) > 4e-3 * float(own.max()):  # bf16's rounding
-            raise RuntimeError(
-                f"{adapter.name}: this adapter was trained on another base weight (largest singular value "
-                f"{float(trained.max()):.6g}, the weight's {float(own.max()):.6g}); load the base that it belongs to")
-        trained.copy_(own)
-        adapter.set_factors(factors)
+        if (trained := adapter.fingerprint) is not None:
+            trained.check(self.weight, adapter.name, exact=False)
+            factors = trained.adopt(factors, self.weight, adapter.shape, None, adapter.name)
+        adapter.set_factors(factors, self.weight)
         self._key, self._made_for = key, now
         self.weight.requires_grad_(False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        base, known = (prefix + name in state_dict for name in ("weight", "lora_singular_values"))
+        base, known = (prefix + name in state_dict for name in ("weight", "lora_adapter.base_digest"))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._made_for = None
-        if base and not known:
-            self.lora_singular_values.zero_()
+        inner = (self.lora_adapter.inner_rotation, self.lora_adapter.inner_scale)
+        if base and not known and not any(bool(p.any()) for p in inner if p is not None):
+            self.lora_adapter.base_digest.zero_()  # nothing has been trained on the weight before
             _log.info("%s: the checkpoint holds a weight and no SSVD-O adapter; the adapter stays as it is",
                       self.lora_adapter.name)  # fmt: skip
 

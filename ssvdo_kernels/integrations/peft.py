@@ -10,7 +10,7 @@ weights.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..config import LayerShape
 from ..config import SSVDOConfig as CoreConfig
-from ..factorize import factorize
+from ..factorize import Factors, factorize
+from ..fingerprint import Bases, Fingerprint
 from ..host import Host, group_hosts
 from ..ops.base import DenseBase
 
+_BASES = ("basis", "null_basis")
 _FC = ["fc1", "fc2"]
 _GATED = ["gate_proj", "up_proj", "down_proj"]
 _DENSE = ["intermediate_dense", "output_dense"]
@@ -68,6 +70,8 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
         inner_ratio_pattern, outer_rank_pattern: other values for single layers, by suffix or regular expression.
         init_weights: False draws random adapters (for tests).
         factor_cache: a folder in which factorisations are kept by weight content; None: none.
+        include_basis: also saves V_k (d x max(k, l) a layer, in the weight's dtype), with which an adapter loads onto
+            the same base in another dtype; without it such a base may be refused.
 
     Raises:
         ValueError: a value is out of range; the message names the argument, the value and what is allowed.
@@ -91,6 +95,7 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
     outer_rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "by layer"})
     init_weights: bool = field(default=True, metadata={"help": "start at the base model"})
     factor_cache: str | None = field(default=None, metadata={"help": "folder for factorisations"})
+    include_basis: bool = field(default=True, metadata={"help": "save V_k, for a base in another dtype"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +142,7 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.ssvdo_adapters = nn.ModuleDict()
+        self._with_basis: set[str] = set()
         self.register_buffer("ssvdo_original", None, persistent=False)  # W0, while adapters are merged
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -167,12 +173,53 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
         except ValueError as error:
             raise ValueError(f"{key}: {error}; see outer_rank_pattern") from None
         factors = factorize(weight, shape, name=f"{key}.weight", cache_dir=config.factor_cache)
-        adapter = Adapter(shape, own, factors, weight.dtype, weight.device, buffers=True)
+        adapter = Adapter(shape, own, factors, weight, buffers=True)
         adapter.name = key
         self.ssvdo_adapters[adapter_name] = adapter
+        (self._with_basis.add if config.include_basis else self._with_basis.discard)(adapter_name)
         if not config.init_weights and not adapter.inner_scale.is_meta:  # PEFT fills in what it loads
             _randomise(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.base().weight
+        for name in self._with_basis & set(self.ssvdo_adapters):
+            adapter = self._adapter(name)
+            if adapter.basis is not None and not weight.is_meta:
+                bases = Bases.of(weight, adapter.factors, adapter.shape)
+                for part, vectors in zip(_BASES, (bases.V, bases.N), strict=True):
+                    if vectors is not None:
+                        destination[f"{prefix}ssvdo_adapters.{name}.{part}"] = vectors.detach().to(weight.dtype)
+
+    def factors_for(self, state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Factors]:
+        """By adapter: the factors in which what `state_dict` holds of it is meant, where those at hand are others.
+
+        Raises:
+            BaseMismatchError: it was trained on another weight, or in another basis that it does not bring.
+        """
+        found = {}
+        for name in self.ssvdo_adapters:
+            adapter, own = self._adapter(name), f"{prefix}ssvdo_adapters.{name}."
+            places = {n: state_dict.get(own + n) for n in Fingerprint.places(adapter.shape)}
+            if any(t is None for t in places.values()) or adapter.basis is None:
+                continue
+            trained = Fingerprint.read(cast("dict[str, Tensor]", places), adapter.shape)
+            if trained is None:
+                continue
+            weight, V = self.base().weight, state_dict.get(own + "basis")
+            trained.check(weight, adapter.name)
+            bases = None if V is None else Bases(V, state_dict.get(own + "null_basis"))
+            at_hand = adapter.factors
+            used = trained.adopt(at_hand, weight, adapter.shape, bases, adapter.name)
+            if used is not at_hand:
+                found[name] = used
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, factors in self.factors_for(state_dict, prefix).items():
+            self._adapter(name).set_factors(factors, self.base().weight)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts the adapted weight into the base layer; W0 is kept beside it.
@@ -234,6 +281,13 @@ def _randomise(adapter: Adapter) -> None:
         adapter.outer.normal_(0, adapter.shape.outer_deviation(replace(adapter.config, init_angle=0.3)))
 
 
+def _check_bases(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Raises for a wrong base before the first layer changes."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear):
+            layer.factors_for(state_dict, f"{prefix}{name}.")
+
+
 class SSVDOModel(BaseTuner):  # type: ignore[misc]
     """The adapted model, as `get_peft_model` makes it."""
 
@@ -260,6 +314,10 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         if adapter_name not in self.active_adapters:
             made.requires_grad_(False)
         self._replace_module(parent, target_name, made, target)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_check_bases)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)

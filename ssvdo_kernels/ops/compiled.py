@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors
+from ..origin import Origin
 from ..planner import ALIKE, Work, choose, plan
 from . import lasting, own_dtypes
 from .base import DenseBase
@@ -44,6 +45,7 @@ class Owner(Protocol):
 
     name: str
     inner_scale: torch.nn.Parameter
+    origin: Origin | None
 
     @property
     def cache(self) -> Keeper: ...
@@ -72,7 +74,9 @@ def _owner(scale: Tensor) -> Owner | None:
 
 def _prepared(source: Source) -> Prepared:
     owner = _owner(source.parameters[1])
-    return prepare_one(source) if owner is None else owner.cache.current(replace(source, name=owner.name))
+    if owner is None:
+        return prepare_one(source)
+    return owner.cache.current(replace(source, name=owner.name, origin=owner.origin))
 
 
 def encode(shape: LayerShape, config: SSVDOConfig) -> str:
@@ -108,8 +112,8 @@ _LAYER = ("Tensor tokens, Tensor weight, Tensor? rotation, Tensor scale, Tensor?
 def _source(layer: Sequence[Any], spec: str) -> tuple[DenseBase, Source]:
     tokens, weight, rotation, scale, outer, *factors = layer
     shape, config = decode(spec)
-    source = Source((rotation, scale, outer), Factors(*factors), DenseBase(weight), shape, config, "a compiled layer")
-    return DenseBase(tokens), source
+    parameters, base = (rotation, scale, outer), DenseBase(weight)
+    return DenseBase(tokens), Source(parameters, Factors(*factors), base, shape, config, "a compiled layer", None)
 
 
 def _extra(layer: Sequence[Tensor | None], shape: LayerShape) -> int:

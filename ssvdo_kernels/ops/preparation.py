@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, compute_dtype
+from ..origin import Origin
 from . import host
 from .base import DenseBase
 from .complement import Projector, inverse_of
@@ -37,7 +38,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Source:
-    """What a preparation is made from. name: how errors call the layer."""
+    """What a preparation is made from. name: how errors call the layer; origin: what knows the factors' weight."""
 
     parameters: Parameters
     factors: Factors
@@ -45,6 +46,7 @@ class Source:
     shape: LayerShape
     config: SSVDOConfig
     name: str
+    origin: Origin | None
 
     def watched(self) -> tuple[Tensor, ...]:
         """The frozen tensors."""
@@ -102,6 +104,8 @@ class Prepared(Matrices):
     _verdict: tuple[Verdict, int] | None
 
     def __init__(self, source: Source) -> None:
+        if source.origin is not None:
+            source.origin.check(source.base.weight, source.name)
         self.source, self.shape, self.config, self.name = source, source.shape, source.config, source.name
         on_cpu = source.parameters[1].device.type == "cpu"
         self.numbers = Numbers(source.parameters) if on_cpu else None

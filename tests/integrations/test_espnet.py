@@ -23,7 +23,7 @@ from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 from espnet2.layers import create_adapter as table
 
 import ssvdo_kernels.integrations.espnet as integration
-from ssvdo_kernels import gradient_accumulation, reference
+from ssvdo_kernels import BaseMismatchError, gradient_accumulation, reference
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.host import Host
 from ssvdo_kernels.integrations.espnet import DeferredSSVDOLinear, create_ssvdo_adapter, from_espnet_ssvd
@@ -161,13 +161,13 @@ def test_an_adapter_alone_finds_its_base_or_is_refused():
     model = adapted()
     fit(model, adam(model))
     want, alone = run(model), saved(adapter_only(model))
-    assert len(alone) == 6 * 4
-    parts = {k.split(".lora_")[1] for k in alone}
-    assert parts == {"singular_values", *(f"adapter.{part}" for part in PARAMETER_NAMES)}
+    marks = ("base_digest", "base_sketch", "basis_sketch")
+    assert len(alone) == 6 * 6
+    assert {k.split(".lora_adapter.")[1] for k in alone} == {*marks, *PARAMETER_NAMES}
     same_base = adapted()
     assert not same_base.load_state_dict(alone, strict=False).unexpected_keys
     assert torch.allclose(run(same_base), want, atol=1e-5)
-    with pytest.raises(RuntimeError, match=r"encoders\.0\.feed_forward\.w_1: this adapter was trained on another base"):
+    with pytest.raises(BaseMismatchError, match=r"encoders\.0\.feed_forward\.w_1: trained on other base weights"):
         other = adapted(seed=2)
         other.load_state_dict(alone, strict=False)
         run(other)
@@ -175,12 +175,11 @@ def test_an_adapter_alone_finds_its_base_or_is_refused():
     late.load_state_dict(alone, strict=False)
     late.load_state_dict({k: v for k, v in saved(model.state_dict()).items() if "lora_" not in k}, strict=False)
     for name, value in alone.items():
-        if "singular" not in name:
-            assert torch.equal(late.state_dict()[name], value)
+        assert torch.equal(late.state_dict()[name], value)
     assert torch.allclose(run(late), want, atol=1e-5)
     warm = adapted(seed=2)  # a forward on the wrong base before the load changes nothing
     run(warm)
-    with pytest.raises(RuntimeError, match="another base"):
+    with pytest.raises(BaseMismatchError, match="other base weights"):
         warm.load_state_dict(alone, strict=False)
         run(warm)
 
@@ -210,8 +209,29 @@ def test_a_weight_edited_under_the_adapter_is_noticed():
     run(model)
     with torch.no_grad():
         model.encoder.encoders[0].feed_forward.w_1.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="another base"):
+    with pytest.raises(BaseMismatchError, match="other base weights"):
         run(model)
+
+
+def orthogonal(like):
+    return torch.linalg.qr(torch.randn(like, like)).Q
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w + 0.03 * w.norm() / w.numel() ** 0.5 * torch.randn_like(w),  # a fine-tuned sibling
+    lambda w: orthogonal(w.shape[0]) @ w,  # the same singular values with other vectors
+], ids=["noise", "turned"])  # fmt: skip
+def test_a_weight_of_like_spectrum_is_another(change):
+    model, other = adapted(), adapted()
+    fit(model, adam(model))
+    alone = saved(adapter_only(model))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        weight = other.encoder.encoders[1].feed_forward.w_2.weight
+        weight.copy_(change(weight))
+    other.load_state_dict(alone, strict=False)
+    with pytest.raises(BaseMismatchError, match=r"encoders\.1\.feed_forward\.w_2: trained on other base weights"):
+        run(other)
 
 
 def test_checkpoints_may_be_averaged():
@@ -223,6 +243,10 @@ def test_checkpoints_may_be_averaged():
     average = {k: sum(s[k] for s in states) / 3 for k in states[0]}
     model.load_state_dict(average)
     assert bool(run(model).isfinite().all())
+    other = adapted(seed=2)
+    other.load_state_dict({k: v for k, v in average.items() if "lora_" in k}, strict=False)
+    with pytest.raises(BaseMismatchError, match="other base weights"):
+        run(other)
 
 
 @pytest.mark.parametrize("options, error, message", [

@@ -16,8 +16,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors.torch import load_file
 
 import ssvdo_kernels.integrations.peft as integration
+from ssvdo_kernels import BaseMismatchError, gradient_accumulation, orthogonality, refactorize_ssvdo, reference
 from ssvdo_kernels import SSVDOConfig as CoreConfig
-from ssvdo_kernels import gradient_accumulation, orthogonality, reference
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.factorize import FACTOR_NAMES
 from ssvdo_kernels.integrations.peft import Linear, SSVDOConfig
@@ -148,12 +148,14 @@ def adapters_of(model):
 
 
 @cases
-def test_the_trained_numbers_alone_are_saved(options):
+def test_the_trained_numbers_and_what_they_are_of_are_saved(options):
     model, x = adapt(base(), init_weights=False, **options), x_of()
     found = adapters_of(model)
-    ours = {f"{n}.ssvdo_adapters.{name}.{part}" for n, name, a in found for part, p in a.named_parameters()}
+    marks = {"base_digest", "base_sketch", "basis_sketch", "basis"}
+    ours = {f"{n}.ssvdo_adapters.{name}.{part}" for n, name, a in found
+            for part in (*marks, *(p for p, _ in a.named_parameters()))}  # fmt: skip
     assert {k for k in model.state_dict() if "ssvdo_" in k} == ours
-    assert {k.rsplit(".", 1)[1] for k in ours} <= set(PARAMETER_NAMES) and len(ours) >= 2 * len(found)
+    assert {k.rsplit(".", 1)[1] for k in ours} <= {*marks, *PARAMETER_NAMES} and len(ours) >= 6 * len(found)
     saved = get_peft_model_state_dict(model)
     assert {k for k in saved if "ssvdo_" in k} == {k.replace(".default.", ".") for k in ours}
     factors = {f"{n}.{part}": t for n, _, a in found for part, t in a.factors.tensors().items()}
@@ -422,3 +424,94 @@ def test_importing_twice_registers_once():
         warnings.simplefilter("error")
         importlib.reload(integration)
     assert peft.PeftType.SSVDO == "SSVDO" and peft.PeftType("SSVDO") is peft.PeftType.SSVDO
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(48, 192), nn.Linear(192, 48)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x).relu())
+
+
+def pair(source, dtype, seed=0):
+    """The numbers of a model in `source`, in `dtype`."""
+    torch.manual_seed(seed)
+    return Pair().to(source).to(dtype)
+
+
+def learnt(model, source, dtype):
+    """What the adapter adds to the outputs."""
+    torch.manual_seed(7)
+    x = torch.randn(64, 48)
+    with torch.no_grad():
+        return model(x.to(dtype)).double() - pair(source, dtype)(x.to(dtype)).double()
+
+
+def saved_pair(folder, source, **options):
+    torch.manual_seed(1)
+    config = peft.SSVDOConfig(target_modules=["fc1", "fc2"], outer_rank=8, **options)
+    model = get_peft_model(pair(source, source), config)
+    with torch.no_grad():
+        for _, _, adapter in adapters_of(model):
+            for p in adapter.trained:
+                p.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_adapter_moves_to_the_same_base_in_another_dtype(tmp_path, source, target):
+    """Within 1% of what was learnt, and the roundings of outputs of which that is a part."""
+    model = saved_pair(tmp_path, source)
+    want = learnt(model, source, source)
+    moved = PeftModel.from_pretrained(pair(source, target), str(tmp_path))
+    off = float((learnt(moved, source, target) - want).norm() / want.norm())
+    assert float(want.norm()) > 10
+    assert off <= (0.0 if source == target else 0.01 + 4 * max(torch.finfo(t).eps for t in (source, target))), off
+    back = get_peft_model_state_dict(moved)  # saved there, it is the same adapter
+    assert torch.equal(back["base_model.model.fc1.ssvdo_adapters.outer"],
+                       get_peft_model_state_dict(model)["base_model.model.fc1.ssvdo_adapters.outer"])  # fmt: skip
+
+
+def test_without_its_basis_an_adapter_is_refused_where_the_basis_comes_out_otherwise(tmp_path):
+    saved_pair(tmp_path, torch.bfloat16, include_basis=False)
+    assert not any(k.endswith(".basis") for k in load_file(tmp_path / "adapter_model.safetensors"))
+    with pytest.raises(BaseMismatchError, match=r"fc1: the singular vectors.*include_basis=True"):
+        PeftModel.from_pretrained(pair(torch.float32, torch.float32), str(tmp_path))  # not rounded
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("make", [lambda: pair(torch.float32, torch.float32, seed=1),
+                                  lambda: pair(torch.float32, torch.bfloat16, seed=1)], ids=["seed", "dtype"])
+def test_another_base_is_refused(tmp_path, make, low):
+    saved_pair(tmp_path, torch.float32)
+    with pytest.raises(BaseMismatchError, match="fc1: trained on other base weights"):
+        PeftModel.from_pretrained(make(), str(tmp_path), low_cpu_mem_usage=low)
+
+
+def test_a_refused_base_changes_nothing(tmp_path):
+    saved_pair(tmp_path, torch.float32)
+    base = pair(torch.float32, torch.float32)
+    with torch.no_grad():
+        base.fc2.weight[0, 0] += 1e-5  # the last layer alone is another
+    model = get_peft_model(base, peft.SSVDOConfig(target_modules=["fc1", "fc2"], outer_rank=8))
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(BaseMismatchError, match="fc2: trained on other base weights"):
+        set_peft_model_state_dict(model, load_file(tmp_path / "adapter_model.safetensors"))
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+def test_base_weights_loaded_late_are_noticed():
+    model = get_peft_model(pair(torch.float32, torch.float32), peft.SSVDOConfig(target_modules=["fc1"], outer_rank=8))
+    x = torch.randn(3, 48)
+    model(x)
+    model.base_model.model.fc1.base_layer.load_state_dict(pair(torch.float32, torch.float32, 3).fc1.state_dict())
+    with pytest.raises(RuntimeError, match="fc1: weight is no longer the one that was factorised"):
+        model(x)
+    refactorize_ssvdo(model)
+    other = pair(torch.float32, torch.float32)
+    other.fc1.load_state_dict(pair(torch.float32, torch.float32, 3).fc1.state_dict())
+    assert same(model(x), other(x))  # init_angle 0 starts at the base model, whichever

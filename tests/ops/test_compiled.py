@@ -175,6 +175,7 @@ def edit_weight(net):
     with torch.no_grad():
         net[0].weight.mul_(2)
         net[0].adapter.singular_values.mul_(2)
+    net[0].adapter.origin.forget()
 
 
 EDITS = [in_place, through_data, one_number_through_data, load, load_assigned, exchange, step, edit_weight, merge_ssvdo]

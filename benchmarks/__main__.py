@@ -31,14 +31,14 @@ def main() -> int:
         failed = subprocess.run(command, check=False).returncode
         if not raw.exists() or not raw.stat().st_size:
             return failed or 1
-        found = json.loads(raw.read_text())["benchmarks"]
+        found = json.loads(raw.read_text(encoding="utf-8"))["benchmarks"]
     results: dict[str, Any] = {
         **facts(options.device), "dtype": options.dtype, "quick": options.quick,
         "rows": [b["extra_info"] for b in found if "case" in b["extra_info"]],
     }  # fmt: skip
     path = stem(options.out, results, options.dtype, "quick" if options.quick else "full")
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     plot(results, path.with_suffix(".png"))
     show(results)
     print(f"wrote {path}.json, .md and .png")

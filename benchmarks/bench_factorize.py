@@ -50,7 +50,7 @@ def main() -> None:
         found = [json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) for _ in range(2)]
     results = {**facts("cpu"), "pairs": options.pairs, "first": found[0], "cached": found[1]}
     path = stem(options.out, results, "factorise").with_suffix(".json")
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(results, indent=1), f"wrote {path}", sep="\n")
 
 

@@ -85,8 +85,8 @@ def main() -> None:
                "machine": {"bandwidth": machine.bandwidth, "rate": machine.rate},
                "rows": rows(machine, TOKENS, WIDTHS, 1024, 64, dtype, device)}  # fmt: skip
     path = stem(options.out, results, options.dtype, "kernels")
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     print(markdown(results))
 
 

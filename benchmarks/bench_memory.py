@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
                 measure((kind, options.d, options.tokens, options.p, 0 if kind == "square" else options.rank),
                         options.device, getattr(torch, dtype), Path(cache)) for kind in options.kinds]  # fmt: skip
     path = stem(options.out, results, "memory")
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     print(markdown(results), f"results: {path}.json and .md", sep="\n")
 
 

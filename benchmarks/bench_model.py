@@ -261,8 +261,8 @@ def main(arguments: list[str] | None = None) -> None:
                                        getattr(torch, options.dtype), options.rounds, options.compile,
                                        options.methods))  # fmt: skip
         results["missing"].remove(model)
-        path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(results))
+        path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     print(markdown(results), *(f"not run: {m}" for m in results["missing"]), f"results: {path}.json and .md", sep="\n")
 
 

@@ -148,7 +148,7 @@ def main() -> None:
     rows = [measure(*case, options.rounds, options.device) for case in cases]
     results = {**facts(options.device), "rows": rows}
     path = stem(options.out, results, "preparation").with_suffix(".json")
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         ratio = row["ratio_to_batch"]
         print(f"{row['layers']} layers, p = {row['p']}, l = {row['l']}:",

@@ -86,7 +86,7 @@ def compile_one(kernel: str, dtype: str, arch: int, config: Config, aligned: boo
         source, target=GPUTarget("cuda", arch, 32), options={"num_warps": config.warps, "num_stages": config.stages})
     ptx = made.asm["ptx"]
     name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx", encoding="utf-8") as file:
         file.write(ptx)
         file.flush()
         tool = get_ptxas(arch) if inspect.signature(get_ptxas).parameters else get_ptxas()  # Triton 3.5 has one for all
@@ -151,8 +151,8 @@ def markdown(results: list[Compiled]) -> str:
 
 def put(table: str, begin: str, end: str, page: Path = PAGE) -> None:
     """Writes the table between its two marks on the page."""
-    text = page.read_text()
-    page.write_text(f"{text[: text.index(begin) + len(begin)]}\n{table}{text[text.index(end) :]}")
+    text = page.read_text(encoding="utf-8")
+    page.write_text(f"{text[: text.index(begin) + len(begin)]}\n{table}{text[text.index(end) :]}", encoding="utf-8")
 
 
 def main() -> int:

@@ -138,10 +138,10 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    results = json.loads(options.results.read_text())
+    results = json.loads(options.results.read_text(encoding="utf-8"))
     show(results)
     if options.markdown:
-        options.markdown.write_text(markdown(results))
+        options.markdown.write_text(markdown(results), encoding="utf-8")
     if options.plot:
         plot(results, options.plot)
 

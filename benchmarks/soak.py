@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = {**facts(options.device), "dtype": options.dtype, "model": options.model, "minutes": options.minutes,
                "growth": grown, "rounds": rounds}  # fmt: skip
     path = stem(options.out, results, options.dtype, "soak").with_suffix(".json")
-    path.write_text(json.dumps(results) + "\n")
+    path.write_text(json.dumps(results) + "\n", encoding="utf-8")
     print(f"{len(rounds)} rounds; memory grew by", *(f"{100 * g:.2f}% ({what})" for what, g in grown.items()))
     print(f"wrote {path}")
     return int(any(g > GROWTH for g in grown.values()))

@@ -13,6 +13,7 @@ from rich.table import Table
 from . import budget
 from .checkpoint import read_adapter
 from .config import SSVDOConfig
+from .console import print_anything
 from .export import merge_files, own_adapter
 
 TOKENS = [1, 128, 1024, 16384]
@@ -88,8 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; 1 with one line on stderr where it cannot."""
+    print_anything()
     options = _parser().parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False)  # names may hold brackets
     try:
         if options.command == "plan":
             config = SSVDOConfig(inner_ratio=options.inner_ratio, outer_rank=options.outer_rank,

@@ -154,7 +154,7 @@ def diagnose(
         table.add_row(report.name, *shown, report.basis)
     (console or Console()).print(table)
     if csv_path is not None:
-        Path(csv_path).write_text(to_csv(reports))
+        Path(csv_path).write_text(to_csv(reports), encoding="utf-8")
     return reports
 
 

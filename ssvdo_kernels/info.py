@@ -9,6 +9,7 @@ import platform
 import torch
 
 from . import __version__
+from .console import print_anything
 from .ops.device import architectures
 from .ops.dispatch import preparation, token_path
 from .ops.host import absent, description
@@ -51,5 +52,6 @@ def info() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    print_anything()
     for name, text in info().items():
         print(f"{name:16} {text}")

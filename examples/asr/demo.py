@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     train, test = splits(utterances, "" if options.manifest else "scottish")
     source = splits(committed, "en-us")[1]
     if not train or not test:
-        console.print(f"[red]{options.manifest}: needs utterances to train and to test on")
+        console.print(f"{options.manifest}: needs utterances to train and to test on", style="red", markup=False)
         return 2
     model, tokenizer = load_whisper(options.model)
     target_name = "your recordings" if options.manifest else "Scottish"

@@ -123,7 +123,7 @@ class Store:
         self.runs: dict[str, dict[str, Any]] = {}
         if self.path.exists():
             try:
-                self.runs = json.loads(self.path.read_text())["runs"]
+                self.runs = json.loads(self.path.read_text(encoding="utf-8"))["runs"]
             except (ValueError, KeyError):
                 raise ValueError(f"{self.path} is damaged; move it away to begin anew") from None
 
@@ -140,7 +140,7 @@ class Store:
         lines = [f'{json.dumps(k)}: {json.dumps(v)}' for k, v in sorted(self.runs.items())]
         text = ",\n".join(lines)
         temporary.write_text(f'{{"experiment": {json.dumps(self.experiment.name)},\n"missing": '
-                             f'{json.dumps(missing)},\n"runs": {{\n{text}\n}}}}\n')
+                             f'{json.dumps(missing)},\n"runs": {{\n{text}\n}}}}\n', encoding="utf-8")
         temporary.replace(self.path)
 
 
@@ -164,7 +164,7 @@ def known(stores: list[Store]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for folder in {store.path.parent for store in stores}:
         for path in sorted(folder.glob("*.json")):
-            found.update(json.loads(path.read_text()).get("runs", {}))
+            found.update(json.loads(path.read_text(encoding="utf-8")).get("runs", {}))
     return found
 
 

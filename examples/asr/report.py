@@ -35,7 +35,7 @@ def load(name: str, folder: Path = HERE / "results") -> tuple[Runs, int]:
     path = folder / f"{name}.json"
     if not path.exists():
         return [], -1
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     wanted = {json.dumps({**SETTINGS, **c}, sort_keys=True)
               for c in Experiment.read(HERE / "experiments" / f"{name}.yaml").cells("full")}  # fmt: skip
     runs = [r for r in data["runs"].values() if json.dumps(r["settings"], sort_keys=True) in wanted]

@@ -190,7 +190,7 @@ def _from_transformers(source: str, seconds: int, pin: str | None = None) -> Loa
     missing = [n for n in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / n).is_file()]
     if missing:
         raise WeightsError(f"--model {source}: {', '.join(missing)} missing; a transformers folder is needed")
-    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = WhisperConfig(**{**values, "max_source_positions": seconds * FRAMES})
     if config.vocab_size not in PROMPTS:
         raise WeightsError(f"--model {source}: vocab_size={config.vocab_size}; a Whisper with 51864 (English) or 51865 "

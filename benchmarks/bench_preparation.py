@@ -84,7 +84,7 @@ def measure(layers: int, p: float, l: int, rounds: int, device: str) -> dict[str
     given = [(draw(shape.width + l, shape.width), draw(4096, l)) for _ in range(layers)]
 
     def sources(config: SSVDOConfig) -> list[Source]:
-        return [Source(three, f, DenseBase(tall), shape, config, "layer")
+        return [Source(three, f, DenseBase(tall), shape, config, "layer", None)
                 for three, (tall, f) in zip(parameters, made, strict=True)]  # fmt: skip
 
     def loop(config: SSVDOConfig) -> None:

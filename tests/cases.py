@@ -114,6 +114,7 @@ def unprepared(packed, shift, singular, null, shape, config):
     """A Prepared of an inner part alone, made by PyTorch; null: q."""
     space = packed.new_zeros(shape.large, null + shape.width - shape.k)
     factors = Factors(packed.new_zeros(shape.d, shape.width), singular, None, space)
-    made = Prepared(Source((packed, shift, None), factors, DenseBase(packed.new_zeros(0, 0)), shape, config, "layer"))
+    base = DenseBase(packed.new_zeros(0, 0))
+    made = Prepared(Source((packed, shift, None), factors, base, shape, config, "layer", None))
     made.finish(made.inner_reference(), packed.new_zeros(shape.large, shape.l), packed.new_zeros(0, 0), None)
     return made

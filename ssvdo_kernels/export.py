@@ -114,8 +114,8 @@ def _names(source: Path) -> list[str]:
 
 def merge_files(base: Path, adapter: Path, out: Path, *, overwrite: bool = False) -> list[Path]:
     """Writes the base model's files with the adapter merged in: weights in the base's format, W' in the weight's own
-    dtype, in memory one at a time, of a .bin, .pt or .pth all of one file; their index; and, where there is a config.json, the texts beside it (configurations,
-    tokenizer, preprocessor, code). All of it appears in `out`, or nothing.
+    dtype; their index; and, where there is a config.json, the texts beside it (configurations, tokenizer, preprocessor,
+    code). All of it appears in `out`, or nothing. In memory: one W' at a time, of a .bin, .pt or .pth those of one file.
 
     Args:
         base: see `weight_files`. adapter: made by save_ssvdo. out: a folder, new or empty. overwrite: or neither.

@@ -115,7 +115,7 @@ def _names(source: Path) -> list[str]:
 def merge_files(base: Path, adapter: Path, out: Path, *, overwrite: bool = False) -> list[Path]:
     """Writes the base model's files with the adapter merged in: weights in the base's format, W' in the weight's own
     dtype; their index; and, where there is a config.json, the texts beside it (configurations, tokenizer, preprocessor,
-    code). All of it appears in `out`, or nothing. In memory: one W' at a time, of a .bin, .pt or .pth those of one file.
+    code). All of it appears in `out`, or nothing. In memory: one W' at a time, of a .bin, .pt, .pth those of a file.
 
     Args:
         base: see `weight_files`. adapter: made by save_ssvdo. out: a folder, new or empty. overwrite: or neither.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .cache import Cache
 from .ops.attach import Pair, stand_ins
@@ -20,6 +22,18 @@ class Sums(NamedTuple):
     prepared: Prepared
     parameters: Parameters
     leaves: Pair
+
+
+_pending: weakref.WeakSet[Accumulator] = weakref.WeakSet()
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]} if _pending else set()
+    for accumulator in _pending:
+        accumulator.check_step(own)
+
+
+register_optimizer_step_pre_hook(_refuse_step)
 
 
 class Accumulator:
@@ -43,6 +57,7 @@ class Accumulator:
         if self._sums is None:
             mixer, columns = stand_ins(prepared)
             self._sums = Sums(prepared, parameters, (mixer.requires_grad_(), columns.requires_grad_()))
+            _pending.add(self)
         same = all(p is q for p, q in zip(parameters, self._sums.parameters, strict=True))
         if prepared is not self._sums.prepared or not same:
             raise RuntimeError(f"{prepared.name}: the parameters changed inside gradient_accumulation; step the "
@@ -55,9 +70,17 @@ class Accumulator:
             raise RuntimeError("gradient_accumulation is already open for this layer")
         self._open = True
 
+    def check_step(self, own: set[int]) -> None:
+        """Raises RuntimeError where an optimiser of the parameters with these ids would miss what is summed here."""
+        if self._sums is not None and any(id(p) in own for p in self._sums.parameters if p is not None):
+            raise RuntimeError(
+                f"{self._sums.prepared.name}: optimiser step inside gradient_accumulation, where .grad does not hold "
+                "the gradients yet (clip_grad_norm_ and GradScaler.unscale_ miss them, too); leave the context first")
+
     def finish(self) -> list[tuple[Tensor, Tensor]]:
         """Closes it. M and F in the graph, each with the gradient that was summed on it."""
         sums, self._open, self._sums = self._sums, False, None
+        _pending.discard(self)
         if sums is None or all(leaf.grad is None for leaf in sums.leaves):
             return []
         attached, _ = self._cache.pair(sums.prepared, sums.parameters)
@@ -74,7 +97,7 @@ def gradient_accumulation(module: nn.Module) -> Iterator[None]:
     the preparation's backward: the same gradients, more work. An exception inside leaves ``.grad`` as it was.
 
     Raises:
-        RuntimeError: the context is open already, or a parameter changes inside.
+        RuntimeError: the context is open already, or an optimiser steps or a parameter changes inside.
     """
     found = [getattr(m, "accumulator", None) for m in module.modules()]
     opened: list[Accumulator] = []

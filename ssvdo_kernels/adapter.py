@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
+from . import reference
 from .accumulation import Accumulator
 from .cache import Cache
 from .config import LayerShape, SSVDOConfig
@@ -23,6 +27,30 @@ from .origin import Origin
 from .planner import Work, choose
 
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
+_NO_FX = ("torch.fx.symbolic_trace cannot see into an adapted layer; allowed: torch.export, a Tracer that takes it for "
+          "a leaf (is_leaf_module), or remove_ssvdo(model, merge=True) first")  # fmt: skip
+_NO_SCRIPT = ("torch.jit.script cannot compile an adapted layer; allowed: torch.jit.trace, torch.export, or "
+              "remove_ssvdo(model, merge=True) first")  # fmt: skip
+
+
+def _no_fast_path(module: nn.Module, args: tuple[object, ...]) -> None:
+    """nn.TransformerEncoderLayer's inference fast path reads linear1.weight; it is not taken where there is a hook."""
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    jit: Any = torch._C
+    state = jit._get_tracing_state()
+    jit._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        jit._set_tracing_state(state)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which our hand-written gradients do not know."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class Adapter(nn.Module):
@@ -80,6 +108,7 @@ class Adapter(nn.Module):
         if factors is not None:
             self.set_factors(factors, weight)
         self.reset_parameters()
+        self.register_forward_pre_hook(_no_fast_path)
         enlist(self)
 
     def _hold(self, name: str, tensor: Tensor | None) -> None:
@@ -120,11 +149,11 @@ class Adapter(nn.Module):
     @property
     def factors(self) -> Factors:
         """The frozen factors."""
-        return Factors(*(getattr(self, name) for name in FACTOR_NAMES))
+        found = (getattr(self, name) for name in FACTOR_NAMES)  # those of FSDP1 are views of what requires gradients
+        return Factors(*(t.detach() if t is not None and t.requires_grad else t for t in found))
 
-    @property
-    def fingerprint(self) -> Fingerprint | None:
-        """Of the weight that was trained on, where the adapter has buffers and there is one."""
+    def trained_on(self) -> Fingerprint | None:
+        """The fingerprint of the weight that was trained on, where the adapter has buffers and there is one."""
         return Fingerprint.read(dict(self.named_buffers()), self.shape)
 
     def source(self, base: DenseBase) -> Source:
@@ -163,27 +192,52 @@ class Adapter(nn.Module):
             raise ValueError(f"x is on {x.device}; the layer is on {weight.device}")
         if autocast is None and x.dtype != weight.dtype:
             raise TypeError(f"x has dtype {x.dtype}; allowed: the weight's {weight.dtype} (autocast would cast x)")
-        if weight.requires_grad:
+        if weight.requires_grad and weight.is_leaf:  # FSDP1's views of a flat parameter do, and mean nothing by it
             raise RuntimeError("weight.requires_grad is True, but SSVD-O keeps W0 frozen; switch it off, or call "
                                "remove_ssvdo to fine-tune the weight itself")
 
     @lasting
     def forward(self, x: Tensor, base: DenseBase, bias: Tensor | None = None) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features). Raises as `SSVDOLinear` says."""
-        kind = base.weight.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(_NO_FX)
+        if x.is_nested:
+            return self._nested(x, base, bias)
+        weight = base.weight
+        symbolic = weight.is_meta or isinstance(x, FakeTensor)
+        kind = weight.device.type
+        autocast = torch.get_autocast_dtype(kind) if not weight.is_meta and torch.is_autocast_enabled(kind) else None
         self._check(x, base, autocast)
         tokens = base
         if autocast is not None and x.dtype != torch.float64:
             x, tokens = x.to(autocast), base.to(autocast)
             bias = None if bias is None else bias.to(autocast)
+        if not torch.compiler.is_compiling() and _is_transformed():
+            weight = reference.weight_in_factors(tokens.weight, self.parts, self.factors, self.shape, self.config)
+            return nn.functional.linear(x, weight, bias)
+        if torch._C._get_tracing_state() is not None:  # torch.jit.trace: W' is a constant of the trace
+            with _untraced():
+                weight = self.adapted_weight(base).to(x.dtype)
+            return nn.functional.linear(x, weight, bias)
         rows = x.reshape(-1, self.shape.in_features)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or symbolic:
             factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
             y = adapted(rows, tokens.weight, base.weight, bias, self.parts, factors, self.spec, self.merged)
         else:
             y = self._forward(rows, tokens, base, bias)
         return y.view(*x.shape[:-1], self.shape.out_features)
+
+    def _nested(self, x: Tensor, base: DenseBase, bias: Tensor | None) -> Tensor:
+        """A nested tensor's components in one product."""
+        if x.layout == torch.jagged:
+            ragged: Any = x
+            return torch.nested.nested_tensor_from_jagged(
+                self(x.values(), base, bias), ragged.offsets(), ragged.lengths())
+        parts = x.unbind()
+        rows = [part.reshape(-1, part.shape[-1]) for part in parts]
+        y = self(torch.cat(rows), base, bias).split([len(r) for r in rows])
+        return torch.nested.as_nested_tensor(
+            [t.view(*part.shape[:-1], t.shape[-1]) for t, part in zip(y, parts, strict=True)])
 
     def _forward(self, rows: Tensor, tokens: DenseBase, base: DenseBase, bias: Tensor | None) -> Tensor:
         with own_dtypes():
@@ -247,6 +301,9 @@ class Adapter(nn.Module):
         replica.cache = Cache()  # on another device, in another thread, for one forward
         replica.accumulator = Accumulator(replica.cache)
         return replica
+
+    def __prepare_scriptable__(self) -> Adapter:
+        raise TypeError(_NO_SCRIPT)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -44,9 +44,11 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, object]], int]:
         try:
             header = json.loads(source.read(length))
             header.pop("__metadata__", None)
-            assert all(isinstance(v, dict) and {"dtype", "shape", "data_offsets"} <= set(v) for v in header.values())
-        except (ValueError, TypeError, AttributeError, AssertionError, RecursionError):
-            raise ValueError(f"{file} is no safetensors file") from None
+            whole = all(isinstance(v, dict) and {"dtype", "shape", "data_offsets"} <= set(v) for v in header.values())
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{file} is no safetensors file")
     return header, 8 + length
 
 

@@ -21,9 +21,10 @@ from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, check_weight, factorize
 from .files import as_file, write_atomically
 from .fingerprint import BASIS_TOLERANCE, DTYPES, Bases, CheckpointError, Fingerprint, departure
-from .host import Host
+from .host import Host, check_plain, places
 from .linear import SSVDOLinear
 from .model import exchange, freeze_rest, group_layers, require_adapted
+from .ops import lasting
 from .origin import SKETCH
 
 FORMAT, VERSION = "ssvdo", 1
@@ -40,7 +41,8 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
             factorisation comes out otherwise, on a base in another dtype above all. Without it the file is smaller.
 
     Raises:
-        ValueError: the model has no SSVDOLinear. RuntimeError: a weight is no longer the one that was factorised.
+        ValueError: the model has no SSVDOLinear, or FSDP1 has sharded a weight.
+        RuntimeError: a weight is no longer the one that was factorised.
         OSError: the folder cannot be written; an old file stays whole.
     """
     tensors: dict[str, Tensor] = {}
@@ -55,6 +57,9 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
                 tensors[f"{name}.{part}"] = _whole(getattr(adapter, part))
         assert adapter.basis is not None
         weight = _whole(layer.weight)
+        if weight.ndim != 2 or weight.shape != (adapter.shape.out_features, adapter.shape.in_features):
+            raise ValueError(f"{name}.weight has shape {tuple(weight.shape)} here: FSDP1 has sharded it; call save_ssvdo "
+                             "on rank 0, inside of FullyShardedDataParallel.summon_full_params(model) on every rank")
         if adapter.origin is not None:
             adapter.origin.check(weight, name, by_value=True)
         factors = {n: _whole(t) for n, t in adapter.factors.tensors().items()}
@@ -104,6 +109,7 @@ class Entry:
     bases: Bases | None
 
 
+@lasting
 def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Loads adapters saved by `save_ssvdo` into `model` (plain, or adapted with the same configuration); returns it.
 
@@ -117,8 +123,11 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     file = adapter_file(path)
     entries = read_adapter(file)
-    modules = dict(model.named_modules())
+    modules = {place.name: place.module for place in places(model)}  # a wrapper's last: what it holds
     extra = sorted(n for n, m in modules.items() if isinstance(m, Host) and n not in {e.name for e in entries})
+    compiled = sorted(p.name for p in places(model) if p.child == "_orig_mod" and type(p.module) is nn.Linear)
+    if own := sorted({e.name for e in entries} & set(compiled)):
+        raise CheckpointError(f"{file}: layers {own[:4]} are compiled by themselves; load, then torch.compile")
     if extra:
         raise CheckpointError(f"{file}: holds no adapter for {extra[:4]}, which the model has adapted")
     loaded = {entry.name: layer_for(modules.get(entry.name), entry, file) for entry in entries}
@@ -168,6 +177,8 @@ def layer_for(module: nn.Module | None, entry: Entry, file: Path) -> tuple[SSVDO
         ours, theirs = _formula(module.adapter.config), _formula(entry.config)
         differ = {k: (theirs[k], ours[k]) for k in ours if ours[k] != theirs[k]}
         raise CheckpointError(f"{where}: the model is adapted otherwise (saved, model): {differ}")
+    if not isinstance(module, SSVDOLinear):
+        check_plain(module, where)
     check_weight(module.weight, f"{entry.name}.weight")
     entry.origin.check(module.weight, where)
     if isinstance(module, SSVDOLinear):
@@ -176,9 +187,7 @@ def layer_for(module: nn.Module | None, entry: Entry, file: Path) -> tuple[SSVDO
         return module, None if used is own else used
     own = factorize(module.weight, entry.shape, name=f"{entry.name}.weight")
     used = entry.origin.adopt(own, module.weight, entry.shape, entry.bases, where)
-    layer = SSVDOLinear(module.weight, module.bias, used, entry.shape, entry.config).train(module.training)
-    layer.adapter.name = entry.name
-    return layer, None
+    return SSVDOLinear.of(module, used, entry.shape, entry.config, entry.name), None
 
 
 def _formula(config: SSVDOConfig) -> dict[str, Any]:

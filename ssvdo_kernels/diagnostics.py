@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -91,7 +92,7 @@ def layer_report(layer: Host, name: str = "", adapter: Adapter | None = None) ->
         departure = small + C.mT @ C - _eye(small) if config.outer == "rotation" else small
         outer_departure = float(departure.abs().max())
         sine = float(torch.linalg.matrix_norm(small, 2).clamp(0, 1).sqrt())
-        outer_angle = float(torch.asin(torch.tensor(sine)))
+        outer_angle = math.asin(sine)
         condition = float(torch.linalg.cond(prepared.X)) ** 2  # R R^T = Z^T Z + tau I, X = R^-T
     S = prepared.singular[: shape.k]
     ratio = float((adapter.inner_scale.abs() / S.clamp_min(torch.finfo(S.dtype).tiny)).max())

@@ -63,7 +63,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_weight(weight: Tensor, name: str) -> None:
     """Raises what `factorize` would raise for this weight."""
-    kind = type(weight.data)
+    kind, weight = type(weight.data), weight.detach()
     if kind is not Tensor:
         raise TypeError(f"{name} is a {kind.__module__}.{kind.__qualname__}; allowed: a plain torch.Tensor (give a "
                         "quantised layer its dequantised weight first; adapt a model before fully_shard)")
@@ -88,7 +88,7 @@ def _signs(v: Tensor) -> Tensor:
 
     A generic vector, so that structured weights (Hadamard, +-1) do not tie as where the largest entry decides.
     """
-    g = torch.cos(torch.arange(v.shape[0], dtype=torch.float64)).to(v)
+    g = torch.cos(torch.arange(v.shape[0], dtype=torch.float64, device="cpu")).to(v)
     return torch.where(g @ v < 0, -1.0, 1.0).to(v)
 
 
@@ -217,7 +217,7 @@ def departure(
     a, v, s = exact
     work = factors.singular_values.dtype
     inverse = inverse_of(factors.singular_values, shape.width, factors.null)
-    probe = torch.randn(shape.c, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probe = torch.randn(shape.c, 8, dtype=torch.float64, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     probe = (probe / probe.norm(dim=0)).to(tall.device, work)
     made = Projector(tall, factors.basis, inverse, factors.null_basis)
     z = project([made], [probe], shape.c, shape.large)[0].double()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in row-major order, without a copy where it lies on the CPU so already."""
-    data: memoryview = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
-    return data
+    data = tensor.detach().contiguous().cpu()
+    block: Any = (ctypes.c_ubyte * data.nbytes).from_address(data.data_ptr())
+    block.tensor = data  # alive as long as the view; Tensor.numpy would forbid FSDP1 to free the storage later
+    return memoryview(block)
 
 
 def as_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

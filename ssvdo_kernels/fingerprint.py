@@ -91,7 +91,7 @@ class Fingerprint:
     def write(self, places: Mapping[str, Tensor]) -> None:
         """Into tensors of these sizes; bytes as floats, so that an average of checkpoints has them, too."""
         digest = [DTYPES.index(self.dtype), *bytes.fromhex(self.sha256)]
-        places["base_digest"].copy_(torch.tensor(digest, dtype=torch.float32))
+        places["base_digest"].copy_(torch.tensor(digest, dtype=torch.float32, device="cpu"))
         places["base_sketch"].copy_(self.weight)
         places["basis_sketch"].zero_()[: len(self.basis)].copy_(self.basis)
 

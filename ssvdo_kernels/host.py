@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -26,14 +27,82 @@ class Host(nn.Module):
         raise NotImplementedError
 
 
+_OWN = frozenset(vars(nn.Linear(1, 1, device="meta")))
+_ACCELERATE = ("_hf_hook", "forward", "_old_forward")  # a hook of accelerate, and what it puts in forward's place
+
+
+def check_plain(linear: nn.Module, name: str) -> None:
+    """Raises TypeError where `linear` does not compute x W0^T + b with its weight as nn.Linear does."""
+    if "forward" in vars(linear) and "_hf_hook" not in vars(linear):
+        raise TypeError(f"{name} has a forward of its own, which an adapted layer would not call; allowed: nn.Linear's "
+                        "(take the patch off, adapt the layer, and put it on again)")
+    if "weight" not in linear._parameters:
+        hooks = sorted({type(h).__name__ for h in linear._forward_pre_hooks.values()})
+        raise TypeError(f"{name} has no parameter `weight`: hooks {hooks} compute it in every forward (weight_norm, "
+                        "spectral_norm, prune); allowed: a plain parameter (remove them first)")
+
+
+def carry_over(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target`, which takes the place of `source`, its hooks (handles go on working) and what was put on it."""
+    for name, value in list(vars(source).items()):
+        if "_hook" in name if name in _OWN else name not in _ACCELERATE:
+            vars(target)[name] = value
+    for hook in source._load_state_dict_pre_hooks.values():
+        own: Any = hook
+        if getattr(own, "with_module", False):  # it knows its module by a weak reference
+            own.module = weakref.ref(target)
+    if "_hf_hook" in vars(source):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(target, vars(source)["_hf_hook"])
+
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # by compile, checkpoint_wrapper, FSDP1
+_WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "AveragedModel": "module",
+             "PeftModel": "base_model", "BaseTuner": "model"}  # fmt: skip
+
+
+def _in_wrapper(parent: nn.Module, child: str) -> bool:
+    return child in _WRAPPED or any(_WRAPPERS.get(c.__name__) == child for c in type(parent).__mro__)
+
+
+class Place(NamedTuple):
+    """A module with its name in the model, in which the names of wrappers do not count, and where it stands."""
+
+    name: str
+    module: nn.Module
+    parent: nn.Module
+    child: str
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every module of the model but itself, each once."""
+    names, modules = {"": ""}, {"": model}
+    for path, module in model.named_modules():
+        if path:
+            before, _, child = path.rpartition(".")
+            parent, own = modules[before], names[before]
+            name = own if _in_wrapper(parent, child) else f"{own}.{child}" if own else child
+            names[path], modules[path] = name, module
+            yield Place(name, module, parent, child)
+
+
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
-    """(name, layer) of every host of the model, each layer once."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, Host))
+    """(name, layer) of every host of the model, each layer once; the model itself may be one."""
+    if isinstance(model, Host):
+        yield "", model
+    yield from ((p.name, p.module) for p in places(model) if isinstance(p.module, Host))
 
 
-def group_hosts(layers: Iterable[Host]) -> None:
-    """Lets the adapters of layers of one shape and configuration be prepared together."""
+def settle(model: nn.Module) -> None:
+    """What follows where a model's layers have become hosts: adapters of one shape and configuration are prepared
+    together, and nn.TransformerEncoder, which looks at linear1.weight alone, no longer makes nested tensors for a fast
+    path that its layers do not take."""
+    layers = [layer for _, layer in hosts(model)]
     group_alike(_member(layer, adapter) for layer in layers for adapter in layer.adapters())
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Host) for m in module.modules()):
+            module.use_nested_tensor = False
 
 
 def _member(layer: Host, adapter: Adapter) -> Member:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, factorize
-from .host import Host
+from .host import Host, carry_over, check_plain
+from .ops import lasting
 from .ops.base import DenseBase
 
 
@@ -38,11 +39,13 @@ class SSVDOLinear(Host):
         self, weight: Tensor, bias: nn.Parameter | None, factors: Factors, shape: LayerShape, config: SSVDOConfig
     ) -> None:
         super().__init__()
+        weight = weight.clone() if weight.is_inference() else weight  # autograd saves no tensor of inference mode
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
         self.adapter = Adapter(shape, config, factors, weight)
 
     @classmethod
+    @lasting
     def from_linear(
         cls,
         linear: nn.Linear,
@@ -63,15 +66,22 @@ class SSVDOLinear(Host):
             ValueError: the weight is on the meta device, not finite, or config does not fit its shape.
         """
         config = SSVDOConfig() if config is None else config
-        if isinstance(linear, SSVDOLinear):
+        if isinstance(linear, Host):
             raise TypeError(f"linear ({name}) is adapted already; remove_ssvdo restores the original layer")
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear ({name}) is a {type(linear).__module__}.{type(linear).__qualname__}; allowed: "
                             "torch.nn.Linear itself (quantised layers and subclasses compute something else)")
+        check_plain(linear, f"linear ({name})")
         shape = LayerShape.of(linear.out_features, linear.in_features, config)
         factors = factorize(linear.weight, shape, name=name, cache_dir=cache_dir)
+        return cls.of(linear, factors, shape, config, "layer" if name == "weight" else name.removesuffix(".weight"))
+
+    @classmethod
+    def of(cls, linear: nn.Linear, factors: Factors, shape: LayerShape, config: SSVDOConfig, name: str) -> SSVDOLinear:
+        """The layer that takes the place of `linear`, checked before. name: how errors call it."""
         layer = cls(linear.weight, linear.bias, factors, shape, config).train(linear.training)
-        layer.adapter.name = "layer" if name == "weight" else name.removesuffix(".weight")
+        layer.adapter.name = name
+        carry_over(linear, layer)
         return layer
 
     @property
@@ -120,6 +130,7 @@ class SSVDOLinear(Host):
         weight = self.adapted_weight() if merge else self.weight.detach()
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias  # type: ignore[assignment]
+        carry_over(self, linear)
         return linear.train(self.training)
 
     def refresh(self) -> None:

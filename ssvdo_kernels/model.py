@@ -16,8 +16,10 @@ from tqdm.auto import tqdm
 from .config import LayerShape, SSVDOConfig
 from .distributed import factorize_together
 from .factorize import Factors, check_weight, factorize
-from .host import Host, group_hosts, hosts
+from .host import Host, check_plain, hosts, places, settle
 from .linear import SSVDOLinear
+from .ops import lasting
+from .weight_readers import reader_of
 
 # Feed-forward layers: ESPnet (macaron too), Whisper / BART, wav2vec2 / BERT, LLaMA.
 FEED_FORWARD = (
@@ -74,24 +76,60 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, nn.Linear]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[str, nn.Linear] = {}
-    linear_names = []
-    for name, module in model.named_modules():
+    linear_names: list[str] = []
+    foreign: list[str] = []
+    for name, module, parent, child in places(model):
+        if any(name.startswith(outside) for outside in foreign):
+            continue
         if isinstance(module, (nn.Linear, Host)):
             linear_names.append(name)
-        if not name or not wanted(name, config):
+        if not isinstance(module, Host) and hasattr(module, "adapter_layer_names"):  # PEFT's mark of a tuner's layer
+            foreign.append(f"{name}.")
+        if not name or not wanted(name, config) or (everything and not _is_linear(module)):
             continue
         if isinstance(module, Host):
             raise TypeError(f"{name} is adapted already; call remove_ssvdo(model) first")
-        if type(module) is nn.Linear:
-            if everything and (module is head or id(module.weight) in embeddings):
+        if f"{name}." in foreign:
+            raise TypeError(f"{name} is a {_kind(module)}, another adapter; allowed: torch.nn.Linear itself "
+                            "(merge_and_unload the other adapter first, or leave this layer out)")
+        if type(module) is not nn.Linear:
+            if not everything and (isinstance(module, nn.Linear) or _is_leaf_with_weight(module)):
+                raise TypeError(f"{name} is a {_kind(module)}; allowed: torch.nn.Linear itself (no quantised layer, no "
+                                "subclass)")
+            continue
+        if everything and (module is head or id(module.weight) in embeddings):
+            continue
+        if reader := reader_of(parent, child):
+            said = f"{name}: {reader} multiplies by its weight and never calls it, so an adapter would do nothing"
+            if everything or config.target_modules is None:
+                warnings.warn(f"{said}; left out", stacklevel=4)
                 continue
-            found[name] = module
-        elif not everything and (isinstance(module, nn.Linear) or _is_leaf_with_weight(module)):
-            raise TypeError(f"{name} is a {type(module).__module__}.{type(module).__qualname__}; "
-                            "allowed: torch.nn.Linear itself (no quantised layer, no subclass)")
+            raise TypeError(f"{said}; allowed: layers that are called")
+        if child == "_orig_mod":
+            raise TypeError(f"{name} is compiled by itself; allowed: a layer that is not (adapt, then torch.compile)")
+        check_plain(module, name)
+        found[name] = module
     if not found:
         raise ValueError(_nothing_found(config, linear_names))
+    _check_ties(found)
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Host)) or hasattr(module, "adapter_layer_names")
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _check_ties(found: Mapping[str, nn.Linear]) -> None:
+    names: dict[int, str] = {}
+    for name, linear in found.items():
+        other = names.setdefault(id(linear.weight), name)
+        if other != name:
+            raise ValueError(f"{other} and {name} share one weight, and each would get an adapter of its own; allowed: "
+                             "one of them (exclude_modules), one shared module, or weights that are not tied")
 
 
 def _is_leaf_with_weight(module: nn.Module) -> bool:
@@ -127,9 +165,7 @@ class Plan:
 
     def adapt(self, factors: Factors) -> SSVDOLinear:
         """The layer that takes its place."""
-        layer = SSVDOLinear(self.linear.weight, self.linear.bias, factors, self.shape, self.config)
-        layer.adapter.name = self.name
-        return layer.train(self.linear.training)
+        return SSVDOLinear.of(self.linear, factors, self.shape, self.config, self.name)
 
 
 def _plan_layers(model: nn.Module, config: SSVDOConfig) -> list[Plan]:
@@ -152,6 +188,7 @@ def _plan_layers(model: nn.Module, config: SSVDOConfig) -> list[Plan]:
     return plans
 
 
+@lasting
 def apply_ssvdo(
     model: nn.Module,
     config: SSVDOConfig | None = None,
@@ -206,7 +243,7 @@ def refactorize_ssvdo(model: nn.Module, *, cache_dir: str | os.PathLike[str] | N
 
 def group_layers(model: nn.Module) -> None:
     """Lets layers of one shape be prepared together. For models that were not made by `apply_ssvdo`, or were copied."""
-    group_hosts(layer for _, layer in hosts(model))
+    settle(model)
 
 
 def freeze_rest(model: nn.Module) -> None:
@@ -220,17 +257,8 @@ def exchange(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """Puts replacements[id(child)] in every place where that child stands."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if id(child) not in replacements:
-                continue
-            new = replacements[id(child)]
-            setattr(parent, name, new)
-            if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new, Host):
-                # torch's inference fast path reads linear1.weight and would pass the adapter by; a hook turns it off.
-                new.register_forward_pre_hook(_no_fast_path)
-
-
-def _no_fast_path(module: nn.Module, args: tuple[object, ...]) -> None:
-    return None
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
 
 
 def require_adapted(model: nn.Module) -> dict[str, Host]:

@@ -19,8 +19,8 @@ def stamp(tensor: Tensor) -> tuple[object, ...]:
 
 def probes(rows: int, like: Tensor) -> Tensor:
     """rows x SKETCH fixed vectors in float64."""
-    grid = torch.arange(rows * SKETCH, dtype=torch.float64).view(SKETCH, rows).mT
-    return torch.cos(grid * grid % 6.2831853).to(dtype=torch.float64, device=like.device)
+    grid = torch.arange(rows * SKETCH, dtype=torch.float64, device="cpu").view(SKETCH, rows).mT
+    return torch.cos(grid * grid % 6.2831853).to(like.device)
 
 
 def weight_sketch(weight: Tensor) -> Tensor:

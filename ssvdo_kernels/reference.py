@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import LayerShape, SSVDOConfig
-from .factorize import thin_svd
+from .factorize import Factors, thin_svd
 from .ops.complement import LEAST
 
 
@@ -92,6 +92,32 @@ def adapted_weight(
     rotated = torch.cat([G @ V[:, :k].mT, V[:, k:].mT])  # blockdiag(G, I) V^T
     adapted = U @ (scale[:, None] * rotated)
     return adapted.mT if shape.transposed else adapted
+
+
+def weight_in_factors(
+    weight: Tensor,
+    parameters: tuple[Tensor | None, Tensor, Tensor | None],
+    factors: Factors,
+    shape: LayerShape,
+    config: SSVDOConfig,
+) -> Tensor:
+    """W' in the dtype of `weight`, with gradients to (inner_rotation, inner_scale, outer), from the factors at hand.
+
+    U = W0 V S^-1 and the null columns; what V leaves out is W0 less what it holds.
+    """
+    packed, shift, outer = parameters
+    S, width = factors.singular_values.to(shift.dtype), shape.width
+    A = (weight.mT if shape.transposed else weight).to(shift.dtype)
+    V = factors.basis.to(shift.dtype)
+    U = A @ V / torch.where(S > 0, S, 1)
+    if factors.null_basis is not None:
+        U = torch.cat([U[:, : width - factors.null], factors.null_basis.to(shift.dtype), U[:, width:]], 1)
+    held = (U * S) @ V.mT
+    none = shift.new_zeros(0)
+    adapted = adapted_weight(weight, none if packed is None else packed, shift, none if outer is None else outer,
+                             config, (U, S, V))  # fmt: skip
+    rest = A - held
+    return (adapted + (rest.mT if shape.transposed else rest)).to(weight.dtype)
 
 
 def dense_factors(weight: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor, Tensor]:

@@ -163,6 +163,46 @@ def fsdp(rank, folder, alone, want):
     close(again(x), y, "distributed checkpoint")
 
 
+def fsdp1(rank, folder, alone, want):
+    """FullyShardedDataParallel with use_orig_params=True, as accelerate has it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    model = start(rank, folder)
+    model.load_state_dict(alone.state_dict())
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({nn.Sequential}), device_id=torch.device("cpu"))
+    close(mean_loss(fit(wrapped, slice(2 * rank, 2 * rank + 2))), want, "FSDP1")
+    x = batches()[0][0]
+    y = wrapped(x).detach()
+    with pytest.raises(ValueError, match="FSDP1 has sharded it"):
+        save_ssvdo(wrapped, folder / "fsdp1")
+    assert not (folder / "fsdp1").exists()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        if rank == 0:
+            save_ssvdo(wrapped, folder / "fsdp1")
+    dist.barrier()
+    close(load_ssvdo(base(), folder / "fsdp1")(x), y, "saved from FSDP1")
+
+
+class Square(Net):
+    """A square layer has no outer part."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks.append(nn.Sequential(nn.Linear(8, 8)))
+
+
+def fsdp_square(rank, folder, alone, want):
+    def square():
+        torch.manual_seed(0)
+        return apply_ssvdo(Square().double(), CONFIG)
+
+    model = square()
+    assert model.blocks[3][0].adapter.outer is None
+    close(mean_loss(fit(shard(model), slice(2 * rank, 2 * rank + 2))), fit(square()), "square layers")
+
+
 def fsdp_half(rank, folder, alone, want):
     """bf16 parameters and float32 reductions: the losses to bf16's rounding, a few products deep."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -198,9 +238,9 @@ def run(rank, folder, work, state, want, port):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("work", [ddp, ddp_failure, fsdp, fsdp_half])
+@pytest.mark.parametrize("work", [ddp, ddp_failure, fsdp, fsdp1, fsdp_square, fsdp_half])
 def test_two_processes_give_what_one_gives(work, tmp_path):
-    if work in (fsdp, fsdp_half):
+    if work in (fsdp, fsdp_square, fsdp_half):
         require_fully_shard()
     torch.manual_seed(2)
     alone = apply_ssvdo(base(), CONFIG)
@@ -214,7 +254,7 @@ def test_two_processes_give_what_one_gives(work, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     multiprocessing.spawn(run, (tmp_path, work, state, want, port), nprocs=2)
-    if work in (ddp, fsdp):
+    if work in (ddp, fsdp, fsdp1):
         fresh = load_ssvdo(base(), tmp_path / work.__name__)
         x = batches()[0][0]
         close(fresh(x), alone(x), "loaded by one process")

@@ -469,3 +469,33 @@ def test_factors_keep_their_dtypes_where_a_layer_is_cast(dtype, there):
                for n, t in layer.adapter.factors.tensors().items())  # fmt: skip
     assert complement_departure(layer) <= (DEPARTURE if there.itemsize > 2 or there == dtype else 0.02)  # W0's rounding
     assert torch.isfinite(layer(torch.randn(2, 24, dtype=there))).all()
+
+
+def clipped_and_stepped(layer, optimiser):
+    nn.utils.clip_grad_norm_(layer.adapter.trained, 1.0)
+    optimiser.step()
+
+
+def unscaled_and_stepped(layer, optimiser):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.zeros((), dtype=torch.float32))
+    optimiser.step()
+
+
+@pytest.mark.parametrize("finish", [clipped_and_stepped, unscaled_and_stepped, lambda _, optimiser: optimiser.step()],
+                         ids=["clipped", "unscaled", "stepped"])  # fmt: skip
+def test_a_step_inside_accumulation_is_an_error_and_changes_nothing(finish):
+    layer, other = make_layer(24, 8, outer_rank=3), make_layer(24, 8, outer_rank=3)
+    optimiser = torch.optim.SGD(layer.adapter.trained, 0.1)
+    before = [p.clone() for p in layer.adapter.trained]
+    with pytest.raises(RuntimeError, match="layer: optimiser step inside gradient_accumulation"), \
+            gradient_accumulation(layer):
+        layer(X).square().sum().backward()
+        finish(layer, optimiser)
+    assert all(torch.equal(p, b) and p.grad is None for p, b in zip(layer.adapter.trained, before, strict=True))
+    with gradient_accumulation(layer):  # another model's optimiser may step at any time
+        layer(X).square().sum().backward()
+        other(X).square().sum().backward()
+        torch.optim.SGD(other.adapter.trained, 0.1).step()
+    optimiser.step()
+    assert not torch.equal(layer.adapter.outer, before[2])

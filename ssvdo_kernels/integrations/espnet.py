@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, compute_dtype, content_key, factorize, without_inverse
-from ..host import Host, group_hosts
+from ..host import Host, carry_over, check_plain, settle
 from ..linear import SSVDOLinear
 from ..model import exchange, matches
 from ..ops import lasting
@@ -112,7 +112,7 @@ class DeferredSSVDOLinear(Host):
             factors = adapter.factors
         else:
             factors = factorize(self.weight, adapter.shape, name=f"{adapter.name}.weight", cache_dir=self._cache_dir)
-        if (trained := adapter.fingerprint) is not None:
+        if (trained := adapter.trained_on()) is not None:
             trained.check(self.weight, adapter.name, exact=False)
             factors = trained.adopt(factors, self.weight, adapter.shape, None, adapter.name)
         adapter.set_factors(factors, self.weight)
@@ -165,6 +165,7 @@ def create_ssvdo_adapter(
         if type(linear) is not nn.Linear:
             kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
             raise TypeError(f"{name} is a {kind}; allowed: torch.nn.Linear")
+        check_plain(linear, name)
         made[id(linear)] = _deferred(name, linear, cache_dir, options)
     exchange(model, made)
     layers = [m for m in model.modules() if isinstance(m, DeferredSSVDOLinear)]
@@ -172,7 +173,7 @@ def create_ssvdo_adapter(
     for name, parameter in model.named_parameters():
         biases = name.rsplit(".", 1)[-1] == "bias" if bias_type == "all" else id(parameter) in own
         parameter.requires_grad_("lora_" in name or (bias_type in ("all", "lora_only") and biases))
-    group_hosts(layers)
+    settle(model)
     model.eval()
 
 
@@ -187,6 +188,7 @@ def _deferred(name: str, linear: nn.Linear, cache_dir: str | None, options: Mapp
     layer.to(device=weight.device, dtype=compute_dtype(weight.dtype))
     layer.weight = cast(nn.Parameter, linear.weight)
     layer.bias = cast("nn.Parameter | None", linear.bias)
+    carry_over(linear, layer)
     return layer
 
 

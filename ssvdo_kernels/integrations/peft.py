@@ -27,9 +27,11 @@ from ..config import LayerShape
 from ..config import SSVDOConfig as CoreConfig
 from ..factorize import Factors, factorize
 from ..fingerprint import Bases, Fingerprint
-from ..host import Host, group_hosts
+from ..host import Host, check_plain, settle
 from ..ops.base import DenseBase
+from ..weight_readers import reader_of
 
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BASES = ("basis", "null_basis")
 _FC = ["fc1", "fc2"]
 _GATED = ["gate_proj", "up_proj", "down_proj"]
@@ -257,13 +259,27 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
         names = [n for n in self.active_adapters if n in self.ssvdo_adapters]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        here = vars(self.base_layer)
+        if "_hf_hook" not in here and not any(map(here.get, _CALL_HOOKS)):
+            return self._adapted(x, names)
+        place = "_old_forward" if "_hf_hook" in here else "forward"  # the base layer's hooks see the adapted layer
+        plain = here.get(place)
+        here[place] = lambda x: self._adapted(x, names)
+        try:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            here.pop(place)
+            if plain is not None:
+                here[place] = plain
+
+    def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
         base, bias, given = self.base(), self.get_base_layer().bias, x.dtype
         autocast = torch.is_autocast_enabled(base.weight.device.type)
         if not autocast:
             x = self._cast_input_dtype(x, base.weight.dtype)
         y: Tensor = self.ssvdo_adapters[names[0]](x, base, bias)
         for name in names[1:]:
-            y = y + (self.ssvdo_adapters[name](x, base, bias) - self.base_layer(x))
+            y = y + (self.ssvdo_adapters[name](x, base, bias) - nn.functional.linear(x, base.weight, bias))
         return y if autocast else y.to(given)
 
     def __repr__(self) -> str:
@@ -310,6 +326,11 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         if type(target) is not nn.Linear:
             raise ValueError(f"Target module {current_key} is a {type(target).__module__}.{type(target).__qualname__}, "
                              "which is not supported; allowed: torch.nn.Linear itself (not quantised, no subclass)")
+        if reader := reader_of(parent, target_name):
+            warnings.warn(f"{current_key}: {reader} multiplies by its weight itself and never calls it, so an adapter "
+                          "would do nothing; left out", stacklevel=2)  # fmt: skip
+            return None
+        check_plain(target, current_key)
         made = Linear(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             made.requires_grad_(False)
@@ -321,7 +342,7 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        group_hosts(m for m in model.modules() if isinstance(m, Linear))
+        settle(model)
 
 
 if "SSVDO" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:

@@ -256,7 +256,7 @@ def test_several_adapters():
     assert trained_adapters(model) == {"second"}
     model.base_model.set_adapter("second", inference_mode=True)
     assert trained_adapters(model) == set() and same(model(x), second)
-    assert {r.name for r in orthogonality(model)} == {f"base_model.model.{n}" for n in ("lin0", "lin1")}
+    assert {r.name for r in orthogonality(model)} == {"lin0", "lin1"}
     model.base_model.set_adapter(["default", "second"])
     both, layer = model.base_model.model.lin0(x), model.base_model.model.lin0
     alone = [layer.ssvdo_adapters[n](x, layer.base(), layer.bias) for n in ("default", "second")]
@@ -417,15 +417,6 @@ def test_the_core_config_is_the_same():
     assert all(getattr(ours, f) == getattr(defaults, f) for f in fields - {"init_angle"}) and ours.init_angle == 0
 
 
-def test_importing_twice_registers_once():
-    import importlib
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        importlib.reload(integration)
-    assert peft.PeftType.SSVDO == "SSVDO" and peft.PeftType("SSVDO") is peft.PeftType.SSVDO
-
-
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()
@@ -515,3 +506,35 @@ def test_base_weights_loaded_late_are_noticed():
     other = pair(torch.float32, torch.float32)
     other.fc1.load_state_dict(pair(torch.float32, torch.float32, 3).fc1.state_dict())
     assert same(model(x), other(x))  # init_angle 0 starts at the base model, whichever
+
+
+def test_hooks_of_the_base_layer_see_the_adapted_layer():
+    seen, base_model = [], pair(torch.float32, torch.float32)
+    base_model.fc1.register_forward_pre_hook(lambda m, args: (2 * args[0],))
+    base_model.fc1.register_forward_hook(lambda m, args, y: seen.append(y) or y + 1)
+    model = get_peft_model(base_model, peft.SSVDOConfig(target_modules=["fc1"], outer_rank=8, init_weights=False))
+    layer, x = model.base_model.model.fc1, torch.randn(3, 48)
+    y = layer(x)
+    adapted = layer.ssvdo_adapters["default"].adapted_weight(layer.base())
+    want = nn.functional.linear(2 * x, adapted, layer.base_layer.bias)
+    assert torch.allclose(y, want + 1, atol=1e-5) and len(seen) == 1 and torch.allclose(seen[0], want, atol=1e-5)
+    assert "forward" not in vars(layer.base_layer)
+    with model.disable_adapter():
+        plain = nn.functional.linear(2 * x, layer.base_layer.weight, layer.base_layer.bias)
+        assert torch.allclose(layer(x), plain + 1, atol=1e-6) and len(seen) == 2
+
+
+def test_a_patched_forward_is_refused():
+    base_model = pair(torch.float32, torch.float32)
+    base_model.fc1.forward = lambda x: x
+    with pytest.raises(TypeError, match="fc1 has a forward of its own"):
+        get_peft_model(base_model, peft.SSVDOConfig(target_modules=["fc1"], outer_rank=8))
+
+
+def test_importing_twice_registers_once():  # last: it makes the classes anew
+    import importlib
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importlib.reload(integration)
+    assert peft.PeftType.SSVDO == "SSVDO" and peft.PeftType("SSVDO") is peft.PeftType.SSVDO

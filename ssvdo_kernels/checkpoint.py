@@ -57,9 +57,10 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
                 tensors[f"{name}.{part}"] = _whole(getattr(adapter, part))
         assert adapter.basis is not None
         weight = _whole(layer.weight)
-        if weight.ndim != 2 or weight.shape != (adapter.shape.out_features, adapter.shape.in_features):
-            raise ValueError(f"{name}.weight has shape {tuple(weight.shape)} here: FSDP1 has sharded it; call save_ssvdo "
-                             "on rank 0, inside of FullyShardedDataParallel.summon_full_params(model) on every rank")
+        if weight.shape != (adapter.shape.out_features, adapter.shape.in_features):
+            raise ValueError(
+                f"{name}.weight has shape {tuple(weight.shape)} here: FSDP1 has sharded it; call save_ssvdo on rank 0, "
+                "inside of FullyShardedDataParallel.summon_full_params(model) on every rank")
         if adapter.origin is not None:
             adapter.origin.check(weight, name, by_value=True)
         factors = {n: _whole(t) for n, t in adapter.factors.tensors().items()}

@@ -55,8 +55,7 @@ class Origin:
 
     def forget(self) -> None:
         """Takes the weight that comes next for the right one: factors and weight were loaded together."""
-        self._sketch: Tensor | None = None
-        self._dtype: torch.dtype | None = None
+        self._known: tuple[list[list[float]], torch.dtype] | None = None
         self._seen: tuple[object, ...] | None = None
 
     @lasting
@@ -65,7 +64,7 @@ class Origin:
         """The factors are those of `weight`."""
         self.forget()
         if not weight.is_meta:
-            self._sketch, self._dtype = weight_sketch(weight), weight.dtype
+            self._known = weight_sketch(weight).tolist(), weight.dtype
 
     @torch.no_grad()
     def check(self, weight: Tensor, name: str, by_value: bool = False) -> None:
@@ -75,13 +74,14 @@ class Origin:
             now = now[1:]  # FSDP gathers a weight into new memory for every forward
         if (now == self._seen and not by_value) or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        same_dtype = self._dtype in (None, weight.dtype)
-        eps = 1e-11 if self._dtype is None or same_dtype else coarser(self._dtype, weight.dtype)  # sums of float64
-        if self._sketch is not None and not alike(self._sketch, weight, eps):
+        sketch, dtype = self._known or (None, None)
+        eps = 1e-11 if dtype in (None, weight.dtype) else coarser(dtype, weight.dtype)  # 1e-11: of sums of float64
+        known = None if sketch is None else torch.tensor(sketch, dtype=torch.float64, device="cpu")
+        if known is not None and not alike(known, weight, eps):
             raise RuntimeError(
                 f"{name}: weight is no longer the one that was factorised (load_state_dict, copy_, .data or an "
                 "initialisation has changed it); load pretrained weights before apply_ssvdo, or call "
                 "refactorize_ssvdo(model) to adapt the new ones")
-        if self._sketch is None or not same_dtype:
+        if dtype != weight.dtype:
             self.record(weight)
         self._seen = now

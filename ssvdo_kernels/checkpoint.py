@@ -63,8 +63,7 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
                 "inside of FullyShardedDataParallel.summon_full_params(model) on every rank")
         if adapter.origin is not None:
             adapter.origin.check(weight, name, by_value=True)
-        factors = {n: _whole(t) for n, t in adapter.factors.tensors().items()}
-        bases = Bases.of(weight, Factors.of(factors), adapter.shape)
+        bases = Bases.of(weight, _whole_factors(layer), adapter.shape)
         origin = Fingerprint.of(weight, bases)
         tensors[f"{name}.weight_sketch"], tensors[f"{name}.basis_sketch"] = origin.weight, origin.basis
         if include_basis:
@@ -98,6 +97,10 @@ def _whole(tensor: Tensor) -> Tensor:
     return whole.detach()
 
 
+def _whole_factors(layer: SSVDOLinear) -> Factors:
+    return Factors.of({name: _whole(t) for name, t in layer.adapter.factors.tensors().items()})
+
+
 @dataclass(frozen=True)
 class Entry:
     """One layer's adapter in a file."""
@@ -115,6 +118,7 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Loads adapters saved by `save_ssvdo` into `model` (plain, or adapted with the same configuration); returns it.
 
     A plain model is adapted on the way, and all but the adapters frozen. Everything is checked before anything changes.
+    Where FSDP2 has sharded the model, every rank calls this.
 
     Raises:
         FileNotFoundError: `path` has no adapter.
@@ -152,9 +156,19 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 def fill(layer: SSVDOLinear, entry: Entry) -> None:
     """Gives the layer the entry's trained numbers."""
     for part in PARAMETER_NAMES:
-        if getattr(layer.adapter, part) is not None:
-            getattr(layer.adapter, part).copy_(entry.tensors[part])
+        place = getattr(layer.adapter, part)
+        if place is not None:
+            place.copy_(_sharded_as(entry.tensors[part], place))
     layer.refresh()
+
+
+def _sharded_as(tensor: Tensor, place: Any) -> Tensor:
+    """The tensor; where `place` is a DTensor, this rank's share of it."""
+    if not hasattr(place, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(place.device, place.dtype), place.device_mesh, place.placements)
 
 
 def _by(sizes: tuple[int, ...]) -> str:
@@ -172,22 +186,24 @@ def layer_for(module: nn.Module | None, entry: Entry, file: Path) -> tuple[SSVDO
     want = (entry.shape.out_features, entry.shape.in_features)
     if have != want:
         raise CheckpointError(f"{where}: saved for a weight of {_by(want)}, the model's is {_by(have)}")
-    if isinstance(module, SSVDOLinear) and _is_sharded(module):
-        raise CheckpointError(f"{where}: the model is sharded; load the adapter before fully_shard")
     if isinstance(module, SSVDOLinear) and _formula(module.adapter.config) != _formula(entry.config):
         ours, theirs = _formula(module.adapter.config), _formula(entry.config)
         differ = {k: (theirs[k], ours[k]) for k in ours if ours[k] != theirs[k]}
         raise CheckpointError(f"{where}: the model is adapted otherwise (saved, model): {differ}")
     if not isinstance(module, SSVDOLinear):
         check_plain(module, where)
-    check_weight(module.weight, f"{entry.name}.weight")
-    entry.origin.check(module.weight, where)
+    weight = _whole(module.weight)
+    check_weight(weight, f"{entry.name}.weight")
+    entry.origin.check(weight, where)
     if isinstance(module, SSVDOLinear):
-        own = module.adapter.factors
-        used = entry.origin.adopt(own, module.weight, entry.shape, entry.bases, where)
+        own = _whole_factors(module)
+        used = entry.origin.adopt(own, weight, entry.shape, entry.bases, where)
+        if used is not own and _is_sharded(module):
+            raise CheckpointError(f"{where}: the singular vectors of W0 came out otherwise here, and the model is "
+                                  "sharded; load the adapter before fully_shard")
         return module, None if used is own else used
-    own = factorize(module.weight, entry.shape, name=f"{entry.name}.weight")
-    used = entry.origin.adopt(own, module.weight, entry.shape, entry.bases, where)
+    own = factorize(weight, entry.shape, name=f"{entry.name}.weight")
+    used = entry.origin.adopt(own, weight, entry.shape, entry.bases, where)
     return SSVDOLinear.of(module, used, entry.shape, entry.config, entry.name), None
 
 

@@ -6,8 +6,10 @@ itself, and so does the projector onto its complement (ops/complement.py); so V 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -98,14 +100,14 @@ def thin_svd(matrix: Tensor, left: bool = True) -> tuple[Tensor | None, Tensor, 
     By way of A = Q R, at half the cost of the SVD of A. Returns U (large x d; None without `left`, which saves a
     third), S (d, descending), V (d x d).
     """
-    # Scaled to entries of at most 1: LAPACK loses those near the ends of the exponent range.
-    peak = matrix.abs().amax()
-    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    q, r = torch.linalg.qr(matrix / peak, mode="reduced" if left else "r")
+    # Of numbers near the ends of the exponent range, which LAPACK loses, a multiple by a power of two is taken.
+    exponent = torch.frexp(torch.linalg.vector_norm(matrix, torch.inf)).exponent
+    scale = torch.exp2(torch.where(exponent.abs() < 200, 0, exponent - 1).to(matrix.dtype))
+    q, r = torch.linalg.qr(matrix if scale == 1 else matrix / scale, mode="reduced" if left else "r")
     u, s, vt = torch.linalg.svd(r)
     v = vt.mT
     sign = _signs(v)
-    return (q @ (u * sign) if left else None), s * peak, (v * sign).contiguous()
+    return (q @ (u * sign) if left else None), s * scale, (v * sign).contiguous()
 
 
 def factorize(
@@ -143,7 +145,10 @@ def _within_memory(
     weight: Tensor, shape: LayerShape, name: str, basis: Tensor | None, null_basis: Tensor | None
 ) -> Factors:
     try:
-        return _factorize(weight, shape, basis, null_basis)
+        made = _factorize(weight, shape, basis, null_basis)
+        if weight.device.type == "cpu" and sys.platform == "linux":
+            _give_back()
+        return made
     except (MemoryError, RuntimeError) as error:
         cuda = isinstance(error, torch.OutOfMemoryError)
         if not cuda and not isinstance(error, MemoryError) and "allocate memory" not in str(error):
@@ -152,6 +157,14 @@ def _within_memory(
         size = f"{shape.out_features} x {shape.in_features}"
         said = f"{name}: factorising a {size} weight needs about {need:.0f} MiB on {weight.device}, which are not free"
         raise (torch.OutOfMemoryError if cuda else MemoryError)(said) from error
+
+
+def _give_back() -> None:
+    """Returns what has been freed to the system. The C library would keep blocks of up to 32 MiB, and over a stack of
+    layers these grow to half the size of the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def without_inverse(singular: Tensor, width: int, large: int, dtype: torch.dtype) -> int:

@@ -1,0 +1,69 @@
+"""accelerate: prepare, accumulate, clip, save_state and load_state, save_model."""
+
+import pytest
+import torch
+from torch import nn
+
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+from safetensors.torch import load_file
+
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo
+
+CONFIG = SSVDOConfig(outer_rank=4, target_modules=("0", "2", "3"), init_angle=0.2)
+
+
+def net():
+    """A tall, a wide and a square layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 16), nn.Linear(16, 16))
+    with pytest.warns(UserWarning, match="1 square layers"):
+        return apply_ssvdo(model, CONFIG)
+
+
+def adam(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0)
+
+
+def batches():
+    torch.manual_seed(1)
+    return [torch.randn(4, 16) for _ in range(8)]
+
+
+def test_the_usual_loop_trains_as_torch_alone_does_and_resumes(tmp_path):
+    plain = net()
+    optimiser = adam(plain)
+    for i, x in enumerate(batches()):
+        (plain(x).square().mean() / 2).backward()
+        if i % 2:
+            nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], 0.5)
+            optimiser.step()
+            optimiser.zero_grad()
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, cpu=True)
+    model, optimiser = accelerator.prepare(net(), adam(net()))
+    optimiser = accelerator.prepare(adam(model))
+    for i, x in enumerate(batches()):
+        if i == 4:  # a run that stops here and goes on
+            accelerator.save_state(tmp_path / "state")
+            accelerator.load_state(tmp_path / "state")
+        with accelerator.accumulate(model):
+            accelerator.backward(model(x).square().mean())
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimiser.step()
+            optimiser.zero_grad()
+    x = batches()[0]
+    torch.testing.assert_close(model(x), plain(x))
+    before = model(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    accelerator.save_model(model, tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(t.numel() for t in saved.values()) and saved.keys() == model.state_dict().keys()
+    changed = model(x)
+    accelerator.load_state(tmp_path / "state")
+    assert not torch.allclose(model(x), changed) and not torch.allclose(model(x), before)
+    fresh = net()
+    fresh.load_state_dict(saved)
+    torch.testing.assert_close(fresh(x), changed)

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <type_traits>
 
 #include "parallel.h"
 
@@ -153,14 +154,18 @@ inline void gemm(int m, int n, int k, T alpha, View<const T> A, View<const T> B,
                 int j = (first + q) * NR, columns = n - j < NR ? n - j : NR, i = top;
                 const T* panel = packed.data + ptrdiff_t(q) * NR * depth;
                 Ahead<T> ahead(B.at(p + depth, j), flat ? k - p - depth : 0, KC, NR, (bottom - top) / MR);
-                for (; i + MR <= bottom; i += MR) {
-                    ahead.fetch();
-                    micro_kernel<T, MR, V>(depth, &A(i, p), A.row, A.column, panel, alpha, add || p > 0, C.at(i, j), MR,
-                                           columns);
-                }
-                for (; i < bottom; i++)
-                    micro_kernel<T, 1, V>(depth, &A(i, p), A.row, A.column, panel, alpha, add || p > 0, C.at(i, j), 1,
-                                          columns);
+                auto rows = [&](auto size) {  // as many times `size` as there are; a row alone waits for each sum
+                    constexpr int R = decltype(size)::value;
+                    for (; i + R <= bottom; i += R) {
+                        if (R == MR) ahead.fetch();
+                        micro_kernel<T, R, V>(depth, &A(i, p), A.row, A.column, panel, alpha, add || p > 0, C.at(i, j), R,
+                                              columns);
+                    }
+                };
+                rows(std::integral_constant<int, MR>());
+                rows(std::integral_constant<int, 4>());
+                rows(std::integral_constant<int, 2>());
+                rows(std::integral_constant<int, 1>());
             }
         }
     });

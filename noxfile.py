@@ -53,3 +53,11 @@ def wheel(session: nox.Session) -> None:
     session.chdir(folder)  # away from the sources
     session.run("ssvdo", "--help", silent=True)
     session.run("pytest", "-q", *(f"tests/{name}" for name in ALONE))
+
+
+@nox.session
+def onnx(session: nox.Session) -> None:
+    """Exports by both of torch's ONNX exporters, run by onnxruntime."""
+    session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0")
+    session.install("--no-build-isolation", "-e", ".[dev]", "onnx", "onnxscript", "onnxruntime", env=ENVIRONMENT)
+    session.run("python", "-m", "pytest", "-q", "tests/integrations/test_onnx.py")

@@ -122,7 +122,14 @@ def _extra(layer: Sequence[Tensor | None], shape: LayerShape) -> int:
 
 
 # -- without gradients -------------------------------------------------------------------------------------------------
+def _refuse_onnx() -> None:
+    if torch.onnx.is_in_onnx_export():
+        raise TypeError("torch.onnx.export(dynamo=True) cannot translate an adapted layer; allowed: dynamo=False, or "
+                        "remove_ssvdo(model, merge=True) first")
+
+
 def _adapted_fake(x, bias, *rest):  # type: ignore[no-untyped-def]
+    _refuse_onnx()
     shape, _ = decode(rest[-2])
     return x.new_empty(x.shape[0], shape.out_features)
 
@@ -162,6 +169,7 @@ def _saved_shape(x: Tensor, layer: Sequence[Tensor | None], spec: str, merged: b
 
 
 def _train_fake(x, bias, *rest):  # type: ignore[no-untyped-def]
+    _refuse_onnx()
     *layer, spec, merged = rest
     return x.new_empty(x.shape[0], decode(spec)[0].out_features), x.new_empty(_saved_shape(x, layer, spec, merged))
 

@@ -26,6 +26,11 @@ class Host(nn.Module):
         """The adapters, those in use first."""
         raise NotImplementedError
 
+    @property
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """What is trained, of all adapters: for an optimiser or for clipping."""
+        return [p for adapter in self.adapters() for p in adapter.trained]
+
 
 _OWN = frozenset(vars(nn.Linear(1, 1, device="meta")))
 _ACCELERATE = ("_hf_hook", "forward", "_old_forward")  # a hook of accelerate, and what it puts in forward's place

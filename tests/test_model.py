@@ -139,6 +139,12 @@ def test_linear_subclasses_inside_multihead_attention_are_refused_by_name_and_sk
     assert [n for n, _ in hosts(model)] == ["fc1"]
 
 
+def test_a_layers_parameters_for_an_optimiser():
+    layer = SSVDOLinear.from_linear(nn.Linear(6, 14), SSVDOConfig(outer_rank=2))
+    assert [id(p) for p in layer.adapter_parameters] == [id(p) for p in layer.parameters() if p.requires_grad][1:]
+    assert len(layer.adapter_parameters) == 3 and layer.bias.requires_grad
+
+
 def test_shared_layers_stay_shared():
     block = Block()
     model = apply_ssvdo(nn.Sequential(block, block), SMALL)

@@ -1,4 +1,4 @@
-"""SSVD-O for PyTorch: a drop-in SSVDOLinear that trains as fast as LoRA."""
+"""SSVD-O for PyTorch: a drop-in SSVDOLinear with hand-written gradients, for what LoRA is used for."""
 
 from .accumulation import gradient_accumulation
 from .adapter import Adapter

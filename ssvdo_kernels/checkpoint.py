@@ -128,9 +128,10 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     file = adapter_file(path)
     entries = read_adapter(file)
-    modules = {place.name: place.module for place in places(model)}  # a wrapper's last: what it holds
+    found = list(places(model))
+    modules = {place.name: place.module for place in found}  # a wrapper's last: what it holds
     extra = sorted(n for n, m in modules.items() if isinstance(m, Host) and n not in {e.name for e in entries})
-    compiled = sorted(p.name for p in places(model) if p.child == "_orig_mod" and type(p.module) is nn.Linear)
+    compiled = sorted(p.name for p in found if p.child == "_orig_mod" and type(p.module) is nn.Linear)
     if own := sorted({e.name for e in entries} & set(compiled)):
         raise CheckpointError(f"{file}: layers {own[:4]} are compiled by themselves; load, then torch.compile")
     if extra:

@@ -81,22 +81,20 @@ class Place(NamedTuple):
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """Every module of the model but itself, each once."""
+    """Every module of the model, each once; the model itself first, as "", and in its own place."""
     names, modules = {"": ""}, {"": model}
     for path, module in model.named_modules():
+        before, _, child = path.rpartition(".")
+        parent, own = modules[before], names[before]
         if path:
-            before, _, child = path.rpartition(".")
-            parent, own = modules[before], names[before]
-            name = own if _in_wrapper(parent, child) else f"{own}.{child}" if own else child
-            names[path], modules[path] = name, module
-            yield Place(name, module, parent, child)
+            names[path] = own if _in_wrapper(parent, child) else f"{own}.{child}" if own else child
+            modules[path] = module
+        yield Place(names[path], module, parent, child)
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
     """(name, layer) of every host of the model, each layer once; the model itself may be one."""
-    if isinstance(model, Host):
-        yield "", model
-    yield from ((p.name, p.module) for p in places(model) if isinstance(p.module, Host))
+    return ((p.name, p.module) for p in places(model) if isinstance(p.module, Host))
 
 
 def settle(model: nn.Module) -> None:

@@ -78,6 +78,20 @@ def test_round_trip_is_bit_identical(tmp_path, include_basis, adapted_before):
     assert human["layers"]["fc1"]["config"]["outer_rank"] == 3
 
 
+@pytest.mark.parametrize("wrap", [lambda layer: layer, nn.DataParallel])
+def test_a_layer_that_is_the_whole_model(tmp_path, wrap):
+    def single():
+        torch.manual_seed(0)
+        return SSVDOLinear.from_linear(nn.Linear(6, 14), CONFIG)
+
+    layer, x = single(), torch.randn(3, 6)
+    with torch.no_grad():
+        layer.adapter.outer.normal_(0, 0.2)
+    fresh = wrap(single())
+    assert not torch.equal(fresh(x), layer(x))
+    assert torch.equal(load_ssvdo(fresh, save_ssvdo(wrap(layer), tmp_path))(x), layer(x))
+
+
 def test_a_merged_model_saves_the_same_file(tmp_path):
     model = trained()
     save_ssvdo(model, tmp_path / "a")

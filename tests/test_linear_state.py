@@ -479,6 +479,7 @@ def clipped_and_stepped(layer, optimiser):
 def unscaled_and_stepped(layer, optimiser):
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     scaler.scale(torch.zeros((), dtype=torch.float32))
+    scaler.unscale_(optimiser)
     optimiser.step()
 
 

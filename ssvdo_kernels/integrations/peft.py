@@ -186,7 +186,7 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self.base().weight
-        for name in self._with_basis & set(self.ssvdo_adapters):
+        for name in (n for n in self.ssvdo_adapters if n in self._with_basis):  # in one order in every process
             adapter = self._adapter(name)
             if adapter.basis is not None and not weight.is_meta:
                 bases = Bases.of(weight, adapter.factors, adapter.shape)

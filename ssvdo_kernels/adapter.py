@@ -18,11 +18,12 @@ from .config import LayerShape, SSVDOConfig
 from .factorize import FACTOR_NAMES, Factors, compute_dtype
 from .fingerprint import Bases, Fingerprint
 from .ops import lasting, own_dtypes
-from .ops.base import DenseBase
+from .ops.attach import Pair
+from .ops.base import Base
 from .ops.compiled import adapted, encode, enlist
 from .ops.dispatch import token_path
-from .ops.linear import Call, adapted_linear
-from .ops.preparation import Parameters, Prepared, Source
+from .ops.linear import Call, adapted_linear, adapted_matrix
+from .ops.preparation import Parameters, Prepared, Rows, Source
 from .origin import Origin
 from .planner import Work, choose
 
@@ -156,13 +157,13 @@ class Adapter(nn.Module):
         """The fingerprint of the weight that was trained on, where the adapter has buffers and there is one."""
         return Fingerprint.read(dict(self.named_buffers()), self.shape)
 
-    def source(self, base: DenseBase) -> Source:
+    def source(self, base: Base) -> Source:
         """What a preparation is made from."""
         return Source(self.parts, self.factors, base, self.shape, self.config, self.name, self.origin)
 
     @lasting
     @own_dtypes()
-    def prepared(self, base: DenseBase) -> Prepared:
+    def prepared(self, base: Base) -> Prepared:
         """The prepared matrices for the current parameters (kept until a parameter changes)."""
         return self.cache.current(self.source(base))
 
@@ -175,45 +176,45 @@ class Adapter(nn.Module):
         self.merged = False
         self.cache.reset()
 
-    def plan(self, tokens: int, base: DenseBase, grad: bool = True) -> str:
+    def plan(self, tokens: int, base: Base, grad: bool = True) -> str:
         """The form ("factored", "folded", "core" or "merged") that a forward of `tokens` rows takes now."""
-        backend, _ = token_path(self.config.backend, base.weight.device, base.weight.dtype)
-        work = Work(tokens, grad, backend, base.weight.dtype, base.weight.device)
+        backend, _ = token_path(self.config.backend, base.device, base.dtype)
+        work = Work(tokens, grad, backend, base.dtype, base.device, base.held)
         return "merged" if self.merged else choose(self.prepared(base), work)
 
-    def _check(self, x: Tensor, base: DenseBase, autocast: torch.dtype | None) -> None:
-        weight = base.weight
+    def _check(self, x: Tensor, base: Base, autocast: torch.dtype | None) -> None:
         if not x.is_floating_point():
             raise TypeError(f"x has dtype {x.dtype}; allowed: a floating dtype")
         if x.ndim < 1 or x.shape[-1] != self.shape.in_features:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; its last dimension must be in_features={self.shape.in_features}")
-        if x.device != weight.device:
-            raise ValueError(f"x is on {x.device}; the layer is on {weight.device}")
-        if autocast is None and x.dtype != weight.dtype:
-            raise TypeError(f"x has dtype {x.dtype}; allowed: the weight's {weight.dtype} (autocast would cast x)")
-        if weight.requires_grad and weight.is_leaf:  # FSDP1's views of a flat parameter do, and mean nothing by it
+        if x.device != base.device:
+            raise ValueError(f"x is on {x.device}; the layer is on {base.device}")
+        if autocast is None and x.dtype != base.dtype and base.held:
+            raise TypeError(f"x has dtype {x.dtype}; allowed: the weight's {base.dtype} (autocast would cast x)")
+        if base.trains:
             raise RuntimeError("weight.requires_grad is True, but SSVD-O keeps W0 frozen; switch it off, or call "
                                "remove_ssvdo to fine-tune the weight itself")
 
     @lasting
-    def forward(self, x: Tensor, base: DenseBase, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, base: Base, bias: Tensor | None = None) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features). Raises as `SSVDOLinear` says."""
         if isinstance(x, torch.fx.Proxy):
             raise TypeError(_NO_FX)
         if x.is_nested:
             return self._nested(x, base, bias)
-        weight = base.weight
-        symbolic = weight.is_meta or isinstance(x, FakeTensor)
-        kind = weight.device.type
-        autocast = torch.get_autocast_dtype(kind) if not weight.is_meta and torch.is_autocast_enabled(kind) else None
+        kind = base.device.type
+        symbolic = kind == "meta" or isinstance(x, FakeTensor)
+        autocast = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
         self._check(x, base, autocast)
         tokens = base
+        if autocast is None and x.dtype != base.dtype:  # a quantised base takes tokens of any dtype
+            tokens, bias = base.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if autocast is not None and x.dtype != torch.float64:
             x, tokens = x.to(autocast), base.to(autocast)
             bias = None if bias is None else bias.to(autocast)
         if not torch.compiler.is_compiling() and _is_transformed():
-            weight = reference.weight_in_factors(tokens.weight, self.parts, self.factors, self.shape, self.config)
+            weight = reference.weight_in_factors(tokens.dense(), self.parts, self.factors, self.shape, self.config)
             return nn.functional.linear(x, weight, bias)
         if torch._C._get_tracing_state() is not None:  # torch.jit.trace: W' is a constant of the trace
             with _untraced():
@@ -222,12 +223,12 @@ class Adapter(nn.Module):
         rows = x.reshape(-1, self.shape.in_features)
         if torch.compiler.is_compiling() or symbolic:
             factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
-            y = adapted(rows, tokens.weight, base.weight, bias, self.parts, factors, self.spec, self.merged)
+            y = adapted(rows, tokens.dense(), base.dense(), bias, self.parts, factors, self.spec, self.merged)
         else:
             y = self._forward(rows, tokens, base, bias)
         return y.view(*x.shape[:-1], self.shape.out_features)
 
-    def _nested(self, x: Tensor, base: DenseBase, bias: Tensor | None) -> Tensor:
+    def _nested(self, x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
         """A nested tensor's components in one product."""
         if x.layout == torch.jagged:
             ragged: Any = x
@@ -239,27 +240,40 @@ class Adapter(nn.Module):
         return torch.nested.as_nested_tensor(
             [t.view(*part.shape[:-1], t.shape[-1]) for t, part in zip(y, parts, strict=True)])
 
-    def _forward(self, rows: Tensor, tokens: DenseBase, base: DenseBase, bias: Tensor | None) -> Tensor:
+    def _pair(self, source: Source, prepared: Prepared) -> tuple[Pair | None, list[Rows] | None]:
+        """M and F in the graph, and where a gradient may be left as `Rows`; None where parameters get no gradient."""
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.trained):
+            return None, None
+        pair = None if self.cache.capturing(source) else self.accumulator.pair(prepared, source.parameters)
+        return self.cache.pair(prepared, source.parameters) if pair is None else (pair, None)
+
+    def _forward(self, rows: Tensor, tokens: Base, base: Base, bias: Tensor | None) -> Tensor:
         with own_dtypes():
             source = self.source(base)
             prepared = self.cache.current(source)
-            pair, sink = None, None
-            if torch.is_grad_enabled() and any(p.requires_grad for p in self.trained):
-                pair = None if self.cache.capturing(source) else self.accumulator.pair(prepared, source.parameters)
-                if pair is None:
-                    pair, sink = self.cache.pair(prepared, source.parameters)
+            pair, sink = self._pair(source, prepared)
             backend, _ = token_path(self.config.backend, rows.device, rows.dtype)
-            work = Work(rows.shape[0], pair is not None, backend, rows.dtype, rows.device)
+            work = Work(rows.shape[0], pair is not None, backend, rows.dtype, rows.device, base.held)
             form = "merged" if self.merged else choose(prepared, work)
             prepared.serve(rows.shape[0], pair is not None)
             return adapted_linear(rows, pair, tokens, bias, Call(prepared, form, backend, sink))
 
     @lasting
+    def weight(self, base: Base) -> Tensor:
+        """W' (out_features x in_features) in the weight's dtype, with gradients to the parameters; a new tensor."""
+        if _is_transformed() or base.device.type == "meta":
+            return reference.weight_in_factors(base.dense(), self.parts, self.factors, self.shape, self.config)
+        with own_dtypes():
+            source = self.source(base)
+            prepared = self.cache.current(source)
+            return adapted_matrix(self._pair(source, prepared)[0], base, prepared)
+
+    @lasting
     @torch.no_grad()
     @own_dtypes()
-    def adapted_weight(self, base: DenseBase) -> Tensor:
+    def adapted_weight(self, base: Base) -> Tensor:
         """W' (out_features x in_features) for the current parameters, in the weight's dtype; a new tensor."""
-        return self.cache.current(self.source(base)).merged(base.weight).clone()
+        return self.cache.current(self.source(base)).merged(base).clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Which factors there are, of what size and dtype, belongs to the weight: a checkpoint may bring others.

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from .config import LayerShape, SSVDOConfig
-from .model import find_targets, wanted
+from .linear_maps import linear_map
 from .planner import plan
+from .targets import find_targets, wanted
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SVD_RATE = 3.0e9  # large x d^2 a second: 48 layers of 1024 x 4096 in 70 s on 2 CPU cores (AMD EPYC)
@@ -91,8 +92,8 @@ def _from_config(path: Path) -> dict[str, Matrix]:
         raise ValueError(f"{path}: a config.json needs the package transformers; a safetensors file does not") from None
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.from_pretrained(path.parent, local_files_only=True))
-    return {name: Matrix(m.out_features, m.in_features, m.weight.element_size())
-            for name, m in model.named_modules() if isinstance(m, nn.Linear)}  # fmt: skip
+    maps = {name: linear_map(m) for name, m in model.named_modules()}
+    return {name: Matrix(*m.sizes, m.base().dtype.itemsize) for name, m in maps.items() if m is not None}
 
 
 def chosen(layers: Mapping[str, Matrix], config: SSVDOConfig) -> dict[str, tuple[Matrix, LayerShape]]:
@@ -158,8 +159,8 @@ def forms(shape: LayerShape, tokens: list[int]) -> list[str]:
 
 def layer_matrices(model: nn.Module, config: SSVDOConfig) -> dict[str, Matrix]:
     """Layer name -> size, of the layers of `model` that `config` names. Raises as `apply_ssvdo` does for the names."""
-    return {name: Matrix(m.out_features, m.in_features, m.weight.element_size())
-            for name, m in find_targets(model, config).items()}  # fmt: skip
+    return {name: Matrix(*site.sizes, site.base().dtype.itemsize)  # type: ignore[union-attr]
+            for name, site in find_targets(model, config).items()}  # fmt: skip
 
 
 def trained_numbers(model: nn.Module, config: SSVDOConfig) -> int:

@@ -10,22 +10,24 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .adapter import PARAMETER_NAMES
+from .adapter import PARAMETER_NAMES, Adapter
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, check_weight, factorize
 from .files import as_file, write_atomically
 from .fingerprint import BASIS_TOLERANCE, DTYPES, Bases, CheckpointError, Fingerprint, departure
-from .host import Host, check_plain, places
-from .linear import SSVDOLinear
+from .host import Host, OwnHost, places
+from .linear_maps import refusal
 from .model import exchange, freeze_rest, group_layers, require_adapted
 from .ops import lasting
+from .ops.base import Base, DenseBase
 from .origin import SKETCH
+from .sites import Plan, Site, adapted, site_at
 
 FORMAT, VERSION = "ssvdo", 1
 MODEL_FILE, CONFIG_FILE = "ssvdo_model.safetensors", "ssvdo_config.json"
@@ -47,23 +49,23 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
-    adapted = {name: layer for name, layer in require_adapted(model).items() if isinstance(layer, SSVDOLinear)}
-    if not adapted:
-        raise ValueError("model has no SSVDOLinear of its own; another package's layers are saved by that package")
-    for name, layer in adapted.items():
-        adapter = layer.adapter
+    found = {name: layer for name, layer in require_adapted(model).items() if isinstance(layer, OwnHost)}
+    if not found:
+        raise ValueError("model has no adapted layer of its own; another package's layers are saved by that package")
+    for name, layer, adapter in [(f"{n}.{part}" if part else n, host, adapter) for n, host in found.items()
+                                 for part, adapter in host.parts().items()]:  # fmt: skip
         for part in PARAMETER_NAMES:
             if getattr(adapter, part) is not None:
                 tensors[f"{name}.{part}"] = _whole(getattr(adapter, part))
         assert adapter.basis is not None
-        weight = _whole(layer.weight)
+        weight = _whole(layer.base(adapter).dense())
         if weight.shape != (adapter.shape.out_features, adapter.shape.in_features):
             raise ValueError(
                 f"{name}.weight has shape {tuple(weight.shape)} here: FSDP1 has sharded it; call save_ssvdo on rank 0, "
                 "inside of FullyShardedDataParallel.summon_full_params(model) on every rank")
         if adapter.origin is not None:
-            adapter.origin.check(weight, name, by_value=True)
-        bases = Bases.of(weight, _whole_factors(layer), adapter.shape)
+            adapter.origin.check(DenseBase(weight), name, by_value=True)
+        bases = Bases.of(weight, _whole_factors(adapter), adapter.shape)
         origin = Fingerprint.of(weight, bases)
         tensors[f"{name}.weight_sketch"], tensors[f"{name}.basis_sketch"] = origin.weight, origin.basis
         if include_basis:
@@ -76,7 +78,7 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
             "dtype": origin.dtype, "sha256": origin.sha256,
         }
     header = {"format": FORMAT, "version": VERSION, "include_basis": include_basis, "layers": layers}
-    folder, sharded = Path(path), any(_is_sharded(layer) for layer in adapted.values())
+    folder, sharded = Path(path), any(_is_sharded(a) for layer in found.values() for a in layer.adapters())
     if not sharded or torch.distributed.get_rank() == 0:
         write_atomically({
             folder / MODEL_FILE: as_file(tensors, {"ssvdo": json.dumps(header, sort_keys=True)}),
@@ -87,8 +89,8 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
     return folder
 
 
-def _is_sharded(layer: SSVDOLinear) -> bool:
-    return hasattr(layer.adapter.inner_scale, "full_tensor")
+def _is_sharded(adapter: Adapter) -> bool:
+    return hasattr(adapter.inner_scale, "full_tensor")
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -97,8 +99,8 @@ def _whole(tensor: Tensor) -> Tensor:
     return whole.detach()
 
 
-def _whole_factors(layer: SSVDOLinear) -> Factors:
-    return Factors.of({name: _whole(t) for name, t in layer.adapter.factors.tensors().items()})
+def _whole_factors(adapter: Adapter) -> Factors:
+    return Factors.of({name: _whole(t) for name, t in adapter.factors.tensors().items()})
 
 
 @dataclass(frozen=True)
@@ -130,22 +132,27 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     entries = read_adapter(file)
     found = list(places(model))
     modules = {place.name: place.module for place in found}  # a wrapper's last: what it holds
-    extra = sorted(n for n, m in modules.items() if isinstance(m, Host) and n not in {e.name for e in entries})
+    held = {f"{n}.{part}" if part else n for n, m in modules.items() if isinstance(m, OwnHost) for part in m.parts()}
+    held |= {n for n, m in modules.items() if isinstance(m, Host) and not isinstance(m, OwnHost)}
+    extra = sorted(held - {e.name for e in entries})
     compiled = sorted(p.name for p in found if p.child == "_orig_mod" and type(p.module) is nn.Linear)
     if own := sorted({e.name for e in entries} & set(compiled)):
         raise CheckpointError(f"{file}: layers {own[:4]} are compiled by themselves; load, then torch.compile")
     if extra:
         raise CheckpointError(f"{file}: holds no adapter for {extra[:4]}, which the model has adapted")
-    loaded = {entry.name: layer_for(modules.get(entry.name), entry, file) for entry in entries}
-    replacements: dict[int, nn.Module] = {}
+    sites = {entry.name: site_at(entry.name, modules) for entry in entries}
+    factors = {entry.name: checked(sites[entry.name], entry, file) for entry in entries}
+    new = {e.name: (Plan(cast(Site, sites[e.name]), e.shape, e.config), cast(Factors, factors[e.name]))
+           for e in entries if _adapter_at(sites[e.name]) is None}  # fmt: skip
+    replacements = adapted(new.values())
     with torch.no_grad():
         for entry in entries:
-            old, (layer, factors) = modules[entry.name], loaded[entry.name]
-            fill(layer, entry)
-            if layer is old and factors is not None:
-                layer.adapter.set_factors(factors, layer.weight)
-            if layer is not old:
-                replacements[id(old)] = layer
+            site = cast(Site, sites[entry.name])
+            host = cast(OwnHost, replacements.get(id(site.module), site.module))
+            adapter, others = host.parts()[site.part], factors[entry.name]
+            fill(adapter, entry)
+            if entry.name not in new and others is not None:
+                adapter.set_factors(others, host.base(adapter).dense())
     exchange(model, replacements)
     if replacements:
         freeze_rest(model)
@@ -154,13 +161,13 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 @torch.no_grad()
-def fill(layer: SSVDOLinear, entry: Entry) -> None:
-    """Gives the layer the entry's trained numbers."""
+def fill(adapter: Adapter, entry: Entry) -> None:
+    """Gives the adapter the entry's trained numbers."""
     for part in PARAMETER_NAMES:
-        place = getattr(layer.adapter, part)
+        place = getattr(adapter, part)
         if place is not None:
             place.copy_(_sharded_as(entry.tensors[part], place))
-    layer.refresh()
+    adapter.refresh()
 
 
 def _sharded_as(tensor: Tensor, place: Any) -> Tensor:
@@ -176,36 +183,42 @@ def _by(sizes: tuple[int, ...]) -> str:
     return " x ".join(map(str, sizes))
 
 
-def layer_for(module: nn.Module | None, entry: Entry, file: Path) -> tuple[SSVDOLinear, Factors | None]:
-    """The layer that will hold the entry (a new one for a plain nn.Linear), checked against it, and the factors that a
-    layer which is there must take; None where it keeps its own."""
+def checked(site: Site | None, entry: Entry, file: Path) -> Factors | None:
+    """The factors in which the entry is meant, checked against what stands at its site; None where an adapter that is
+    there keeps its own."""
     where = f"{file}: layer {entry.name}"
-    if not isinstance(module, SSVDOLinear) and type(module) is not nn.Linear:
-        found = "nothing of that name" if module is None else f"a {type(module).__qualname__}"
-        raise CheckpointError(f"{where}: the model has {found} there; an nn.Linear or SSVDOLinear is needed")
-    have = (module.out_features, module.in_features)
+    adapter = _adapter_at(site)
+    base = None if site is None or adapter is not None else site.base()
+    reason = "" if site is None or site.part or adapter is not None else refusal(site.module)
+    if site is None or reason or (adapter is None and base is None):
+        there = "the model has nothing of that name" if site is None else f"the model's {reason}"
+        raise CheckpointError(f"{where}: {there}; a linear or an adapted layer is needed")
+    have = site.sizes if adapter is None else (adapter.shape.out_features, adapter.shape.in_features)
     want = (entry.shape.out_features, entry.shape.in_features)
     if have != want:
         raise CheckpointError(f"{where}: saved for a weight of {_by(want)}, the model's is {_by(have)}")
-    if isinstance(module, SSVDOLinear) and _formula(module.adapter.config) != _formula(entry.config):
-        ours, theirs = _formula(module.adapter.config), _formula(entry.config)
+    if adapter is not None and _formula(adapter.config) != _formula(entry.config):
+        ours, theirs = _formula(adapter.config), _formula(entry.config)
         differ = {k: (theirs[k], ours[k]) for k in ours if ours[k] != theirs[k]}
         raise CheckpointError(f"{where}: the model is adapted otherwise (saved, model): {differ}")
-    if not isinstance(module, SSVDOLinear):
-        check_plain(module, where)
-    weight = _whole(module.weight)
+    if adapter is not None:
+        base = cast(OwnHost, site.module).base(adapter)
+    weight = _whole(cast(Base, base).dense())
     check_weight(weight, f"{entry.name}.weight")
     entry.origin.check(weight, where)
-    if isinstance(module, SSVDOLinear):
-        own = _whole_factors(module)
-        used = entry.origin.adopt(own, weight, entry.shape, entry.bases, where)
-        if used is not own and _is_sharded(module):
-            raise CheckpointError(f"{where}: the singular vectors of W0 came out otherwise here, and the model is "
-                                  "sharded; load the adapter before fully_shard")
-        return module, None if used is own else used
-    own = factorize(weight, entry.shape, name=f"{entry.name}.weight")
+    if adapter is None:
+        own = factorize(weight, entry.shape, name=f"{entry.name}.weight")
+        return entry.origin.adopt(own, weight, entry.shape, entry.bases, where)
+    own = _whole_factors(adapter)
     used = entry.origin.adopt(own, weight, entry.shape, entry.bases, where)
-    return SSVDOLinear.of(module, used, entry.shape, entry.config, entry.name), None
+    if used is not own and _is_sharded(adapter):
+        raise CheckpointError(f"{where}: the singular vectors of W0 came out otherwise here, and the model is "
+                              "sharded; load the adapter before fully_shard")
+    return None if used is own else used
+
+
+def _adapter_at(site: Site | None) -> Adapter | None:
+    return site.module.parts().get(site.part) if site is not None and isinstance(site.module, OwnHost) else None
 
 
 def _formula(config: SSVDOConfig) -> dict[str, Any]:

@@ -105,8 +105,9 @@ class SSVDOConfig:
                 raise ValueError(f"{name}={value!r} is of the wrong type; allowed: None, a string or a list of strings")
 
     def fitting(self, out_features: int, in_features: int) -> SSVDOConfig:
-        """This configuration for a weight of that shape: a square one has no complement and gets outer_rank 0."""
-        return replace(self, outer_rank=0) if out_features == in_features else self
+        """This configuration for a weight of that shape: outer_rank is at most min(d, c), 0 for a square one."""
+        most = min(out_features, in_features, abs(out_features - in_features))
+        return replace(self, outer_rank=most) if self.outer_rank > most else self
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON types."""

@@ -81,7 +81,7 @@ def _largest_singular_value(matrix: Tensor, steps: int = 24) -> Tensor:
 def layer_report(layer: Host, name: str = "", adapter: Adapter | None = None) -> LayerReport:
     """The numbers of one layer (of its first adapter, unless another is given); costs about one preparation."""
     adapter = layer.adapters()[0] if adapter is None else adapter
-    prepared = adapter.prepared(layer.base())
+    prepared = adapter.prepared(layer.base(adapter))
     shape, config = adapter.shape, adapter.config
     inner_departure, inner_angle = _inner(prepared)
     outer_departure = outer_angle = 0.0
@@ -99,12 +99,12 @@ def layer_report(layer: Host, name: str = "", adapter: Adapter | None = None) ->
     kept = str(prepared.basis.dtype).removeprefix("torch.")
     passes = f" x{prepared.outer.projector.passes}" if prepared.outer is not None else ""
     return LayerReport(name, outer_departure, inner_departure, inner_angle, outer_angle,
-                       _drift(layer, prepared), ratio, condition, kept + passes)
+                       _drift(prepared), ratio, condition, kept + passes)
 
 
-def _drift(layer: Host, p: Prepared) -> float:
+def _drift(p: Prepared) -> float:
     """|W' - W0|_F / |W0|_F from small matrices: A' - A = [A V | F] M V^T, V orthonormal."""
-    tall = layer.base().tall(p.shape)
+    tall = p.source.base.tall(p.shape.transposed)
     change = torch.cat([times(tall, p.basis.to(p.dtype)), p.columns], 1) @ p.mixer
     norm = torch.linalg.vector_norm(tall, dtype=p.dtype)
     return float(torch.linalg.vector_norm(change) / norm) if norm > 0 else 0.0
@@ -117,7 +117,7 @@ def complement_departure(layer: Host) -> float:
     Factorises the weight again in float64.
     """
     adapter = layer.adapters()[0]
-    return departure(layer.base().weight, adapter.factors, adapter.shape)
+    return departure(layer.base(adapter).dense(), adapter.factors, adapter.shape)
 
 
 def orthogonality(model: nn.Module, *, limit: float | None = None) -> list[LayerReport]:

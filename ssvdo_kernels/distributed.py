@@ -8,10 +8,11 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .factorize import Factors
+from .ops.base import Base
 
 
 class Task(Protocol):
@@ -20,7 +21,7 @@ class Task(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def linear(self) -> nn.Linear: ...
+    def base(self) -> Base: ...
     def factorize(self, cache_dir: str | os.PathLike[str] | None) -> Factors: ...
 
 
@@ -34,7 +35,7 @@ def factorize_together(
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     names: list[list[str] | None] = [None] * size
-    dist.all_gather_object(names, [f"{p.name} {tuple(p.linear.weight.shape)}" for p in plans], group=group)
+    dist.all_gather_object(names, [f"{p.name} {tuple(p.base.tensors[0].shape)}" for p in plans], group=group)
     if any(other != names[0] for other in names):
         raise RuntimeError("the processes of process_group do not hold the same layers, so they cannot share the work")
     own: dict[int, Factors] = {}
@@ -49,7 +50,7 @@ def factorize_together(
     dist.all_gather_object(failures, failure, group=group)
     if any(failures):
         raise RuntimeError("; ".join(f for f in failures if f))
-    return [_sent(own.get(i), i % size, plan.linear.weight.device, group) for i, plan in enumerate(plans)]
+    return [_sent(own.get(i), i % size, plan.base.device, group) for i, plan in enumerate(plans)]
 
 
 def _sent(factors: Factors | None, source: int, device: torch.device, group: dist.ProcessGroup) -> Factors:

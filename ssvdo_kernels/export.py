@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .budget import read_header
-from .checkpoint import MODEL_FILE, Entry, adapter_file, fill, layer_for, read_adapter
+from .checkpoint import MODEL_FILE, Entry, adapter_file, checked, fill, read_adapter
 from .factorize import check_weight
 from .files import as_bytes
+from .sites import Plan, Site, adapted
 
 TORCH = (".bin", ".pt", ".pth")  # read by torch.load(weights_only=True)
 TEXTS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".yaml")  # what goes along with a config.json
@@ -218,6 +219,10 @@ def _merged(weight: Tensor, entry: Entry, source: Path, file: Path, tied: str | 
     check_weight(weight, name)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    layer, _ = layer_for(linear, entry, file)
-    fill(layer, entry)
-    return layer.adapted_weight()
+    site = Site(entry.name, linear)
+    factors = checked(site, entry, file)
+    assert factors is not None
+    (layer,) = adapted([(Plan(site, entry.shape, entry.config), factors)]).values()
+    (adapter,) = layer.adapters()
+    fill(adapter, entry)
+    return adapter.adapted_weight(layer.base())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config import LayerShape
 from .files import as_bytes, as_file, write_atomically
+from .ops.base import DenseBase
 from .ops.complement import Projector, inverse_of, project
 
 DEPARTURE = 1e-5  # of U' from orthonormality that half-precision V may leave
@@ -232,7 +233,8 @@ def departure(
     inverse = inverse_of(factors.singular_values, shape.width, factors.null)
     probe = torch.randn(shape.c, 8, dtype=torch.float64, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     probe = (probe / probe.norm(dim=0)).to(tall.device, work)
-    made = Projector(tall, factors.basis, inverse, factors.null_basis)
+    made = Projector(DenseBase(weight.detach()), shape.transposed, factors.basis, inverse, factors.null_basis,
+                     shape.large)  # fmt: skip
     z = project([made], [probe], shape.c, shape.large)[0].double()
     lean = (v.mT @ (a.mT @ z))[inverse > 0] / s[inverse > 0, None]
     return DEPARTURE_ANGLE * float((lean / z.norm(dim=0)).abs().max())

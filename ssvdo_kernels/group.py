@@ -38,7 +38,9 @@ class Group:
 
         A member whose pivot fails is left out: its own forward will say so.
         """
-        if not _plain(source) or preparation(source.config.backend, source.base.weight.device)[0] == "reference":
+        if not source.base.held:
+            return None  # all of a batch would be dense at once
+        if not _plain(source) or preparation(source.config.backend, source.base.device)[0] == "reference":
             return None  # a replica, or sharded
         todo = [(cache, source)]
         for reference, of in self._members:

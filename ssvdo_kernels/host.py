@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from .adapter import Adapter
 from .group import Member, group_alike
-from .ops.base import DenseBase
+from .ops.base import Base
 from .ops.preparation import Source
 
 
 class Host(nn.Module):
     """A layer that computes through adapters of its base operator."""
 
-    def base(self) -> DenseBase:
-        """The operator that is adapted, as it is now."""
+    def base(self, adapter: Adapter | None = None) -> Base:
+        """The operator that is adapted, as it is now; that of one of its adapters, where there are several."""
         raise NotImplementedError
 
     def adapters(self) -> list[Adapter]:
@@ -32,25 +34,40 @@ class Host(nn.Module):
         return [p for adapter in self.adapters() for p in adapter.trained]
 
 
+class OwnHost(Host):
+    """A layer that `apply_ssvdo` makes, `save_ssvdo` writes and `remove_ssvdo` takes out again."""
+
+    def parts(self) -> dict[str, Adapter]:
+        """Its adapters by the name below the layer's that they have in a file; "" is the layer's own."""
+        raise NotImplementedError
+
+    def plain(self, merge: bool = False) -> nn.Module:
+        """The layer that stood here, with W0 or, with merge, W'."""
+        raise NotImplementedError
+
+    def adapters(self) -> list[Adapter]:
+        return list(self.parts().values())
+
+
+def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, as a break in a graph that is being compiled."""
+    disable: Any = torch.compiler.disable
+    return disable(function) if torch.compiler.is_compiling() else function
+
+
+def called(adapter: Adapter, base: Base) -> Callable[..., Any]:
+    """The adapter, to call on `base`: operations of ops/compiled.py take a dense W0, so that others break a graph."""
+    return adapter if base.held else outside_of_graphs(adapter)
+
+
 _OWN = frozenset(vars(nn.Linear(1, 1, device="meta")))
 _ACCELERATE = ("_hf_hook", "forward", "_old_forward")  # a hook of accelerate, and what it puts in forward's place
 
 
-def check_plain(linear: nn.Module, name: str) -> None:
-    """Raises TypeError where `linear` does not compute x W0^T + b with its weight as nn.Linear does."""
-    if "forward" in vars(linear) and "_hf_hook" not in vars(linear):
-        raise TypeError(f"{name} has a forward of its own, which an adapted layer would not call; allowed: nn.Linear's "
-                        "(take the patch off, adapt the layer, and put it on again)")
-    if "weight" not in linear._parameters:
-        hooks = sorted({type(h).__name__ for h in linear._forward_pre_hooks.values()})
-        raise TypeError(f"{name} has no parameter `weight`: hooks {hooks} compute it in every forward (weight_norm, "
-                        "spectral_norm, prune); allowed: a plain parameter (remove them first)")
-
-
-def carry_over(source: nn.Module, target: nn.Module) -> None:
+def carry_over(source: nn.Module, target: nn.Module, attributes: bool = True) -> None:
     """Gives `target`, which takes the place of `source`, its hooks (handles go on working) and what was put on it."""
     for name, value in list(vars(source).items()):
-        if "_hook" in name if name in _OWN else name not in _ACCELERATE:
+        if "_hook" in name if name in _OWN else attributes and name not in _ACCELERATE:
             vars(target)[name] = value
     for hook in source._load_state_dict_pre_hooks.values():
         own: Any = hook
@@ -108,6 +125,15 @@ def settle(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
+def warn_of_lowered(outer_rank: int, layers: Sequence[tuple[str, int]], stacklevel: int) -> None:
+    """Says once which layers, with the rank that they got, have too small a complement for `outer_rank`."""
+    if layers:
+        shown = ", ".join(f"{name} ({rank})" for name, rank in layers[:4])
+        warnings.warn(
+            f"outer_rank={outer_rank} is lowered to min(d, c) in {len(layers)} layers with a smaller complement "
+            f"(square ones have none): {shown}{', ...' if len(layers) > 4 else ''}", stacklevel=stacklevel)
+
+
 def _member(layer: Host, adapter: Adapter) -> Member:
     kind = adapter.shape, adapter.config
     return Member(adapter.cache, kind, partial(_source, weakref.ref(layer), weakref.ref(adapter)))
@@ -115,4 +141,4 @@ def _member(layer: Host, adapter: Adapter) -> Member:
 
 def _source(layer: weakref.ref[Host], adapter: weakref.ref[Adapter]) -> Source | None:
     host, own = layer(), adapter()
-    return None if host is None or own is None else own.source(host.base())
+    return None if host is None or own is None else own.source(host.base(own))

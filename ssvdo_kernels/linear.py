@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, factorize
-from .host import Host, carry_over, check_plain
+from .host import Host, OwnHost, carry_over
+from .linear_maps import kind_of, refusal
 from .ops import lasting
 from .ops.base import DenseBase
 
 
-class SSVDOLinear(Host):
+class SSVDOLinear(OwnHost):
     """y = x W'^T + b, W' = U' diag(S + dS) blockdiag(G, I) V^T (transposed for out_features < in_features).
 
     Made from a pretrained layer with `from_linear`; the weight must be the trained one, as it is factorised at once.
@@ -69,9 +70,10 @@ class SSVDOLinear(Host):
         if isinstance(linear, Host):
             raise TypeError(f"linear ({name}) is adapted already; remove_ssvdo restores the original layer")
         if type(linear) is not nn.Linear:
-            raise TypeError(f"linear ({name}) is a {type(linear).__module__}.{type(linear).__qualname__}; allowed: "
-                            "torch.nn.Linear itself (quantised layers and subclasses compute something else)")
-        check_plain(linear, f"linear ({name})")
+            raise TypeError(f"linear ({name}) is a {kind_of(linear)}; allowed: torch.nn.Linear itself (apply_ssvdo "
+                            "adapts other linear layers)")
+        if reason := refusal(linear):
+            raise TypeError(f"linear ({name}) {reason}")
         shape = LayerShape.of(linear.out_features, linear.in_features, config)
         factors = factorize(linear.weight, shape, name=name, cache_dir=cache_dir)
         return cls.of(linear, factors, shape, config, "layer" if name == "weight" else name.removesuffix(".weight"))
@@ -92,11 +94,14 @@ class SSVDOLinear(Host):
     def out_features(self) -> int:
         return self.adapter.shape.out_features
 
-    def base(self) -> DenseBase:
+    def base(self, adapter: Adapter | None = None) -> DenseBase:
         return DenseBase(self.weight)
 
-    def adapters(self) -> list[Adapter]:
-        return [self.adapter]
+    def parts(self) -> dict[str, Adapter]:
+        return {"": self.adapter}
+
+    def plain(self, merge: bool = False) -> nn.Module:
+        return self.to_linear(merge)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features)."""

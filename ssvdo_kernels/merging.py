@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .linear import SSVDOLinear
+from .host import OwnHost
+from .linear_maps import kind_of
 from .model import exchange, require_adapted
 
 
@@ -31,7 +32,7 @@ def unmerge_ssvdo(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def remove_ssvdo(model: nn.Module, *, merge: bool = False) -> nn.Module:
-    """Puts plain nn.Linear layers back, with W0 (the original tensors) or, with merge=True, with W'.
+    """Puts the layers back, with W0 (the original tensors) or, with merge=True, with W' (quantised ones as nn.Linear).
 
     The layers stay frozen, as the rest of the model: what is to be trained next is the caller's to say.
 
@@ -40,8 +41,8 @@ def remove_ssvdo(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """
     layers = require_adapted(model)
     for name, layer in layers.items():
-        if not isinstance(layer, SSVDOLinear):
-            raise TypeError(f"{name} is a {type(layer).__module__}.{type(layer).__qualname__}; allowed: SSVDOLinear")
-    exchange(model, {id(layer): layer.to_linear(merge) for layer in layers.values() if isinstance(layer, SSVDOLinear)})
+        if not isinstance(layer, OwnHost):
+            raise TypeError(f"{name} is a {kind_of(layer)}; allowed: adapted layers of apply_ssvdo")
+    exchange(model, {id(layer): layer.plain(merge) for layer in layers.values() if isinstance(layer, OwnHost)})
     return model
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .ops import lasting
+from .ops.base import Base
 from .ops.products import times
 
 SKETCH = 4  # probe vectors
@@ -67,13 +68,16 @@ class Origin:
             self._known = weight_sketch(weight).tolist(), weight.dtype
 
     @torch.no_grad()
-    def check(self, weight: Tensor, name: str, by_value: bool = False) -> None:
-        """Raises RuntimeError where `weight` is not the one that was factorised. by_value: read its numbers."""
-        now = stamp(weight)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            now = now[1:]  # FSDP gathers a weight into new memory for every forward
-        if (now == self._seen and not by_value) or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+    def check(self, base: Base, name: str, by_value: bool = False) -> None:
+        """Raises RuntimeError where W0 is not the one that was factorised. by_value: read its numbers."""
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        skip = 1 if together else 0  # FSDP gathers a weight into new memory for every forward
+        now = tuple(stamp(t)[skip:] for t in base.tensors)
+        if now == self._seen and not by_value:
             return
+        if base.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+        weight = base.dense()
         sketch, dtype = self._known or (None, None)
         eps = 1e-11 if dtype in (None, weight.dtype) else coarser(dtype, weight.dtype)  # 1e-11: of sums of float64
         known = None if sketch is None else torch.tensor(sketch, dtype=torch.float64, device="cpu")

@@ -34,6 +34,8 @@ from .config import LayerShape, SSVDOConfig
 from .traffic import Machine, Traffic, machine
 
 FORMS = ("factored", "folded", "core", "merged")
+SMALL = FORMS[:3]
+"""Forms without W'."""
 
 
 def token_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
@@ -177,13 +179,15 @@ class History(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """One forward: its rows, whether parameters get gradients, what computes it, and on what."""
+    """One forward: its rows, whether parameters get gradients, what computes it, on what, and whether W0 is held dense
+    (where it is not, nobody wants W' beside it)."""
 
     tokens: int
     grad: bool
     backend: str
     dtype: torch.dtype
     device: torch.device
+    held: bool = True
 
 
 ALIKE = ("factored", "folded")
@@ -195,13 +199,16 @@ def choose(prepared: History, work: Work) -> str:
     if prepared.config.path != "auto":
         return prepared.config.path
     seen = max(prepared.tokens, prepared.expected - work.tokens)
-    if work.backend == "triton":
+    if work.backend == "triton" and not work.held:
+        form = "folded"
+    elif work.backend == "triton":
         name = torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else ""
         peaks = machine(name, work.dtype, torch.backends.cuda.matmul.allow_tf32)
         form = plan_kernels(prepared.shape, prepared.extra, work.tokens, seen, work.grad, prepared.built,
                             work.dtype.itemsize, peaks)  # fmt: skip
     else:
-        form = plan(prepared.shape, prepared.extra, work.tokens, seen, work.grad, prepared.built)
+        form = plan(prepared.shape, prepared.extra, work.tokens, seen, work.grad, prepared.built,
+                    FORMS if work.held else SMALL)
     if not work.grad:
         return form
     # Activation checkpointing runs a forward twice and needs the same tensors saved: within a preparation, forwards of

@@ -90,7 +90,7 @@ def outer_layers(case, count):
         inverse = 1 / (torch.rand(d).double() + 0.5)
         tall = shifted((U / inverse) @ V.mT, i)
         inverse[d - null :] = 0
-        projector = Projector(tall, V, inverse, U[:, d - null :] if null else None)
+        projector = Projector(DenseBase(tall), False, V, inverse, U[:, d - null :] if null else None, len(tall))
         turned = U[:, :l].contiguous() if outer == "rotation" else None
         layers.append(Outer(outer=make_outer(kind, c, l), scale=0.5, U=turned, projector=projector, tau=tau))
     return layers

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
+from ssvdo_kernels.host import hosts
 from ssvdo_kernels.ops import engines
 from ssvdo_kernels.ops.dispatch import without_triton
 
@@ -43,11 +44,22 @@ def randomise(layer, spread=0.3):
         p.copy_(spread * torch.randn(p.shape))
 
 
+@torch.no_grad()
+def randomise_all(model, spread=0.3):
+    """Draws the parameters of every adapter of the model; returns it."""
+    for _, layer in hosts(model):
+        for p in layer.adapter_parameters:
+            p.copy_(spread * torch.randn(p.shape))
+    return model
+
+
 def three(layer):
-    """(inner_rotation, inner_scale, outer), as the reference takes them: of no numbers where the layer has none."""
-    shape, like = layer.adapter.shape, layer.adapter.inner_scale.detach()
+    """(inner_rotation, inner_scale, outer) of a layer or adapter, as the reference takes them: empty where there are none.
+    """
+    adapter = getattr(layer, "adapter", layer)
+    shape, like = adapter.shape, adapter.inner_scale.detach()
     sizes = ((shape.rotated,), (shape.k,), (shape.c, shape.l))
-    parameters = zip(layer.adapter.parts, sizes, strict=True)
+    parameters = zip(adapter.parts, sizes, strict=True)
     return tuple(like.new_zeros(size) if p is None else p for p, size in parameters)
 
 

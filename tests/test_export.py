@@ -213,5 +213,5 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path, state, capsys, mo
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "layer_for", interrupt)
+    monkeypatch.setattr(export, "checked", interrupt)
     refused(tmp_path, capsys, "interrupted", code=130)

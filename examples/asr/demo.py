@@ -33,7 +33,8 @@ from ssvdo_kernels import (
     save_ssvdo,
     trainable_summary,
 )
-from ssvdo_kernels.model import exchange, find_targets
+from ssvdo_kernels.model import exchange
+from ssvdo_kernels.targets import find_targets
 
 from .corpus import SPEECH, Utterance, batches, features, read_manifest
 from .ctranslate2 import WeightsError
@@ -84,7 +85,7 @@ def dense(model: nn.Module, config: SSVDOConfig) -> nn.Module:
     layers = find_targets(model, config)
     model.requires_grad_(False)
     made = {id(x): DenseSSVDO(x, config) if config.outer_rank else EspnetStyleSSVD(x, config.inner_ratio)
-            for x in layers.values()}
+            for x in (site.module for site in layers.values())}
     exchange(model, made)
     return model
 

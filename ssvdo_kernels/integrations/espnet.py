@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, compute_dtype, content_key, factorize, without_inverse
-from ..host import Host, carry_over, check_plain, settle
+from ..host import Host, carry_over, settle, warn_of_lowered
 from ..linear import SSVDOLinear
-from ..model import exchange, matches
+from ..linear_maps import kind_of, refusal
+from ..model import exchange
 from ..ops import lasting
 from ..ops.base import DenseBase
 from ..origin import stamp
+from ..targets import matches
 
 FEED_FORWARD = ("feed_forward.w_1", "feed_forward.w_2")
 _log = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ class DeferredSSVDOLinear(Host):
         super().__init__()
         if lora_dropout:
             raise ValueError(f"lora_dropout={lora_dropout} is not supported; allowed: 0")
-        config = SSVDOConfig(**options).fitting(out_features, in_features)
+        asked = SSVDOConfig(**options)
+        config, self.asked = asked.fitting(out_features, in_features), asked.outer_rank
         shape = LayerShape.of(out_features, in_features, config)
         self.in_features, self.out_features = in_features, out_features
         plain = nn.Linear(in_features, out_features, bias)
@@ -78,7 +81,7 @@ class DeferredSSVDOLinear(Host):
         self._cache_dir, self._key = cache_dir, ""
         self._made_for: tuple[object, ...] | None = None
 
-    def base(self) -> DenseBase:
+    def base(self, adapter: Adapter | None = None) -> DenseBase:
         self._factorise()
         return DenseBase(self.weight)
 
@@ -163,9 +166,9 @@ def create_ssvdo_adapter(
         if isinstance(linear, Host):
             raise ValueError(f"{name} is adapted already; one adapter is enough")
         if type(linear) is not nn.Linear:
-            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
-            raise TypeError(f"{name} is a {kind}; allowed: torch.nn.Linear")
-        check_plain(linear, name)
+            raise TypeError(f"{name} is a {kind_of(linear)}; allowed: torch.nn.Linear")
+        if reason := refusal(linear):
+            raise TypeError(f"{name} {reason}")
         made[id(linear)] = _deferred(name, linear, cache_dir, options)
     exchange(model, made)
     layers = [m for m in model.modules() if isinstance(m, DeferredSSVDOLinear)]
@@ -174,13 +177,15 @@ def create_ssvdo_adapter(
         biases = name.rsplit(".", 1)[-1] == "bias" if bias_type == "all" else id(parameter) in own
         parameter.requires_grad_("lora_" in name or (bias_type in ("all", "lora_only") and biases))
     settle(model)
+    lowered = [(m.lora_adapter.name, m.lora_adapter.shape.l) for m in layers if m.lora_adapter.shape.l < m.asked]
+    warn_of_lowered(layers[0].asked, lowered, stacklevel=2)
     model.eval()
 
 
 def _deferred(name: str, linear: nn.Linear, cache_dir: str | None, options: Mapping[str, Any]) -> DeferredSSVDOLinear:
     try:
-        layer = DeferredSSVDOLinear(linear.in_features, linear.out_features, linear.bias is not None,
-                                    cache_dir=cache_dir, **options)
+        rows, columns = linear.weight.shape
+        layer = DeferredSSVDOLinear(columns, rows, linear.bias is not None, cache_dir=cache_dir, **options)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     layer.lora_adapter.name = name

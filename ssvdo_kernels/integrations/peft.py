@@ -9,6 +9,7 @@ weights.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 import peft
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+)
 from peft.utils import PeftType, register_peft_method
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -27,21 +33,13 @@ from ..config import LayerShape
 from ..config import SSVDOConfig as CoreConfig
 from ..factorize import Factors, factorize
 from ..fingerprint import Bases, Fingerprint
-from ..host import Host, check_plain, settle
-from ..ops.base import DenseBase
-from ..weight_readers import reader_of
+from ..host import Host, called, hosts, settle, warn_of_lowered
+from ..linear_maps import LinearMap, linear_map
+from ..ops.base import Base
+from ..targets import default_names, reason_against
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BASES = ("basis", "null_basis")
-_FC = ["fc1", "fc2"]
-_GATED = ["gate_proj", "up_proj", "down_proj"]
-_DENSE = ["intermediate_dense", "output_dense"]
-TARGETS = {
-    **dict.fromkeys(("whisper", "bart", "mbart", "opt", "speech_to_text", "marian", "m2m_100"), _FC),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"), _GATED),
-    **dict.fromkeys(("wav2vec2", "hubert", "wavlm", "unispeech"), _DENSE),
-    "t5": ["wi", "wo", "wi_0", "wi_1"],
-}  # model_type -> the feed-forward layers, where target_modules is None
 
 
 def _register_type() -> None:
@@ -66,8 +64,7 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
         inner_ratio, outer_rank, tau, rotation, outer, outer_scale, neumann_terms, backend: see
             `ssvdo_kernels.SSVDOConfig`. A square layer has no complement and gets outer_rank 0.
         init_angle: radians; the default, 0, starts at the base model exactly, as PEFT's methods do.
-        target_modules: list of suffixes, one regular expression or "all-linear"; None: the feed-forward layers of a
-            model type that is known.
+        target_modules: list of suffixes, one regular expression or "all-linear"; None: the feed-forward layers.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in LoraConfig.
         inner_ratio_pattern, outer_rank_pattern: other values for single layers, by suffix or regular expression.
         init_weights: False draws random adapters (for tests).
@@ -130,29 +127,38 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
 
     ssvdo_adapters: nn.ModuleDict
     ssvdo_original: Tensor | None
-    base_layer: nn.Linear
+    base_layer: nn.Module
     if TYPE_CHECKING:  # what BaseTunerLayer has
         merged: bool
         disable_adapters: bool
         active_adapters: list[str]
-        get_base_layer: Callable[[], nn.Linear]
+        get_base_layer: Callable[[], nn.Module]
+        quantization_backend: Any
         set_adapter: Callable[..., None]
         _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
 
-    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: SSVDOConfig, key: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SSVDOConfig, key: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.ssvdo_adapters = nn.ModuleDict()
         self._with_basis: set[str] = set()
-        self.register_buffer("ssvdo_original", None, persistent=False)  # W0, while adapters are merged
+        self.register_buffer("ssvdo_original", None, persistent=False)  # the weight, while adapters are merged
+        self._quantized: list[nn.Module] = []  # the layer, while adapters are merged into a quantised copy
+        self.out_features, self.in_features = self.map.sizes
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, key)
 
-    def base(self) -> DenseBase:
-        return DenseBase(self.get_base_layer().weight if self.ssvdo_original is None else self.ssvdo_original)
+    @property
+    def map(self) -> LinearMap:
+        """How the base layer computes x W0^T + b."""
+        found = linear_map(self._quantized[0] if self._quantized else self.get_base_layer())
+        assert found is not None
+        return found
+
+    def base(self, adapter: Adapter | None = None) -> Base:
+        return self.map.base(self.ssvdo_original)
 
     def adapters(self) -> list[Adapter]:
         active = self.active_adapters
@@ -168,12 +174,9 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
         Raises:
             ValueError: the sizes do not fit this layer, or its weight is on the meta device or not finite.
         """
-        weight = self.base().weight
+        weight = self.base().dense()
         own = config.core(key).fitting(self.out_features, self.in_features)
-        try:
-            shape = LayerShape.of(self.out_features, self.in_features, own)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}; see outer_rank_pattern") from None
+        shape = LayerShape.of(self.out_features, self.in_features, own)
         factors = factorize(weight, shape, name=f"{key}.weight", cache_dir=config.factor_cache)
         adapter = Adapter(shape, own, factors, weight, buffers=True)
         adapter.name = key
@@ -185,7 +188,7 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = self.base().weight
+        weight = self.base().dense()
         for name in (n for n in self.ssvdo_adapters if n in self._with_basis):  # in one order in every process
             adapter = self._adapter(name)
             if adapter.basis is not None and not weight.is_meta:
@@ -209,7 +212,7 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
             trained = Fingerprint.read(cast("dict[str, Tensor]", places), adapter.shape)
             if trained is None:
                 continue
-            weight, V = self.base().weight, state_dict.get(own + "basis")
+            weight, V = self.base().dense(), state_dict.get(own + "basis")
             trained.check(weight, adapter.name)
             bases = None if V is None else Bases(V, state_dict.get(own + "null_basis"))
             at_hand = adapter.factors
@@ -220,7 +223,7 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name, factors in self.factors_for(state_dict, prefix).items():
-            self._adapter(name).set_factors(factors, self.base().weight)
+            self._adapter(name).set_factors(factors, self.base().dense())
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -232,24 +235,51 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.ssvdo_adapters]
         if not names:
             return
-        base = self.get_base_layer()
-        original = base.weight.data if self.ssvdo_original is None else self.ssvdo_original
-        made = base.weight.data
+        base, original, made = self.base(), self.base().dense(), self._now()
         for name in names:
-            adapted = self._adapter(name).adapted_weight(self.base())
-            made = adapted if made is original else made + (adapted - original)
+            adapted = self._adapter(name).adapted_weight(base)
+            made = made + (adapted - original) if self.merged_adapters or name != names[0] else adapted
             if safe_merge and not torch.isfinite(made).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        self.ssvdo_original, base.weight.data = original, made
+        self._put(made)
         self.merged_adapters.extend(names)
+
+    def _now(self) -> Tensor:
+        """The weight that forwards go through, merged or not."""
+        here = linear_map(self.get_base_layer())
+        assert here is not None
+        return here.base().dense().detach()
+
+    def _put(self, weight: Tensor) -> None:
+        """Makes `weight` the base layer's; a quantised layer is exchanged for one that is quantised anew."""
+        layer: Any = self.get_base_layer()
+        made, backend = self.map, self.quantization_backend
+        if made.base().held:
+            if self.ssvdo_original is None:
+                self.ssvdo_original = layer.weight.data
+            layer.weight.data = made.as_kept(weight)
+            return
+        if backend is None or not backend.supports_merge:
+            raise TypeError("the layer is quantised in a way that PEFT cannot quantise anew, so that nothing can be "
+                            "merged into it; allowed: bitsandbytes, HQQ, torchao applied by Transformers")
+        if not self._quantized:
+            self._quantized = [layer]
+        self.base_layer = copy.copy(self._quantized[0])  # what is quantised anew goes into a copy
+        self.base_layer._parameters = dict(self.base_layer._parameters)
+        if hasattr(self.base_layer, "state"):
+            self.base_layer.state = copy.copy(self.base_layer.state)
+        backend.set_base_weight(self, weight)
 
     def unmerge(self) -> None:
         """Gives the base layer the bits of W0 back."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        assert self.ssvdo_original is not None
-        self.get_base_layer().weight.data, self.ssvdo_original = self.ssvdo_original, None
+        if self._quantized:
+            self.base_layer = self._quantized.pop()
+        else:
+            layer: Any = self.get_base_layer()
+            layer.weight.data, self.ssvdo_original = self.ssvdo_original, None
         self.merged_adapters.clear()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -273,14 +303,17 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
                 here[place] = plain
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
-        base, bias, given = self.base(), self.get_base_layer().bias, x.dtype
-        autocast = torch.is_autocast_enabled(base.weight.device.type)
-        if not autocast:
-            x = self._cast_input_dtype(x, base.weight.dtype)
-        y: Tensor = self.ssvdo_adapters[names[0]](x, base, bias)
+        made, given = self.map, x.dtype
+        base, bias = made.base(self.ssvdo_original), made.bias
+        autocast = torch.is_autocast_enabled(base.device.type)
+        if not autocast and base.held:
+            x = self._cast_input_dtype(x, base.dtype)
+        x = made.enter(x)
+        y: Tensor = called(self._adapter(names[0]), base)(x, base, bias)
         for name in names[1:]:
-            y = y + (self.ssvdo_adapters[name](x, base, bias) - nn.functional.linear(x, base.weight, bias))
-        return y if autocast else y.to(given)
+            other = called(self._adapter(name), base)(x, base, bias)
+            y = y + (other - nn.functional.linear(x, base.to(x.dtype).dense(), bias))
+        return made.leave(y if autocast else y.to(given))
 
     def __repr__(self) -> str:
         return "ssvdo." + super().__repr__()
@@ -297,6 +330,16 @@ def _randomise(adapter: Adapter) -> None:
         adapter.outer.normal_(0, adapter.shape.outer_deviation(replace(adapter.config, init_angle=0.3)))
 
 
+def _backend(layer: nn.Module, model: nn.Module) -> Any:
+    """What quantises the layer's weight anew, as PEFT's own methods have it; None: nothing does."""
+    try:
+        from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+
+        return resolve_quantization_backend(layer, **get_quantization_kwargs(model))
+    except (ImportError, ValueError):  # an older PEFT; torchao's configuration is not known
+        return None
+
+
 def _check_bases(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Raises for a wrong base before the first layer changes."""
     for name, layer in model.named_modules():
@@ -309,7 +352,6 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
 
     prefix = "ssvdo_"
     tuner_layer_cls = Linear
-    target_module_mapping = TARGETS
 
     def _create_and_replace(
         self,
@@ -323,15 +365,10 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         if isinstance(target, Linear):
             return target.update_layer(adapter_name, peft_config, current_key)
-        if type(target) is not nn.Linear:
-            raise ValueError(f"Target module {current_key} is a {type(target).__module__}.{type(target).__qualname__}, "
-                             "which is not supported; allowed: torch.nn.Linear itself (not quantised, no subclass)")
-        if reader := reader_of(parent, target_name):
-            warnings.warn(f"{current_key}: {reader} multiplies by its weight itself and never calls it, so an adapter "
-                          "would do nothing; left out", stacklevel=2)  # fmt: skip
-            return None
-        check_plain(target, current_key)
+        if reason := reason_against(target, parent, target_name):
+            raise ValueError(f"Target module {current_key} {reason}")
         made = Linear(target, adapter_name, peft_config, current_key)
+        made.quantization_backend = _backend(target, self.model)
         if adapter_name not in self.active_adapters:
             made.requires_grad_(False)
         self._replace_module(parent, target_name, made, target)
@@ -340,9 +377,40 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_check_bases)
 
+    def _prepare_adapter_config(self, peft_config: SSVDOConfig, model_config: dict[str, Any]) -> SSVDOConfig:
+        return peft_config  # `_prepare_model` knows the model, whatever its type
+
+    def _prepare_model(self, peft_config: SSVDOConfig, model: nn.Module) -> None:
+        """Names the layers that target_modules=None and "all-linear" mean.
+
+        Raises:
+            ValueError: the model has no feed-forward layers of a known name.
+        """
+        if peft_config.target_modules is None:
+            names = default_names(model)
+            if not names:
+                raise ValueError("Please specify `target_modules` in `peft_config`: no layer of the model has the name "
+                                 "of a feed-forward layer")
+            peft_config.target_modules = list(names)
+        elif peft_config.target_modules == "all-linear":
+            _maybe_include_all_linear_layers(peft_config, model)
+            names = cast("list[str]", peft_config.target_modules)
+            peft_config.target_modules = [n for n in names if self._fits(model, n)]
+
+    @staticmethod
+    def _fits(model: nn.Module, name: str) -> bool:
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(name)
+        return isinstance(module, Linear) or not reason_against(module, model.get_submodule(parent), child)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         settle(model)
+        config = cast(SSVDOConfig, self.peft_config[adapter_name])
+        own = [(name, layer.ssvdo_adapters[adapter_name], config.core(name).outer_rank) for name, layer in hosts(model)
+               if isinstance(layer, Linear) and adapter_name in layer.ssvdo_adapters]  # fmt: skip
+        lowered = [(name, cast(Adapter, a).shape.l) for name, a, asked in own if cast(Adapter, a).shape.l < asked]
+        warn_of_lowered(config.outer_rank, lowered, stacklevel=3)
 
 
 if "SSVDO" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:

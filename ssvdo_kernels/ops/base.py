@@ -2,41 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..config import LayerShape
 
+class Base:
+    """x W0^T and y W0, and W0's values, of a frozen weight in whatever form it is kept.
 
-class DenseBase:
-    """x W0^T and y W0 for a weight that is an ordinary matrix, out_features x in_features.
-
-    Another kind of base (quantised, stored transposed) has the same five members.
+    dtype, device: of the values, and of the tokens that it multiplies. held: whether `dense` costs nothing, as the
+    values lie in memory.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    dtype: torch.dtype
+    device: torch.device
+    held = True
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What the operator is made of: saved for a backward, and watched for changes."""
-        return (self.weight,)
+        raise NotImplementedError
 
-    def to(self, dtype: torch.dtype) -> DenseBase:
+    @property
+    def trains(self) -> bool:
+        """Whether somebody has asked for gradients of W0."""
+        return False
+
+    def dense(self) -> Tensor:
+        """W0, out_features x in_features: the weight itself or a view, or new where it is kept otherwise."""
+        raise NotImplementedError
+
+    def to(self, dtype: torch.dtype) -> Base:
         """The same for tokens of another dtype (autocast)."""
-        return self if self.weight.dtype == dtype else DenseBase(self.weight.to(dtype))
+        raise NotImplementedError
 
     def forward(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x W0^T + bias. x: T x in_features."""
+        raise NotImplementedError
+
+    def transpose(self, y: Tensor, out: Tensor | None = None) -> Tensor:
+        """y W0. y: T x out_features."""
+        weight = self.dense()
+        return torch.mm(y, weight) if out is None else torch.mm(y, weight, out=out)
+
+    def tall(self, transposed: bool) -> Tensor:
+        """A, large x d: W0, or W0^T where it is `transposed`; of any floating dtype."""
+        weight = self.dense().detach()
+        return weight.mT if transposed else weight
+
+
+class DenseBase(Base):
+    """A weight that is an ordinary matrix, out_features x in_features, or a view of one that lies otherwise."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.dtype, self.device = weight, weight.dtype, weight.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
+
+    @property
+    def trains(self) -> bool:  # FSDP1's views of a flat parameter require gradients, and mean nothing by it
+        return self.weight.requires_grad and self.weight.is_leaf
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def to(self, dtype: torch.dtype) -> DenseBase:
+        return self if self.dtype == dtype else DenseBase(self.weight.to(dtype))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if bias is not None:
             return torch.addmm(bias, x, self.weight.mT)
         return torch.mm(x, self.weight.mT) if out is None else torch.mm(x, self.weight.mT, out=out)
 
-    def transpose(self, y: Tensor, out: Tensor | None = None) -> Tensor:
-        """y W0. y: T x out_features."""
-        return torch.mm(y, self.weight) if out is None else torch.mm(y, self.weight, out=out)
 
-    def tall(self, shape: LayerShape) -> Tensor:
-        """A, large x d: W0, or W0^T for a wide layer, as a view; of any floating dtype."""
-        weight = self.weight.detach()
-        return weight.mT if shape.transposed else weight
+class QuantizedBase(Base):
+    """A quantised weight: tokens go through its own kernels, y W0 and W0's values through dequantised ones.
+
+    Args:
+        product: x -> x W0^T, for x of `own`. dequantize: W0 in `own`. own: the dtype of what is dequantised.
+        tensors: what is kept. dtype: of the tokens, where that is another one.
+    """
+
+    held = False
+
+    def __init__(
+        self, product: Callable[[Tensor], Tensor], dequantize: Callable[[], Tensor], own: torch.dtype,
+        tensors: tuple[Tensor, ...], dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self._product, self._dequantize, self._own, self._tensors = product, dequantize, own, tensors
+        self.dtype, self.device = dtype or own, tensors[0].device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._tensors
+
+    def dense(self) -> Tensor:
+        return self._dequantize().detach().to(self.dtype)
+
+    def to(self, dtype: torch.dtype) -> QuantizedBase:
+        return QuantizedBase(self._product, self._dequantize, self._own, self._tensors, dtype)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        y = self._product(x.detach().to(self._own)).detach().to(self.dtype)
+        if bias is not None:
+            y = y + bias
+        return y if out is None else out.copy_(y)

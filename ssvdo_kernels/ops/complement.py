@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .base import Base
 from .products import times
 
 Product = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
@@ -30,13 +31,20 @@ def one_by_one(matrices: Sequence[Tensor], columns: Sequence[Tensor]) -> list[Te
 
 @dataclass(frozen=True)
 class Projector:
-    """P of one layer. tall: A, large x d, any floating dtype, often a transposed view; inverse: S^-1 in the dtype of
-    the work, d, 0 where it is of no use; null: N or None."""
+    """P of one layer. base, transposed: what A (large x d) is a view of; inverse: S^-1 in the dtype of the work, d, 0
+    where it is of no use; null: N or None."""
 
-    tall: Tensor
+    base: Base
+    transposed: bool
     basis: Tensor  # V, d x d
     inverse: Tensor
     null: Tensor | None
+    large: int
+
+    @property
+    def tall(self) -> Tensor:
+        """A, of any floating dtype; made anew where the base does not hold it."""
+        return self.base.tall(self.transposed)
 
     @property
     def unit(self) -> Tensor:
@@ -66,7 +74,7 @@ def project(many: Sequence[Projector], columns: Sequence[Tensor], first: int, ro
             ) -> list[Tensor]:  # fmt: skip
     """(P z)[-rows:] of each layer for z, large x cols in the dtype of the work, whose entries above its last `first`
     rows are 0; only these are given, and read."""
-    one, large = many[0], many[0].tall.shape[0]
+    one, large = many[0], many[0].large
     for turn in range(one.passes):
         last = turn + 1 == one.passes
         columns = _once(many, columns, first, rows if last else large, product)
@@ -76,11 +84,11 @@ def project(many: Sequence[Projector], columns: Sequence[Tensor], first: int, ro
 
 def _once(many: Sequence[Projector], columns: Sequence[Tensor], first: int, rows: int, product: Product
           ) -> list[Tensor]:  # fmt: skip
-    large = many[0].tall.shape[0]
-    inner = product([p.tall[large - first :].mT for p in many], columns)
+    large, tall = many[0].large, [p.tall for p in many]
+    inner = product([a[large - first :].mT for a in tall], columns)
     inner = [t.mul_(p.inverse[:, None]) for t, p in zip(product([p.basis.mT for p in many], inner), many, strict=True)]
     inner = product([p.basis for p in many], [t.mul_(p.inverse[:, None]) for t, p in zip(inner, many, strict=True)])
-    found = product([p.tall[large - rows :] for p in many], inner)
+    found = product([a[large - rows :] for a in tall], inner)
     both = min(first, rows)
     for out, z, p in zip(found, columns, many, strict=True):
         out.neg_()[rows - both :] += z[first - both :]

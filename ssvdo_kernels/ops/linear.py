@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from ..planner import joins
 from . import own_dtypes
 from .attach import Pair, stand_ins
-from .base import DenseBase
+from .base import Base
 from .preparation import Prepared, Rows
 
 NAMES = {"mixer": "M", "lower": "B", "folded": "MV", "folded_transposed": "NtV", "core": "E", "expansion": "R"}
@@ -144,14 +144,14 @@ def keeps(form: str, backend: str, wide: bool) -> bool:
     return wide or (form != "core" and backend != "triton")
 
 
-def _join(base: DenseBase, F: Tensor, wide: bool) -> Tensor:
+def _join(base: Base, F: Tensor, wide: bool) -> Tensor:
     """[W0 | F], large x (d + e), or its transpose for a wide layer."""
-    return torch.cat([base.weight, F.mT], 0) if wide else torch.cat([base.weight, F], 1)
+    return torch.cat([base.dense(), F.mT], 0) if wide else torch.cat([base.dense(), F], 1)
 
 
-def _shrink(rows: Tensor, base: DenseBase, side: SmallSide, wide: bool) -> Tensor:
+def _shrink(rows: Tensor, base: Base, side: SmallSide, wide: bool) -> Tensor:
     """[u | z] = rows [A | F]: T x large -> T x (d + e)."""
-    if side.joins(len(rows)):
+    if base.held and side.joins(len(rows)):
         joined = _join(base, side.F, wide)
         return rows @ (joined.mT if wide else joined)
     uz = rows.new_empty(rows.shape[0], side.d + side.extra)
@@ -160,9 +160,9 @@ def _shrink(rows: Tensor, base: DenseBase, side: SmallSide, wide: bool) -> Tenso
     return uz
 
 
-def _grow(uz: Tensor, base: DenseBase, bias: Tensor | None, side: SmallSide, wide: bool) -> Tensor:
+def _grow(uz: Tensor, base: Base, bias: Tensor | None, side: SmallSide, wide: bool) -> Tensor:
     """[u | z] [A | F]^T + bias: T x (d + e) -> T x large."""
-    if side.joins(len(uz)):
+    if base.held and side.joins(len(uz)):
         joined = _join(base, side.F, wide)
         joined = joined if wide else joined.mT
         return uz @ joined if bias is None else torch.addmm(bias, uz, joined)
@@ -172,7 +172,7 @@ def _grow(uz: Tensor, base: DenseBase, bias: Tensor | None, side: SmallSide, wid
 
 
 def linear_forward(
-    x: Tensor, base: DenseBase, bias: Tensor | None, side: SmallSide, wide: bool, keep: bool
+    x: Tensor, base: Base, bias: Tensor | None, side: SmallSide, wide: bool, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, saved); keep: whether a backward to the parameters will want `saved` (None where there is none)."""
     if wide:
@@ -184,7 +184,7 @@ def linear_forward(
 def linear_backward(
     dy: Tensor,
     x: Tensor,
-    base: DenseBase,
+    base: Base,
     side: SmallSide,
     wide: bool,
     saved: Tensor | None,
@@ -227,24 +227,24 @@ class Call:
     sink: list[Rows] | None = None
 
 
-def run(x: Tensor, base: DenseBase, bias: Tensor | None, call: Call, keep: bool) -> tuple[Tensor, Tensor | None]:
+def run(x: Tensor, base: Base, bias: Tensor | None, call: Call, keep: bool) -> tuple[Tensor, Tensor | None]:
     """(y, saved) outside of autograd; x: T x in_features."""
     if call.form == "merged":
-        return torch.nn.functional.linear(x, call.prepared.merged(base.weight, call.backend).to(x.dtype), bias), None
+        return torch.nn.functional.linear(x, call.prepared.merged(base, call.backend).to(x.dtype), bias), None
     side = small_side(call.prepared, call.form, x.dtype, call.backend)
     return linear_forward(x, base, bias, side, call.prepared.shape.transposed, keep)
 
 
 def pull_back(
-    dy: Tensor, x: Tensor, base: DenseBase, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool]
+    dy: Tensor, x: Tensor, base: Base, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | Rows | None, Tensor | None]:
     """(dx, dM, dF) for those of (x, mixer, columns) that need it; dM as `Rows` where that is cheaper."""
     prepared = call.prepared
     if call.form == "merged":
-        dx = dy @ prepared.merged(base.weight, call.backend).to(dy.dtype) if needs[0] else None
+        dx = dy @ prepared.merged(base, call.backend).to(dy.dtype) if needs[0] else None
         if not (needs[1] or needs[2]):
             return dx, None, None
-        return dx, *prepared.merged_backward(base.weight, dy.mT @ x, *needs[1:])
+        return dx, *prepared.merged_backward(base.dense(), dy.mT @ x, *needs[1:])
     side = small_side(prepared, call.form, dy.dtype, call.backend)
     dx, rows, d_columns = linear_backward(dy, x, base, side, prepared.shape.transposed, saved, needs)
     d_mixer: Tensor | Rows | None = None
@@ -285,7 +285,31 @@ class AdaptedLinear(torch.autograd.Function):
                 d_bias, None, None, *[None] * len(ctx.base.tensors))  # fmt: skip
 
 
-def adapted_linear(x: Tensor, pair: Pair | None, base: DenseBase, bias: Tensor | None, call: Call) -> Tensor:
+class AdaptedWeight(torch.autograd.Function):
+    """W' as a function of the stand-ins of M and F."""
+
+    @staticmethod
+    def forward(ctx, mixer, columns, base, prepared):  # type: ignore[no-untyped-def]
+        ctx.base, ctx.prepared = base, prepared
+        ctx.save_for_backward(*base.tensors)
+        return prepared.merged(base, keep=False)
+
+    @staticmethod
+    @once_differentiable
+    @own_dtypes()
+    def backward(ctx, d_weight):  # type: ignore[no-untyped-def]
+        _ = ctx.saved_tensors  # raises where W0 has been written to
+        return *ctx.prepared.merged_backward(ctx.base.dense(), d_weight, *ctx.needs_input_grad[:2]), None, None
+
+
+def adapted_matrix(pair: Pair | None, base: Base, prepared: Prepared) -> Tensor:
+    """W' (out_features x in_features), a new tensor, with gradients by way of `pair`."""
+    if pair is None:
+        return prepared.merged(base, keep=False).clone()
+    return AdaptedWeight.apply(*pair, base, prepared)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def adapted_linear(x: Tensor, pair: Pair | None, base: Base, bias: Tensor | None, call: Call) -> Tensor:
     """y = x W'^T + b. x: T x in_features; pair: stand-ins from `attach` or leaves; None: parameters get no gradient."""
     if pair is None and not torch.is_grad_enabled():  # a token at a time, bookkeeping costs as much as a product
         return run(x, base, bias, call, False)[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import LayerShape
+from .base import Base
 from .products import times
 
 
@@ -91,10 +92,11 @@ class Matrices:
         core[:, :d].diagonal().add_(1)
         return core
 
-    def merged(self, weight: Tensor, backend: str = "reference") -> Tensor:
-        """W' (out x in) in weight's dtype, from W0: A' = A + [A V | F] M V^T, which is `contract` over A's rows."""
-        found = self._kept.get(("merged", weight.dtype))
+    def merged(self, base: Base, backend: str = "reference", keep: bool = True) -> Tensor:
+        """W' (out x in) in the base's dtype, from W0: A' = A + [A V | F] M V^T, which is `contract` over A's rows."""
+        found = self._kept.get(("merged", base.dtype))
         if found is None:
+            weight = base.dense()
             tall = weight.mT if self.shape.transposed else weight
             if backend == "triton":
                 from ..triton import launch
@@ -106,7 +108,8 @@ class Matrices:
                 change = self._left(tall) @ folded
                 change = change.mT if self.shape.transposed else change
                 found = torch.add(weight, change).to(weight.dtype).contiguous()
-            self._kept["merged", weight.dtype] = found
+            if keep:
+                self._kept["merged", base.dtype] = found
         return found
 
     def _left(self, tall: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Outer:
     @property
     def large(self) -> int:
         """Rows of Z and F."""
-        return self.projector.tall.shape[0]
+        return self.projector.large
 
 
 def _turned(many: Sequence[Outer], X: Sequence[Tensor], rows: int, product: Product) -> Sequence[Tensor]:

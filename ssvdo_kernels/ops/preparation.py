@@ -23,7 +23,7 @@ from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, compute_dtype
 from ..origin import Origin
 from . import host
-from .base import DenseBase
+from .base import Base
 from .complement import Projector, inverse_of
 from .device import Verdict
 from .dispatch import preparation
@@ -42,7 +42,7 @@ class Source:
 
     parameters: Parameters
     factors: Factors
-    base: DenseBase
+    base: Base
     shape: LayerShape
     config: SSVDOConfig
     name: str
@@ -105,7 +105,7 @@ class Prepared(Matrices):
 
     def __init__(self, source: Source) -> None:
         if source.origin is not None:
-            source.origin.check(source.base.weight, source.name)
+            source.origin.check(source.base, source.name)
         self.source, self.shape, self.config, self.name = source, source.shape, source.config, source.name
         on_cpu = source.parameters[1].device.type == "cpu"
         self.numbers = Numbers(source.parameters) if on_cpu else None
@@ -133,8 +133,9 @@ class Prepared(Matrices):
     def _outer(self, outer: Tensor) -> Outer:
         shape, factors = self.shape, self.factors
         singular = factors.singular_values.to(self.dtype)
-        projector = Projector(self.source.base.tall(shape), factors.basis,
-                              inverse_of(singular, shape.width, factors.null), factors.null_basis)  # fmt: skip
+        projector = Projector(self.source.base, shape.transposed, factors.basis,
+                              inverse_of(singular, shape.width, factors.null), factors.null_basis,
+                              shape.large)  # fmt: skip
         U = factors.outer_basis if self.config.outer == "rotation" else None
         return Outer(outer, shape.outer_scale(self.config), U, projector, self.config.tau)
 

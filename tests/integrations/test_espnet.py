@@ -251,7 +251,7 @@ def test_checkpoints_may_be_averaged():
 
 @pytest.mark.parametrize("options, error, message", [
     ({"target_modules": ["nothing"]}, ValueError, "not found in the base model"),
-    ({"outer_rank": 99}, ValueError, r"w_1: outer_rank=99"), ({"rank": 8}, ValueError, r"unknown options \['rank'\]"),
+    ({"outer_rank": -1}, ValueError, r"w_1: outer_rank=-1"), ({"rank": 8}, ValueError, r"unknown options \['rank'\]"),
     ({"bias_type": "some"}, ValueError, "bias_type='some'"), ({"target_modules": ["norm1"]}, TypeError, "LayerNorm"),
 ])  # fmt: skip
 def test_bad_input_changes_nothing(options, error, message):

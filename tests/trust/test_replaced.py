@@ -109,7 +109,7 @@ def test_what_computes_otherwise_is_refused_before_anything_changes(kind, way, t
     model = net()
     change(model[0])
     y = model.eval()(X)
-    with pytest.raises(TypeError, match=words):
+    with pytest.raises((TypeError, CheckpointError), match=words):
         by_load(model, tmp_path) if way is None else way(model)
     assert all(type(m) is nn.Linear for m in model)
     torch.testing.assert_close(model(X), y)

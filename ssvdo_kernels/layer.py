@@ -1,0 +1,84 @@
+"""SSVDOLayer: an adapter around a layer that is linear but no nn.Linear, or whose weight is quantised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .config import LayerShape, SSVDOConfig
+from .factorize import Factors
+from .host import OwnHost, called, carry_over
+from .linear_maps import LinearMap, linear_map, refusal
+from .ops.base import Base
+
+
+class SSVDOLayer(OwnHost):
+    """y = x W'^T + b in place of any layer of linear_maps.py, which stays whole below it, as ``base_layer``.
+
+    What the layer has, this one has too (``weight``, ``bias``, ``nf``, ...). A quantised weight stays quantised: tokens
+    go through its own kernels, and nothing dense is kept beside it.
+
+    Shape: x (..., in_features), or (N, in_features, ...) for a convolution, of the dtypes that the layer takes.
+
+    Args:
+        base_layer: the layer, checked before (`linear_maps.refusal`). factors: those of W0 as it is dequantised.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module, factors: Factors, shape: LayerShape, config: SSVDOConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        base_layer.weight.requires_grad_(False)
+        self.adapter = Adapter(shape, config, factors, self.base().dense())
+
+    @classmethod
+    def of(
+        cls, base_layer: nn.Module, factors: Factors, shape: LayerShape, config: SSVDOConfig, name: str
+    ) -> SSVDOLayer:
+        """The layer that takes the place of `base_layer`. name: how errors call it."""
+        layer = cls(base_layer, factors, shape, config).train(base_layer.training)
+        layer.adapter.name = name
+        carry_over(base_layer, layer, attributes=False)
+        return layer
+
+    @property
+    def map(self) -> LinearMap:
+        """How the layer computes x W0^T + b."""
+        found = linear_map(self.base_layer)
+        if found is None:
+            raise TypeError(f"{self.adapter.name}.base_layer is {refusal(self.base_layer)}")
+        return found
+
+    def base(self, adapter: Adapter | None = None) -> Base:
+        return self.map.base()
+
+    def parts(self) -> dict[str, Adapter]:
+        return {"": self.adapter}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x W'^T + b."""
+        made = self.map
+        base = made.base()
+        y: Tensor = made.leave(called(self.adapter, base)(made.enter(x), base, made.bias))
+        return y
+
+    def adapted_weight(self) -> Tensor:
+        """W' (out_features x in_features) for the current parameters; a new tensor."""
+        return self.adapter.adapted_weight(self.base())
+
+    def plain(self, merge: bool = False) -> nn.Module:
+        """The layer itself or, with merge, one with W'; in place of a quantised one, nn.Linear."""
+        made = self.map.with_weight(self.adapted_weight()) if merge else self.base_layer
+        carry_over(self, made, attributes=False)
+        return made.train(self.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)

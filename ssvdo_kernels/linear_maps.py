@@ -1,0 +1,194 @@
+"""Which layers compute x W0^T + b, under whatever name, and how each keeps W0.
+
+    kind                                                       W0 is
+    nn.Linear, subclasses with its forward, FalconLinear        weight
+    Conv1D of Transformers                                      weight^T
+    nn.Conv1d, Conv2d, Conv3d without groups                    weight.flatten(1), on patches of x
+    bitsandbytes, torchao, HQQ                                  quantised: quantized.py
+
+A layer of another kind is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import quantized
+from .ops.base import Base, DenseBase
+
+_SAME = ("FalconLinear",)  # subclasses of nn.Linear that compute the same by a forward of their own
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WHY_NOT = {
+    "Embedding": "rows of its weight are looked up, not multiplied",
+    "EmbeddingBag": "rows of its weight are looked up, not multiplied",
+    "MultiheadAttention": "its forward never calls a layer: torch's kernel takes the weights",
+    "Bilinear": "it is not linear in its input",
+}
+
+
+def kind_of(layer: nn.Module) -> str:
+    """The full name of its type."""
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
+class LinearMap:
+    """A layer that computes x W0^T + b."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(out_features, in_features), of the weight itself."""
+        rows, columns = self.base().dense().shape
+        return rows, columns
+
+    def base(self, weight: Tensor | None = None) -> Base:
+        """The base operator, as the layer is now, or with another weight laid out as its own."""
+        return DenseBase(self._matrix(self.layer.weight if weight is None else weight))  # type: ignore[arg-type]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
+        return bias
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x as rows of in_features numbers."""
+        return x
+
+    def leave(self, y: Tensor) -> Tensor:
+        """What the layer returns, from rows of out_features numbers."""
+        return y
+
+    def with_weight(self, weight: Tensor) -> nn.Module:
+        """A copy of the layer, its other tensors shared, that has `weight` (out_features x in_features) for W0."""
+        made = copy.copy(self.layer)
+        made._parameters = dict(made._parameters)
+        made.weight = nn.Parameter(self.as_kept(weight), requires_grad=False)
+        return made
+
+    def as_kept(self, weight: Tensor) -> Tensor:
+        """`weight` as the layer lays its own out."""
+        return weight
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """W0, out_features x in_features: a view of the layer's weight."""
+        return weight
+
+
+class _Transposed(LinearMap):
+    def as_kept(self, weight: Tensor) -> Tensor:
+        return weight.mT.contiguous()
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+
+class _Convolution(LinearMap):
+    """A convolution as one product: its rows are the patches that its kernel meets, in_channels x kernel numbers each.
+
+    With a kernel of more than one place they are made for the call (im2col), as many times x as the kernel has places.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self._conv: Any = layer
+        self._spatial = len(self._conv.kernel_size)
+
+    def enter(self, x: Tensor) -> Tensor:
+        conv, dims = self._conv, self._spatial
+        if x.ndim not in (dims + 1, dims + 2) or x.shape[-1 - dims] != conv.in_channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (N, {conv.in_channels}) and {dims} dimensions of "
+                             "places, or the same without N")
+        if any(conv._reversed_padding_repeated_twice):
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode)
+        for size, step, spread in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True):
+            x = x.unfold(x.ndim - dims, spread * (size - 1) + 1, step)[..., ::spread]  # this dimension's kernel last
+        # ..., channels, places, kernel -> ..., places, channels, kernel
+        places = x.movedim(-1 - 2 * dims, -1 - dims)
+        return places.flatten(-1 - dims)
+
+    def leave(self, y: Tensor) -> Tensor:
+        return y.movedim(-1, -1 - self._spatial).contiguous()
+
+    def as_kept(self, weight: Tensor) -> Tensor:
+        return weight.reshape(self._conv.weight.shape)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+
+class _Quantized(LinearMap):
+    def __init__(self, layer: nn.Module, form: quantized.Format) -> None:
+        super().__init__(layer)
+        self._form = form
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self._form.sizes(self.layer)
+
+    def base(self, weight: Tensor | None = None) -> Base:
+        return self._form.base(self.layer)
+
+    def with_weight(self, weight: Tensor) -> nn.Module:
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        made.weight, made.bias = nn.Parameter(weight, requires_grad=False), self.bias  # type: ignore[assignment]
+        return made
+
+
+def refusal(layer: nn.Module) -> str:
+    """Why the layer cannot be adapted, as the end of a sentence that names it; "" where it can."""
+    if "forward" in vars(layer) and "_hf_hook" not in vars(layer):  # accelerate's hooks are kept
+        return ("has a forward of its own, which an adapted layer would not call; allowed: its class's (take the patch "
+                "off, adapt the layer, and put it on again)")
+    if why := _why_not(layer):
+        return f"is a {kind_of(layer)}: {why}; allowed: linear layers (docs/compatibility.md lists them)"
+    if quantized.format_of(layer) is None and "weight" not in layer._parameters:
+        hooks = sorted({type(h).__name__ for h in layer._forward_pre_hooks.values()})
+        return (f"has no parameter `weight`: hooks {hooks} compute it in every forward (weight_norm, spectral_norm, "
+                "prune); allowed: a plain parameter (remove them first)")
+    return ""
+
+
+def _why_not(layer: nn.Module) -> str:
+    """Why a layer of this type is none that can be adapted; "" where it is one."""
+    if quantized.format_of(layer) is not None:
+        return ""
+    if isinstance(layer, nn.Linear):
+        if type(layer).forward is not nn.Linear.forward and type(layer).__name__ not in _SAME:
+            return "a subclass of nn.Linear with a forward of its own"
+        weight = layer._parameters.get("weight")
+        if weight is not None and type(weight.data) is not Tensor:
+            kind = type(weight.data)
+            return f"its weight is a {kind.__module__}.{kind.__qualname__} (adapt a model before fully_shard)"
+        return ""
+    if type(layer) in _CONVOLUTIONS:
+        groups: Any = layer.groups
+        return "" if groups == 1 else f"a convolution of groups={groups} mixes each group's channels alone"
+    if type(layer).__name__ == "Conv1D" and isinstance(getattr(layer, "weight", None), Tensor):
+        return ""
+    known = next((why for c in type(layer).__mro__ if (why := _WHY_NOT.get(c.__name__))), None)
+    return known or "no layer that is known to compute x W^T + b"
+
+
+def linear_map(layer: nn.Module) -> LinearMap | None:
+    """How a layer of this type computes x W0^T + b; None where it does not (`refusal` says why, and of more)."""
+    if _why_not(layer):
+        return None
+    form = quantized.format_of(layer)
+    if form is not None:
+        return _Quantized(layer, form)
+    if isinstance(layer, nn.Linear):
+        return LinearMap(layer)
+    return _Transposed(layer) if type(layer).__name__ == "Conv1D" else _Convolution(layer)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether "all-linear" means the layer, as PEFT does: nn.Linear and its kin, Conv1D, quantised ones."""
+    return type(layer) not in _CONVOLUTIONS and not refusal(layer)
+
+

@@ -10,7 +10,7 @@ manifest it prints the word error rate before and after, merged. Needs the extra
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import sys
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from transformers import Trainer, TrainingArguments, WhisperForConditionalGenera
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo, save_ssvdo, trainable_summary, unmerge_ssvdo
 
-from .asr.corpus import RATE, Utterance, load_audio, read_manifest
+from .asr.corpus import RATE, Utterance, check_audio, load_audio, read_manifest
+from .asr.options import COUNT, FILE, FOLDER, LEARNING_RATE, SEED, TARGET
+from .asr.recognise import spoken
 
 
 class Collator:
@@ -28,6 +30,7 @@ class Collator:
 
     def __init__(self, processor: Any, max_tokens: int) -> None:
         self.processor, self.max_tokens = processor, max_tokens
+        self.seconds: int = processor.feature_extractor.chunk_length
 
     def __call__(self, batch: list[Utterance]) -> dict[str, Tensor]:
         features = self.features(batch)
@@ -37,7 +40,7 @@ class Collator:
 
     def features(self, batch: list[Utterance]) -> Tensor:
         """Log-mel features of the recordings."""
-        audio = [load_audio(u.path).numpy() for u in batch]
+        audio = [load_audio(u.path, seconds=self.seconds).numpy() for u in batch]
         found: Tensor = self.processor.feature_extractor(audio, sampling_rate=RATE, return_tensors="pt").input_features
         return found
 
@@ -46,25 +49,31 @@ class Collator:
 def error_rate(model: Any, collator: Collator, utterances: list[Utterance], batch: int = 8) -> float:
     """Word error rate in percent, greedy decoding, after Whisper's basic normalisation."""
     model.eval()
-    normalise, said, heard = collator.processor.tokenizer.basic_normalize, [], []
+    normalise, heard = collator.processor.tokenizer.basic_normalize, []
+    said = spoken([u.text for u in utterances], normalise)
     for start in range(0, len(utterances), batch):
         part = utterances[start : start + batch]
         tokens = model.generate(collator.features(part).to(model.device, model.dtype), num_beams=1, do_sample=False)
         heard += [normalise(t) for t in collator.processor.batch_decode(tokens, skip_special_tokens=True)]
-        said += [normalise(u.text) for u in part]
     return 100 * float(wer(said, heard))
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:
     """Trains and saves; returns the first and last loss and, with an eval manifest, error rates before and after."""
     torch.manual_seed(options.seed)
+    config = SSVDOConfig(inner_ratio=options.inner_ratio, outer_rank=options.outer_rank)
     utterances = read_manifest(options.manifest)
     held_out = read_manifest(options.eval_manifest) if options.eval_manifest else []
-    processor = WhisperProcessor.from_pretrained(options.model, local_files_only=True)
-    model = WhisperForConditionalGeneration.from_pretrained(options.model, local_files_only=True)
+    try:
+        processor = WhisperProcessor.from_pretrained(options.model, local_files_only=True)
+        model = WhisperForConditionalGeneration.from_pretrained(options.model, local_files_only=True)
+    except Exception as error:  # each library that reads a part has errors of its own
+        raise ValueError(f"model={str(options.model)!r} is not read ({' '.join(str(error).split())[:400]}); allowed: a "
+                         "Whisper as save_pretrained writes it") from error
     collator = Collator(processor, model.config.max_target_positions - 1)
+    check_audio([*utterances, *held_out], collator.seconds)
     found = {"wer_before": error_rate(model, collator, held_out)} if held_out else {}
-    apply_ssvdo(model, SSVDOConfig(inner_ratio=options.inner_ratio, outer_rank=options.outer_rank))
+    apply_ssvdo(model, config)
     trainable_summary(model)
     arguments = TrainingArguments(
         output_dir=str(options.out / "checkpoints"), max_steps=options.steps, learning_rate=options.lr,
@@ -86,16 +95,16 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--eval-manifest", type=Path)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("model", type=FOLDER)
+    parser.add_argument("manifest", type=FILE)
+    parser.add_argument("--out", type=TARGET, required=True)
+    parser.add_argument("--eval-manifest", type=FILE)
+    parser.add_argument("--steps", type=COUNT, default=500)
+    parser.add_argument("--batch", type=COUNT, default=8)
+    parser.add_argument("--lr", type=LEARNING_RATE, default=1e-3)
     parser.add_argument("--inner-ratio", type=float, default=0.5)
     parser.add_argument("--outer-rank", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     options = parser.parse_args(arguments)
     for name, value in run(options).items():
         print(f"{name}: {value:.3f}")
@@ -103,4 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

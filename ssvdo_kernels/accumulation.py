@@ -3,25 +3,127 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .cache import Cache
-from .ops.attach import Pair, stand_ins
+from .cache import Cache, one_node
+from .ops.attach import Pair, attach
 from .ops.preparation import Parameters, Prepared
 
+_INSIDE = "inside gradient_accumulation"
 
-class Sums(NamedTuple):
-    """Leaves that collect the gradients of M and F, and what these were made from."""
 
-    prepared: Prepared
-    parameters: Parameters
-    leaves: Pair
+def _hooked(p: Tensor) -> bool:
+    return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+def _gets(parameters: Parameters) -> list[bool]:
+    """Which of them get gradients."""
+    return [p is not None and p.requires_grad for p in parameters]
+
+
+class Sums:
+    """What one layer sums: the gradients of M and F, with their stand-ins, and what these were made from.
+
+    The parameters stand below the stand-ins in the graph, so that a graph which outlives the context brings gradients
+    by itself, and `.grad` is watched; not where hooks on them would run for each micro-batch (DDP, FSDP): then a number
+    of ours stands there.
+    """
+
+    def __init__(self, prepared: Prepared, parameters: Parameters) -> None:
+        self.prepared, self.parameters, self.open = prepared, parameters, True
+        self._gets = _gets(parameters)
+        self._trained = [p for p in parameters if p is not None and p.requires_grad]
+        self._reached = one_node() and all(p.is_leaf and not _hooked(p) for p in self._trained)
+        self._totals: list[Tensor | None] = [None, None]
+        self._pair: Pair | None = None
+        # Each with the zeros that stand in its .grad, by which its use is noticed, and what stood there.
+        self._watched: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def pair(self) -> Pair:
+        """The stand-ins."""
+        if self._pair is None:
+            below = self.parameters
+            if not self._reached:
+                below = None, self.prepared.columns.new_zeros(()).requires_grad_(), None
+            self._pair = attach([self.prepared], [below], arrived=self._arrived)[0]
+        return self._pair
+
+    def _arrived(self, node: Any, gradients: Sequence[Tensor | None]) -> bool:
+        name, compiled = self.prepared.name, torch._C._current_graph_task_id() < 0
+        if compiled:
+            self._pair = None  # compiled autograd runs a node once
+        if not self.open and not self._reached:
+            raise RuntimeError(f"{name}: a graph that was made {_INSIDE} outlived it; allowed, where hooks watch the "
+                               "parameters (DDP, FSDP, register_hook): its backward inside")  # fmt: skip
+        if not self.open:
+            return False
+        if self._reached and not (compiled or _all_wanted(node)):
+            raise RuntimeError(f"{name}: autograd.grad or backward(inputs=some) {_INSIDE}, which brings gradients to "
+                               "all parameters when it is left; allowed: backward()")  # fmt: skip
+        self._watch()
+        for i, gradient in enumerate(gradients):
+            total = self._totals[i]
+            self._totals[i] = gradient if total is None else total if gradient is None else total.add_(gradient)
+        return True
+
+    def _watch(self) -> None:
+        """Lets go of what was summed before a zero_grad. Raises RuntimeError where `.grad` was written to otherwise."""
+        if self._watched and all(p.grad is None for p, _, _ in self._watched):
+            self._totals, self._watched = [None, None], []
+        if not all(p.grad is zeros and (zeros._version == 0 or bool(zeros.any())) for p, zeros, _ in self._watched):
+            raise RuntimeError(
+                f"{self.prepared.name}: .grad was written to {_INSIDE}, but does not hold what is summed there; "
+                "zero_grad of some, clip_grad_norm_ and GradScaler.unscale_ belong after the context")
+        if self._reached and not self._watched:
+            self._watched = [(p, torch.zeros_like(p), p.grad) for p in self._trained]
+            for p, zeros, _ in self._watched:
+                p.grad = zeros
+
+    def check(self, prepared: Prepared, parameters: Parameters) -> None:
+        """Raises RuntimeError where the layer is no longer what it was when the first gradient was summed."""
+        same = all(p is q for p, q in zip(parameters, self.parameters, strict=True))
+        if prepared is not self.prepared or not same:
+            raise RuntimeError(
+                f"{prepared.name}: the parameters changed {_INSIDE} (or were prepared anew: refresh, unmerge, "
+                "load_state_dict); step the optimiser after the context")
+        if _gets(parameters) != self._gets:
+            raise RuntimeError(f"{prepared.name}: requires_grad changed {_INSIDE}; freeze and thaw outside of it")
+
+    def finish(self) -> bool:
+        """Whether there is anything to bring to the parameters. Raises as their backward would."""
+        if self._watched:
+            self._watch()
+        if not any(t is not None for t in self._totals):
+            return False
+        self.check(self.prepared, self.parameters)
+        self.prepared.check_unedited()
+        self.prepared.verify()
+        return True
+
+    def clear(self) -> None:
+        """Puts back into `.grad` what stood there, with what another graph has brought since."""
+        for p, zeros, before in self._watched:
+            if p.grad is zeros:
+                other = zeros._version > 0 and bool(zeros.any())
+                p.grad = before if not other else zeros if before is None else before.add_(zeros)
+
+    def brought(self, attached: Pair) -> list[tuple[Tensor, Tensor]]:
+        """M and F in the graph, each with the gradient that was summed on it."""
+        return [(t, torch.zeros_like(t) if d is None else d) for t, d in zip(attached, self._totals, strict=True)]
+
+
+def _all_wanted(node: Any) -> bool:
+    """Whether the backward that runs goes on to all of the node's parameters, to leave gradients there."""
+    try:
+        return all(torch._C._will_engine_execute_node(below) for below, _ in node.next_functions if below is not None)
+    except RuntimeError:  # autograd.grad takes them away
+        return False
 
 
 _pending: weakref.WeakSet[Accumulator] = weakref.WeakSet()
@@ -40,29 +142,21 @@ class Accumulator:
     """Sums one layer's gradients on its prepared matrices while it is open."""
 
     def __init__(self, cache: Cache) -> None:
-        self._cache, self._open = cache, False
+        self.cache, self._open = cache, False
         self._sums: Sums | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_cache": self._cache, "_open": False, "_sums": None}
+        return {"cache": self.cache, "_open": False, "_sums": None}
 
     def pair(self, prepared: Prepared, parameters: Parameters) -> Pair | None:
-        """Leaves that collect the gradients of M and F; None where the context is not open.
-
-        Raises:
-            RuntimeError: the parameters have changed since the context was opened.
-        """
+        """Stand-ins on which gradients are summed; None where the context is not open. Raises as `Sums.check`."""
         if not self._open:
             return None
         if self._sums is None:
-            mixer, columns = stand_ins(prepared)
-            self._sums = Sums(prepared, parameters, (mixer.requires_grad_(), columns.requires_grad_()))
+            self._sums = Sums(prepared, parameters)
             _pending.add(self)
-        same = all(p is q for p, q in zip(parameters, self._sums.parameters, strict=True))
-        if prepared is not self._sums.prepared or not same:
-            raise RuntimeError(f"{prepared.name}: the parameters changed inside gradient_accumulation; step the "
-                               "optimiser after the context")
-        return self._sums.leaves
+        self._sums.check(prepared, parameters)
+        return self._sums.pair()
 
     def start(self) -> None:
         """Opens it."""
@@ -77,15 +171,13 @@ class Accumulator:
                 f"{self._sums.prepared.name}: optimiser step inside gradient_accumulation, where .grad does not hold "
                 "the gradients yet (clip_grad_norm_ and GradScaler.unscale_ miss them, too); leave the context first")
 
-    def finish(self) -> list[tuple[Tensor, Tensor]]:
-        """Closes it. M and F in the graph, each with the gradient that was summed on it."""
+    def close(self) -> Sums | None:
+        """Closes it, and gives what was summed."""
         sums, self._open, self._sums = self._sums, False, None
         _pending.discard(self)
-        if sums is None or all(leaf.grad is None for leaf in sums.leaves):
-            return []
-        attached, _ = self._cache.pair(sums.prepared, sums.parameters)
-        return [(t, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-                for t, leaf in zip(attached, sums.leaves, strict=True)]  # fmt: skip
+        if sums is not None:
+            sums.open, sums._pair = False, None
+        return sums
 
 
 @contextmanager
@@ -96,20 +188,44 @@ def gradient_accumulation(module: nn.Module) -> Iterator[None]:
     parameters' ``.grad``, where they add to what is there. Without this context each backward of a micro-batch repeats
     the preparation's backward: the same gradients, more work. An exception inside leaves ``.grad`` as it was.
 
+    ``zero_grad`` inside discards what was summed. ``clip_grad_norm_`` and ``GradScaler.unscale_`` belong after the
+    context; that they are not inside is checked, but not where hooks watch the parameters (DDP, FSDP).
+
     Raises:
-        RuntimeError: the context is open already, or an optimiser steps or a parameter changes inside.
+        TypeError: module is no nn.Module.
+        RuntimeError: the context is open already, or an optimiser steps or a parameter, its ``requires_grad`` or its
+            ``.grad`` changes inside, or autograd.grad or backward(inputs=) asks for some of a layer's gradients.
     """
-    found = [getattr(m, "accumulator", None) for m in module.modules()]
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}; allowed: torch.nn.Module")
+    found = [getattr(m, "accumulator", None) for m in module.modules()]  # a wrapper gives that of what it wraps
     opened: list[Accumulator] = []
     completed = False
     try:
-        for accumulator in found:
-            if isinstance(accumulator, Accumulator):
-                accumulator.start()
-                opened.append(accumulator)
-        yield
+        for accumulator in {id(a): a for a in found if isinstance(a, Accumulator)}.values():
+            accumulator.start()
+            opened.append(accumulator)
+        try:
+            yield
+        except GeneratorExit:  # a generator that is left in the middle has done what it has done
+            completed = True
+            raise
         completed = True
     finally:
-        summed = [pair for accumulator in opened for pair in accumulator.finish()]
-        if completed and summed:
-            torch.autograd.backward([t for t, _ in summed], [g for _, g in summed])
+        _leave(opened, completed)
+
+
+def _leave(opened: Sequence[Accumulator], completed: bool) -> None:
+    """Brings what was summed to the parameters, in one backward; all is checked before."""
+    closed = [(accumulator.cache, accumulator.close()) for accumulator in opened]
+    found = [(cache, sums) for cache, sums in closed if sums is not None]
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            ready = [(cache, sums) for cache, sums in found if completed and sums.finish()]
+        finally:
+            for _, sums in found:
+                sums.clear()
+    with torch.inference_mode(False), torch.enable_grad():
+        pairs = [pair for cache, sums in ready for pair in sums.brought(cache.pair(sums.prepared, sums.parameters)[0])]
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [d for _, d in pairs])

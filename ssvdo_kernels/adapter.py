@@ -20,7 +20,7 @@ from .fingerprint import Bases, Fingerprint
 from .ops import lasting, own_dtypes
 from .ops.attach import Pair
 from .ops.base import Base
-from .ops.compiled import adapted, encode, enlist
+from .ops.compiled import adapted, encode, enlist, traced
 from .ops.dispatch import token_path
 from .ops.linear import Call, adapted_linear, adapted_matrix
 from .ops.preparation import Parameters, Prepared, Rows, Source
@@ -51,7 +51,7 @@ def _untraced() -> Iterator[None]:
 
 def _is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which our hand-written gradients do not know."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class Adapter(nn.Module):
@@ -80,6 +80,7 @@ class Adapter(nn.Module):
     outer_basis: Tensor | None
     null_basis: Tensor | None
     base_digest: Tensor
+    formula: Tensor
 
     def __init__(
         self,
@@ -97,6 +98,7 @@ class Adapter(nn.Module):
         self._buffered = buffers
         for name, place in Fingerprint.places(shape).items() if buffers else ():
             self.register_buffer(name, place.to(weight.device))
+        self.register_buffer("formula", config.digest().to(weight.device))
         self.origin: Origin | None = Origin()
         self.cache = Cache()
         self.accumulator = Accumulator(self.cache)
@@ -112,7 +114,9 @@ class Adapter(nn.Module):
         self.register_forward_pre_hook(_no_fast_path)
         enlist(self)
 
+    @lasting
     def _hold(self, name: str, tensor: Tensor | None) -> None:
+        tensor = tensor.clone() if tensor is not None and tensor.is_inference() else tensor
         if self._buffered:
             self.register_buffer(name, tensor, persistent=False)
         else:
@@ -183,6 +187,8 @@ class Adapter(nn.Module):
         return "merged" if self.merged else choose(self.prepared(base), work)
 
     def _check(self, x: Tensor, base: Base, autocast: torch.dtype | None) -> None:
+        if x.layout != torch.strided:
+            raise TypeError(f"x has layout {x.layout}; allowed: torch.strided (x.to_dense())")
         if not x.is_floating_point():
             raise TypeError(f"x has dtype {x.dtype}; allowed: a floating dtype")
         if x.ndim < 1 or x.shape[-1] != self.shape.in_features:
@@ -191,7 +197,7 @@ class Adapter(nn.Module):
         if x.device != base.device:
             raise ValueError(f"x is on {x.device}; the layer is on {base.device}")
         if autocast is None and x.dtype != base.dtype and base.held:
-            raise TypeError(f"x has dtype {x.dtype}; allowed: the weight's {base.dtype} (autocast would cast x)")
+            raise TypeError(f"x has dtype {x.dtype}; allowed: the weight's {base.dtype} (autocast casts others)")
         if base.trains:
             raise RuntimeError("weight.requires_grad is True, but SSVD-O keeps W0 frozen; switch it off, or call "
                                "remove_ssvdo to fine-tune the weight itself")
@@ -199,42 +205,65 @@ class Adapter(nn.Module):
     @lasting
     def forward(self, x: Tensor, base: Base, bias: Tensor | None = None) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features). Raises as `SSVDOLinear` says."""
-        if isinstance(x, torch.fx.Proxy):
-            raise TypeError(_NO_FX)
+        if not isinstance(x, Tensor):
+            raise TypeError(_NO_FX if isinstance(x, torch.fx.Proxy) else f"x is a {type(x).__name__}; allowed: Tensor")
         if x.is_nested:
             return self._nested(x, base, bias)
         kind = base.device.type
         symbolic = kind == "meta" or isinstance(x, FakeTensor)
-        autocast = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+        autocast = None  # which leaves float64 alone
+        if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            autocast = torch.get_autocast_dtype(kind)
         self._check(x, base, autocast)
         tokens = base
         if autocast is None and x.dtype != base.dtype:  # a quantised base takes tokens of any dtype
             tokens, bias = base.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if autocast is not None and x.dtype != torch.float64:
+        if autocast is not None:
             x, tokens = x.to(autocast), base.to(autocast)
             bias = None if bias is None else bias.to(autocast)
-        if not torch.compiler.is_compiling() and _is_transformed():
-            weight = reference.weight_in_factors(tokens.dense(), self.parts, self.factors, self.shape, self.config)
-            return nn.functional.linear(x, weight, bias)
+        if _is_transformed():
+            weight, bias = self._by_equations(base), bias if bias is None else bias.to(x.dtype)
+            wide = torch.promote_types(x.dtype, weight.dtype)  # a gradient of W' in half precision keeps too few digits
+            with own_dtypes():
+                y = nn.functional.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))
+            return y.to(x.dtype)
         if torch._C._get_tracing_state() is not None:  # torch.jit.trace: W' is a constant of the trace
             with _untraced():
                 weight = self.adapted_weight(base).to(x.dtype)
             return nn.functional.linear(x, weight, bias)
-        rows = x.reshape(-1, self.shape.in_features)
-        if torch.compiler.is_compiling() or symbolic:
+        rows = x if x.ndim == 2 else x.reshape(-1, self.shape.in_features)
+        if torch.compiler.is_compiling() or symbolic or (torch._C._len_torch_dispatch_stack() and traced()):
             factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
             y = adapted(rows, tokens.dense(), base.dense(), bias, self.parts, factors, self.spec, self.merged)
         else:
             y = self._forward(rows, tokens, base, bias)
-        return y.view(*x.shape[:-1], self.shape.out_features)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.shape.out_features)
+
+    def _by_equations(self, base: Base) -> Tensor:
+        """W' in the weight's dtype by the reference equations, which can be transformed."""
+        virtual = base.device.type == "meta" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        if self.origin is not None and not virtual and not any(map(wrapped, base.tensors)):
+            self.origin.check(base, self.name, factors=self.factors)
+        with own_dtypes():
+            try:
+                return reference.weight_in_factors(base.dense(), self.parts, self.factors, self.shape, self.config)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise ArithmeticError(f"{self.name}: {error}; a parameter is not finite or too large: use a larger tau "
+                                      "or a smaller learning rate") from None  # fmt: skip
 
     def _nested(self, x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
         """A nested tensor's components in one product."""
         if x.layout == torch.jagged:
             ragged: Any = x
+            if ragged._ragged_idx != 1 or ragged.lengths() is not None:
+                raise ValueError("x is a jagged tensor that is transposed or has holes; allowed: a contiguous one, "
+                                 "ragged in its second dimension")  # fmt: skip
             return torch.nested.nested_tensor_from_jagged(
-                self(x.values(), base, bias), ragged.offsets(), ragged.lengths())
+                self(x.values(), base, bias), ragged.offsets())
         parts = x.unbind()
+        if not parts:
+            raise ValueError("x is a nested tensor without components; allowed: one or more")
         rows = [part.reshape(-1, part.shape[-1]) for part in parts]
         y = self(torch.cat(rows), base, bias).split([len(r) for r in rows])
         return torch.nested.as_nested_tensor(
@@ -261,8 +290,8 @@ class Adapter(nn.Module):
     @lasting
     def weight(self, base: Base) -> Tensor:
         """W' (out_features x in_features) in the weight's dtype, with gradients to the parameters; a new tensor."""
-        if _is_transformed() or base.device.type == "meta":
-            return reference.weight_in_factors(base.dense(), self.parts, self.factors, self.shape, self.config)
+        if _is_transformed() or base.device.type == "meta" or (torch._C._len_torch_dispatch_stack() and traced()):
+            return self._by_equations(base)
         with own_dtypes():
             source = self.source(base)
             prepared = self.cache.current(source)
@@ -276,11 +305,17 @@ class Adapter(nn.Module):
         return self.cache.current(self.source(base)).merged(base).clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        formula = state_dict.get(prefix + "formula")
+        if formula is not None and not torch.equal(formula.cpu(), self.formula.cpu()):
+            errors: list[str] = args[-1]
+            errors.append(f"{prefix[:-1]}: saved with another formula (rotation, outer, outer_scale, tau, ...) than "
+                          "this model is adapted with")  # fmt: skip
+            return
         # Which factors there are, of what size and dtype, belongs to the weight: a checkpoint may bring others.
         if self._buffered:  # the host has looked at the bases that a file may bring
             state_dict = {key: t for key, t in state_dict.items() if key.removeprefix(prefix) not in FACTOR_NAMES}
         elif self.origin is not None and any(prefix + name in state_dict for name in FACTOR_NAMES):
-            self.origin.forget()
+            self.origin.loaded()
         for name in FACTOR_NAMES if not self._buffered else ():
             incoming, own = state_dict.get(prefix + name), getattr(self, name)
             if incoming is None and name == "null_basis" and prefix + "basis" in state_dict:
@@ -297,7 +332,15 @@ class Adapter(nn.Module):
             return (own is None or size != tuple(own.shape)) and len(size) == 2 and size[0] == rows and size[1] <= most
         return name == "basis" and own is not None and incoming.shape == own.shape and incoming.dtype != own.dtype
 
+    def requires_grad_(self, requires_grad: bool = True) -> Adapter:
+        """Thaws or freezes what is trained; the factors have no gradients."""
+        for parameter in self.trained:
+            parameter.requires_grad_(requires_grad)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self.cache.forget()  # nothing else may hold what is swapped
         # The factors move with the module, but keep the dtypes that the factorisation chose: rounded S or V would be
         # those of another weight, and how often P is applied goes by how V is rounded.
         frozen = {id(t) for t in (*self.factors.tensors().values(), *self.buffers())}
@@ -307,6 +350,8 @@ class Adapter(nn.Module):
             return made if id(tensor) not in frozen or made.dtype == tensor.dtype else tensor.to(made.device)
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        if self.origin is not None:
+            self.origin.rounded(self.inner_scale.dtype)
         return self
 
     def _replicate_for_data_parallel(self) -> Adapter:

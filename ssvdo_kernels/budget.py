@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from .config import LayerShape, SSVDOConfig
 from .linear_maps import linear_map
 from .planner import plan
-from .targets import find_targets, wanted
+from .targets import check_patterns, find_targets, wanted
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SVD_RATE = 3.0e9  # large x d^2 a second: 48 layers of 1024 x 4096 in 70 s on 2 CPU cores (AMD EPYC)
@@ -45,12 +46,19 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, object]], int]:
         try:
             header = json.loads(source.read(length))
             header.pop("__metadata__", None)
-            whole = all(isinstance(v, dict) and {"dtype", "shape", "data_offsets"} <= set(v) for v in header.values())
+            bad = [f": tensor {name} has {values}"[:200] for name, values in header.items() if not _is_tensor(**values)]
         except (ValueError, TypeError, AttributeError, RecursionError):
-            whole = False
-        if not whole:
-            raise ValueError(f"{file} is no safetensors file")
+            bad = [""]
+        if bad:
+            raise ValueError(f"{file} is no safetensors file{bad[0]}")
     return header, 8 + length
+
+
+def _is_tensor(dtype: object, shape: object, data_offsets: object, **_: object) -> bool:
+    """Whether a header may say this of a tensor."""
+    lists = [shape, data_offsets]
+    whole = all(isinstance(n, list) and all(type(i) is int and 0 <= i < 2**63 for i in n) for n in lists)
+    return isinstance(dtype, str) and whole and len(data_offsets) == 2  # type: ignore[arg-type]
 
 
 def model_files(path: Path) -> list[Path]:
@@ -61,7 +69,8 @@ def model_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    found = sorted(f for f in path.glob("*.safetensors") if not f.name.startswith(("adapter", "ssvdo")))
+    found = sorted(f for f in path.glob("*.safetensors")
+                   if f.is_file() and not f.name.startswith(("adapter", "ssvdo", ".")))  # fmt: skip
     if not found:
         raise FileNotFoundError(f"{path} has no .safetensors file; name a file, or a folder with model*.safetensors")
     return found
@@ -90,8 +99,16 @@ def _from_config(path: Path) -> dict[str, Matrix]:
         from transformers import AutoConfig, AutoModel
     except ImportError:
         raise ValueError(f"{path}: a config.json needs the package transformers; a safetensors file does not") from None
-    with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.from_pretrained(path.parent, local_files_only=True))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; name a safetensors file, a folder of them, or a config.json")
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a configuration class, or a layer, may raise anything over a value
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{path} describes no model that Transformers itself can build ({said})") from None
     maps = {name: linear_map(m) for name, m in model.named_modules()}
     return {name: Matrix(*m.sizes, m.base().dtype.itemsize) for name, m in maps.items() if m is not None}
 
@@ -102,6 +119,7 @@ def chosen(layers: Mapping[str, Matrix], config: SSVDOConfig) -> dict[str, tuple
     Raises:
         ValueError: nothing matches, or a size does not fit.
     """
+    check_patterns(config)
     found = {}
     for name, m in layers.items():
         if not wanted(name, config):
@@ -112,8 +130,8 @@ def chosen(layers: Mapping[str, Matrix], config: SSVDOConfig) -> dict[str, tuple
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if not found:
-        raise ValueError(f"target_modules={config.target_modules!r} matches none of {len(layers)} matrices, such as "
-                         f"{', '.join(list(layers)[:4])}")  # fmt: skip
+        such = f", such as {', '.join(list(layers)[:4])}" if layers else ""
+        raise ValueError(f"target_modules={config.target_modules!r} matches none of {len(layers)} matrices{such}")
     return found
 
 
@@ -134,7 +152,10 @@ def factor_seconds(shape: LayerShape) -> float:
 
 
 def lora_budget(layers: Mapping[str, tuple[Matrix, LayerShape]], rank: int) -> int:
-    """Trained numbers of LoRA of this rank on the same layers."""
+    """Trained numbers of LoRA of this rank on the same layers. ValueError: no matrix has so many dimensions."""
+    most = max(s.d for _, s in layers.values())
+    if not 1 <= rank <= most:
+        raise ValueError(f"lora_rank={rank} is out of range; allowed: 1 <= lora_rank <= {most}")
     return sum(rank * (m.out_features + m.in_features) for m, _ in layers.values())
 
 

@@ -6,7 +6,9 @@ optimiser step, because a look would stall the stream. Factors and base weights 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,8 +42,15 @@ def one_node() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
+def _ran(batch: weakref.ref[Batch], *_: object) -> bool:
+    if (own := batch()) is not None:
+        own._attached = {}
+    return False
+
+
 class Batch:
-    """Layers that were prepared together, and their stand-ins in the graph."""
+    """Layers that were prepared together, and their stand-ins in the graph, until their node's backward has run: it may
+    run twice under autograd itself, but not compiled, and it would hold what `swap_tensors` exchanges."""
 
     def __init__(self, prepared: Sequence[Prepared]) -> None:
         self._prepared = prepared
@@ -51,12 +60,13 @@ class Batch:
     def attached(self, prepared: Prepared) -> Pair:
         """M and F of one of the batch, from the node that they share."""
         parameters = [p.source.parameters for p in self._prepared]
-        trained = tuple(t is not None and t.requires_grad for three in parameters for t in three)
-        if trained != self._trained:
-            found = attach(self._prepared, parameters)
-            self._attached = {id(p): pair for p, pair in zip(self._prepared, found, strict=True)}
-            self._trained = trained
-        return self._attached[id(prepared)]
+        now = tuple(t is not None and t.requires_grad for three in parameters for t in three)
+        attached = self._attached
+        if now != self._trained or not attached:
+            found = attach(self._prepared, parameters, arrived=partial(_ran, weakref.ref(self)))
+            attached = {id(p): pair for p, pair in zip(self._prepared, found, strict=True)}
+            self._attached, self._trained = attached, now
+        return attached[id(prepared)]
 
 
 class Companions(Protocol):

@@ -21,13 +21,15 @@ from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, check_weight, factorize
 from .files import as_file, write_atomically
 from .fingerprint import BASIS_TOLERANCE, DTYPES, Bases, CheckpointError, Fingerprint, departure
-from .host import Host, OwnHost, places
-from .linear_maps import refusal
-from .model import exchange, freeze_rest, group_layers, require_adapted
+from .host import Host, OwnHost, exchange, places
+from .layer import SSVDOLayer
+from .linear_maps import linear_map
+from .model import freeze_rest, group_layers, require_adapted
 from .ops import lasting
 from .ops.base import Base, DenseBase
 from .origin import SKETCH
 from .sites import Plan, Site, adapted, site_at
+from .targets import check_ties, reason_against
 
 FORMAT, VERSION = "ssvdo", 1
 MODEL_FILE, CONFIG_FILE = "ssvdo_model.safetensors", "ssvdo_config.json"
@@ -75,8 +77,11 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
         layers[name] = {
             "config": adapter.config.to_dict(),
             "out_features": adapter.shape.out_features, "in_features": adapter.shape.in_features,
-            "dtype": origin.dtype, "sha256": origin.sha256,
+            "dtype": origin.dtype, "sha256": origin.sha256, "layout": _layout(layer, adapter),
         }
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{', '.join(bad[:4])} have non-finite numbers (NaN or infinity), and no such file could be "
+                         "loaded; nothing has been written")  # fmt: skip
     header = {"format": FORMAT, "version": VERSION, "include_basis": include_basis, "layers": layers}
     folder, sharded = Path(path), any(_is_sharded(a) for layer in found.values() for a in layer.adapters())
     if not sharded or torch.distributed.get_rank() == 0:
@@ -87,6 +92,16 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
     if sharded:
         torch.distributed.barrier()
     return folder
+
+
+def _layout(layer: OwnHost, adapter: Adapter) -> str:
+    """How the layer keeps W0, as `Entry.layout` says it."""
+    if not layer.base(adapter).held:
+        return "quantised"
+    if not isinstance(layer, SSVDOLayer):
+        return "plain"
+    transposed = type(layer.base_layer).__name__ == "Conv1D"  # as linear_maps.py knows it
+    return "transposed" if transposed else "plain" if layer.base_layer.weight.ndim == 2 else "flattened"
 
 
 def _is_sharded(adapter: Adapter) -> bool:
@@ -113,6 +128,7 @@ class Entry:
     origin: Fingerprint
     tensors: dict[str, Tensor]
     bases: Bases | None
+    layout: str = "plain"  # of the base's weight: plain, transposed, flattened (of more dimensions) or quantised
 
 
 @lasting
@@ -135,13 +151,17 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     held = {f"{n}.{part}" if part else n for n, m in modules.items() if isinstance(m, OwnHost) for part in m.parts()}
     held |= {n for n, m in modules.items() if isinstance(m, Host) and not isinstance(m, OwnHost)}
     extra = sorted(held - {e.name for e in entries})
-    compiled = sorted(p.name for p in found if p.child == "_orig_mod" and type(p.module) is nn.Linear)
-    if own := sorted({e.name for e in entries} & set(compiled)):
-        raise CheckpointError(f"{file}: layers {own[:4]} are compiled by themselves; load, then torch.compile")
+    compiled = sorted(p.name for p in found if p.child == "_orig_mod" and linear_map(p.module) is not None)
+    if alone := sorted({e.name for e in entries} & set(compiled)):
+        raise CheckpointError(f"{file}: layers {alone[:4]} are compiled by themselves; load, then torch.compile")
     if extra:
         raise CheckpointError(f"{file}: holds no adapter for {extra[:4]}, which the model has adapted")
     sites = {entry.name: site_at(entry.name, modules) for entry in entries}
-    factors = {entry.name: checked(sites[entry.name], entry, file) for entry in entries}
+    own = {p.name: p for p in found if p.name in sites}
+    reasons = {name: reason_against(p.module, p.parent, p.child) for name, p in own.items()
+               if not isinstance(p.module, Host)}  # fmt: skip
+    check_ties({name: site for name, site in sites.items() if site is not None and name in reasons})
+    factors = {entry.name: checked(sites[entry.name], entry, file, reasons.get(entry.name, "")) for entry in entries}
     new = {e.name: (Plan(cast(Site, sites[e.name]), e.shape, e.config), cast(Factors, factors[e.name]))
            for e in entries if _adapter_at(sites[e.name]) is None}  # fmt: skip
     replacements = adapted(new.values())
@@ -183,13 +203,12 @@ def _by(sizes: tuple[int, ...]) -> str:
     return " x ".join(map(str, sizes))
 
 
-def checked(site: Site | None, entry: Entry, file: Path) -> Factors | None:
+def checked(site: Site | None, entry: Entry, file: Path, reason: str = "") -> Factors | None:
     """The factors in which the entry is meant, checked against what stands at its site; None where an adapter that is
-    there keeps its own."""
+    there keeps its own. reason: why a layer at this site cannot be adapted."""
     where = f"{file}: layer {entry.name}"
     adapter = _adapter_at(site)
     base = None if site is None or adapter is not None else site.base()
-    reason = "" if site is None or site.part or adapter is not None else refusal(site.module)
     if site is None or reason or (adapter is None and base is None):
         there = "the model has nothing of that name" if site is None else f"the model's {reason}"
         raise CheckpointError(f"{where}: {there}; a linear or an adapted layer is needed")
@@ -197,8 +216,8 @@ def checked(site: Site | None, entry: Entry, file: Path) -> Factors | None:
     want = (entry.shape.out_features, entry.shape.in_features)
     if have != want:
         raise CheckpointError(f"{where}: saved for a weight of {_by(want)}, the model's is {_by(have)}")
-    if adapter is not None and _formula(adapter.config) != _formula(entry.config):
-        ours, theirs = _formula(adapter.config), _formula(entry.config)
+    if adapter is not None and adapter.config.formula() != entry.config.formula():
+        ours, theirs = adapter.config.formula(), entry.config.formula()
         differ = {k: (theirs[k], ours[k]) for k in ours if ours[k] != theirs[k]}
         raise CheckpointError(f"{where}: the model is adapted otherwise (saved, model): {differ}")
     if adapter is not None:
@@ -219,12 +238,6 @@ def checked(site: Site | None, entry: Entry, file: Path) -> Factors | None:
 
 def _adapter_at(site: Site | None) -> Adapter | None:
     return site.module.parts().get(site.part) if site is not None and isinstance(site.module, OwnHost) else None
-
-
-def _formula(config: SSVDOConfig) -> dict[str, Any]:
-    """What decides the meaning of the trained numbers; the rest is how they are chosen, started or computed."""
-    names = ("inner_ratio", "outer_rank", "tau", "rotation", "outer", "outer_scale", "orientation", "neumann_terms")
-    return {name: getattr(config, name) for name in names}
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
@@ -293,4 +306,4 @@ def _entry(name: str, values: dict[str, Any], with_basis: bool, tensors: dict[st
     bases = Bases(found.pop("basis"), found.pop("null_basis", None)) if with_basis else None
     if bases is not None and not departure(bases.sketch(), origin.basis) <= BASIS_TOLERANCE:  # "not": it may be NaN
         raise CheckpointError(f"{file}: tensor {name}.basis is not the basis that the adapter was trained in")
-    return Entry(name, shape, config, origin, found, bases)
+    return Entry(name, shape, config, origin, found, bases, str(values.get("layout", "plain")))

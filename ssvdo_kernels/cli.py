@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import sys
 from pathlib import Path
@@ -13,15 +14,17 @@ from rich.table import Table
 from . import budget
 from .checkpoint import read_adapter
 from .config import SSVDOConfig
-from .console import print_anything
+from .console import print_anything, show
 from .export import merge_files, own_adapter
 
 TOKENS = [1, 128, 1024, 16384]
 
 
-def show_plan(model: Path, config: SSVDOConfig, rank: int, console: Console) -> None:
+def show_plan(model: Path, config: SSVDOConfig, rank: int | None, console: Console) -> None:
     """Prints what `config` would train in the model, from the file's header alone."""
     layers = budget.chosen(budget.matrices(model), config)
+    rank = min(64, max(s.d for _, s in layers.values())) if rank is None else rank
+    lora = budget.lora_budget(layers, rank)
     groups: dict[tuple[int, int], list[str]] = {}
     for name, (m, _) in layers.items():
         groups.setdefault((m.out_features, m.in_features), []).append(name)
@@ -40,7 +43,6 @@ def show_plan(model: Path, config: SSVDOConfig, rank: int, console: Console) -> 
     seconds = sum(budget.factor_seconds(s) for _, s in layers.values())
     console.print(f"{trained:,} trained numbers ({100 * trained / weights:.2f}% of the adapted weights); factorising "
                   f"takes about {seconds:.0f} s on 2 CPU cores; T: the form that the CPU planner takes for T tokens")
-    lora = budget.lora_budget(layers, rank)
     console.print(f"LoRA r = {rank} on the same layers: {lora:,}. Equal budgets:")
     for p, l, numbers in budget.equal_budgets(layers, lora):  # noqa: E741
         console.print(f"  inner_ratio={p}, outer_rank={l}: {numbers:,}")
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--inner-ratio", type=float, default=0.5)
     plan.add_argument("--outer-rank", type=int, default=64)
     plan.add_argument("--target-modules", nargs="+", help="name suffixes, one regular expression, or all-linear")
-    plan.add_argument("--lora-rank", type=int, default=64, help="whose budget is to be matched")
+    plan.add_argument("--lora-rank", type=int, help="whose budget is to be matched (64, or what the layers allow)")
     inspect = commands.add_parser("inspect", help="what an adapter file holds")
     inspect.add_argument("adapter", type=Path)
     merging = commands.add_parser("merge", help="write the model's files with the adapter merged in")
@@ -87,11 +89,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def merge(base: Path, adapter: Path, out: Path, overwrite: bool, console: Console) -> None:
+    """Merges, and prints which files were written and which of the base's were not."""
+    done = merge_files(base, adapter, out, overwrite=overwrite)
+    for path in done.written:
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    if done.left_out:
+        console.print(f"left out: {', '.join(done.left_out)}", soft_wrap=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; 1 with one line on stderr where it cannot."""
     print_anything()
     options = _parser().parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False)  # names may hold brackets
+    terminal, encoding = sys.stdout is not None and sys.stdout.isatty(), getattr(sys.stdout, "encoding", None)
+    said = io.TextIOWrapper(io.BytesIO(), encoding or "utf-8", "backslashreplace", newline="")
+    console = Console(file=said, force_terminal=terminal or None, width=None if terminal else 160, markup=False,
+                      emoji=False)  # fmt: skip
     try:
         if options.command == "plan":
             config = SSVDOConfig(inner_ratio=options.inner_ratio, outer_rank=options.outer_rank,
@@ -100,15 +114,16 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "inspect":
             show_adapter(options.adapter, console)
         else:
-            for path in merge_files(options.base, options.adapter, options.out, overwrite=options.overwrite):
-                print(f"wrote {path}")
+            merge(options.base, options.adapter, options.out, options.overwrite, console)
+        written = f"; {options.out} is written all the same" if options.command == "merge" else ""
+        said.seek(0)
+        return show(said.read(), "ssvdo", written)
     except (ValueError, TypeError, OSError, ArithmeticError, MemoryError) as error:
-        print(f"ssvdo: {error}", file=sys.stderr)
+        print(f"ssvdo: {' '.join(str(error).splitlines()) or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ssvdo: interrupted; nothing is written in part", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

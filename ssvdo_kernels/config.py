@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 ROTATIONS = ("cayley", "neumann", "first_order")
 OUTERS = ("rotation", "additive")
@@ -108,6 +113,16 @@ class SSVDOConfig:
         """This configuration for a weight of that shape: outer_rank is at most min(d, c), 0 for a square one."""
         most = min(out_features, in_features, abs(out_features - in_features))
         return replace(self, outer_rank=most) if self.outer_rank > most else self
+
+    def formula(self) -> dict[str, Any]:
+        """What decides the meaning of the trained numbers; the rest is how they are chosen, started or computed."""
+        names = ("inner_ratio", "outer_rank", "tau", "rotation", "outer", "outer_scale", "orientation", "neumann_terms")
+        return {name: getattr(self, name) for name in names}
+
+    def digest(self) -> Tensor:
+        """Four bytes of a hash of `formula`, as numbers that every dtype and an average of equal ones keep."""
+        own = json.dumps({k: float(v) if isinstance(v, (int, float)) else v for k, v in self.formula().items()})
+        return torch.tensor(list(hashlib.sha256(own.encode()).digest()[:4]), dtype=torch.float32, device="cpu")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON types."""

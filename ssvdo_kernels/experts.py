@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors
-from .host import OwnHost, carry_over, outside_of_graphs
+from .host import OwnHost, outside_of_graphs
 from .ops.base import Base, DenseBase
 
 Given = tuple[Factors, LayerShape, SSVDOConfig, str]  # the name is how errors call the expert
@@ -64,7 +64,6 @@ class SSVDOExperts(OwnHost):
     def of(cls, base_layer: nn.Module, given: Mapping[str, Given]) -> SSVDOExperts:
         """The module that takes the place of `base_layer`."""
         made = cls(base_layer, given).train(base_layer.training)
-        carry_over(base_layer, made, attributes=False)
         return made
 
     def parts(self) -> dict[str, Adapter]:
@@ -97,7 +96,6 @@ class SSVDOExperts(OwnHost):
         if merge:
             for name, stack in self.weights().items():
                 self.base_layer._parameters[name] = nn.Parameter(stack, requires_grad=False)
-        carry_over(self, self.base_layer, attributes=False)
         return self.base_layer.train(self.training)
 
     def __getattr__(self, name: str) -> Any:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
+import re
 import shutil
-import uuid
+import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,16 +23,38 @@ from tqdm.auto import tqdm
 from .budget import read_header
 from .checkpoint import MODEL_FILE, Entry, adapter_file, checked, fill, read_adapter
 from .factorize import check_weight
-from .files import as_bytes
+from .files import as_bytes, beside, check_places, move_all
 from .sites import Plan, Site, adapted
 
 TORCH = (".bin", ".pt", ".pth")  # read by torch.load(weights_only=True)
-TEXTS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".yaml")  # what goes along with a config.json
+WEIGHTS = (".safetensors", *TORCH, ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite", ".pb",
+           ".distcp")  # fmt: skip
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # what from_pretrained takes alone
 FOREIGN = ("adapter", "ssvdo")  # how an adapter's own files begin
+IN_MEMORY = "merge in memory, by remove_ssvdo(model, merge=True)"
+
+
+class Merged(NamedTuple):
+    """The files that were written, and the names of those in the base's folder that were not: "name", "folder/"."""
+
+    written: list[Path]
+    left_out: list[str]
+
+
+@dataclass(frozen=True)
+class Where:
+    """A matrix in a file: the tensor's name and, where it holds several, the matrix's index."""
+
+    tensor: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        return self.tensor if self.index is None else f"{self.tensor}[{self.index}]"
 
 
 def own_adapter(path: Path) -> Path:
     """`adapter_file`; ValueError where the adapter is one of PEFT."""
+    _check_name(path)
     folder = path if path.is_dir() else path.parent
     if (folder / "adapter_config.json").is_file() and not (folder / MODEL_FILE).is_file():
         raise ValueError(f"{path} is a PEFT adapter; PEFT merges it: PeftModel.from_pretrained(model, folder)"
@@ -49,14 +74,14 @@ def weight_files(base: Path) -> tuple[list[Path], Path | None]:
     """
     folder = base if base.is_dir() else base.parent
     if base.is_file():
-        if ".index" in base.name:
+        if base.suffix == ".json":
             return _indexed(base), base
-        for index in folder.glob("*.index*.json"):
-            if base in _indexed(index):
-                raise ValueError(f"{base} is one of the files of {index}; name the folder or the index")
+        if index := next((i for i in folder.glob("*.index*.json") if base.name in _named(i)), None):
+            raise ValueError(f"{base} is one of the files of {index}; name the folder or the index")
         return [base], None
     for kinds in ((".safetensors",), TORCH):
-        files = sorted(f for f in folder.glob("*") if f.suffix in kinds and not f.name.startswith(FOREIGN))
+        files = sorted(f for f in folder.glob("*") if f.suffix.lower() in kinds and f.is_file()
+                       and not f.name.startswith((*FOREIGN, ".")))  # fmt: skip
         files = [f for f in files if f.name.startswith("pytorch_model")] or files  # not optimizer.bin
         indices = sorted(f for kind in kinds for f in folder.glob(f"*{kind}.index*.json"))
         if indices:
@@ -65,6 +90,10 @@ def weight_files(base: Path) -> tuple[list[Path], Path | None]:
             if rivals:
                 raise ValueError(f"{indices[0]} and {rivals[0]} both say what the model is; name the one that counts")
             return named, indices[0]
+        if len(files) > 1 and (one := next((f for f in files if f.name in WHOLE), None)):
+            others = [f.name for f in files if f != one]
+            raise ValueError(f"{one} is a whole model by its name, but {', '.join(others[:4])} beside it may belong to "
+                             "it; name the file that counts")
         if files:
             return files, None
     if (folder / "adapter_config.json").is_file():
@@ -72,14 +101,19 @@ def weight_files(base: Path) -> tuple[list[Path], Path | None]:
     raise FileNotFoundError(f"{base} has no weights; name a model's folder or a .safetensors, {', '.join(TORCH)} file")
 
 
-def _indexed(index: Path) -> list[Path]:
-    """The files that an index names."""
+def _named(index: Path) -> set[str]:
+    """The names of the files that an index names; none: it is no index."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        plain = all(Path(name).name == name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        plain = False
-    if not plain or not names:
+        return names if all(name and Path(name).name == name for name in names) else set()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names."""
+    names = _named(index)
+    if not names:
         raise ValueError(f"{index} is no index: a weight_map is needed, of tensors to names of files beside it")
     files = [index.parent / name for name in sorted(names)]
     for file in files:
@@ -88,12 +122,30 @@ def _indexed(index: Path) -> list[Path]:
     return files
 
 
+def _check_name(path: Path) -> None:
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} has bytes in its name that are not UTF-8, and safetensors and torch.load cannot open "
+                         "it; rename it") from None  # fmt: skip
+
+
+def _is_torch(source: Path) -> bool:
+    """Whether torch.load reads the file."""
+    return source.suffix.lower() in (*TORCH, ".ckpt")
+
+
 def _loaded(source: Path) -> dict[str, Any]:
     """A .bin, .pt or .pth file's content, mapped into memory where its format allows it."""
     try:
-        state = torch.load(source, "cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript, and of old storages
+            state = torch.load(source, "cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
     except OSError:
         raise
+    except pickle.UnpicklingError:
+        raise ValueError(f"{source} is no whole file of tensors: it is damaged, or holds objects of other classes, as "
+                         "torch.save of a whole model writes; allowed: torch.save(model.state_dict(), file)") from None
     except Exception as error:  # what an unpickler finds in damaged bytes may be anything
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{source} is no whole file of tensors (torch.load with weights_only=True: {said})") from None
@@ -104,7 +156,8 @@ def _loaded(source: Path) -> dict[str, Any]:
 
 def _names(source: Path) -> list[str]:
     """The tensors of a file that is whole."""
-    if source.suffix in TORCH:
+    _check_name(source)
+    if _is_torch(source):
         return [name for name, t in _loaded(source).items() if isinstance(t, Tensor)]
     try:
         with safe_open(source, "pt") as opened:
@@ -113,10 +166,11 @@ def _names(source: Path) -> list[str]:
         raise ValueError(f"{source} is no whole safetensors file ({error})") from None
 
 
-def merge_files(base: Path, adapter: Path, out: Path, *, overwrite: bool = False) -> list[Path]:
+def merge_files(base: Path, adapter: Path, out: Path, *, overwrite: bool = False) -> Merged:
     """Writes the base model's files with the adapter merged in: weights in the base's format, W' in the weight's own
-    dtype; their index; and, where there is a config.json, the texts beside it (configurations, tokenizer, preprocessor,
-    code). All of it appears in `out`, or nothing. In memory: one W' at a time, of a .bin, .pt, .pth those of a file.
+    dtype; their index; and, where there is a config.json, what else is beside it and below (configurations, tokenizer,
+    preprocessor, code). All of it appears in `out`, or nothing. In memory: one W' at a time, of a .bin, .pt, .pth those
+    of a file.
 
     Args:
         base: see `weight_files`. adapter: made by save_ssvdo. out: a folder, new or empty. overwrite: or neither.
@@ -124,60 +178,102 @@ def merge_files(base: Path, adapter: Path, out: Path, *, overwrite: bool = False
     Raises:
         ValueError: the base lacks a weight of the adapter, holds one twice, tied to another, or is not whole; `out` is
             the base's own folder, or holds weights that would stay beside the new ones.
-        TypeError: a weight of the adapter is quantised in the base.
+        TypeError: a weight of the adapter is quantised in the base, or was where it was trained.
         FileExistsError: `out` is not empty, without `overwrite`.
         CheckpointError: the adapter is damaged, or made for other weights.
     """
     files, index = weight_files(base)
     folder = files[0].parent
-    texts = [f for f in folder.glob("*") if f.suffix in TEXTS and f.is_file() and ".index" not in f.name
-             and not f.name.startswith(FOREIGN)] if (folder / "config.json").is_file() else []  # fmt: skip
-    copied = ([index] if index else []) + texts
-    _check_out(out, folder, {f.name for f in files + copied}, overwrite)
+    copied, left_out = _company(folder, {*files, index}, out)
+    copied += [index] if index else []
+    made = [] if index or len(files) == 1 else [f"{WHOLE[_is_torch(files[0])]}.index.json"]
+    _check_out(out, folder, made + [str(f.relative_to(folder)) for f in files + copied], overwrite)
     file = own_adapter(adapter)
-    entries = {f"{e.name}.weight": e for e in read_adapter(file)}
-    where: dict[str, Path] = {}
+    entries = read_adapter(file)
+    names: dict[str, Path] = {}
     for source in files:
         for name in _names(source):
-            if name in where:
-                raise ValueError(f"{where[name]} and {source} both hold {name}; name the file that counts")
-            where[name] = source
-    if missing := sorted(set(entries) - set(where)):
+            if name in names:
+                raise ValueError(f"{names[name]} and {source} both hold {name}; name the file that counts")
+            names[name] = source
+    for entry in entries:
+        if entry.layout == "quantised":
+            raise TypeError(f"{file}: layer {entry.name} was trained on a quantised weight, and W' cannot take its "
+                            f"place in a file; allowed: to {IN_MEMORY}")  # fmt: skip
+    places = {_where(entry.name, names): entry for entry in entries}
+    if missing := sorted({place.tensor for place in places} - set(names)):
         raise ValueError(f"{base} has no tensor {missing[:4]}; the adapter's names must be the model file's (of tied "
-                         "weights a file holds one, which cannot be merged alone)")
-    created, stage = not out.exists(), out / f".{uuid.uuid4().hex}"
-    stage.mkdir(parents=True)
+                         f"weights a file holds one, which cannot be merged alone); otherwise {IN_MEMORY}")
+    new = not out.exists()
+    stage = beside(out if new else out / "merged")
+    created = [p for p in (out, *out.parents) if not p.exists()]
     try:
-        with tqdm(total=len(entries), desc="merging", unit="layer", delay=2, leave=False, disable=None) as bar:
+        stage.mkdir(parents=True)
+        with tqdm(total=len(places), desc="merging", unit="layer", delay=2, leave=False, disable=None) as bar:
             for source in files:
-                mine = {name: e for name, e in entries.items() if where[name] == source}
-                write = _write_torch if source.suffix in TORCH else _write_safetensors
+                mine = {place: e for place, e in places.items() if names[place.tensor] == source}
+                write = _write_torch if _is_torch(source) else _write_safetensors
                 write(source, stage / source.name, mine, file, bar)
-        for text in copied:
-            shutil.copyfile(text, stage / text.name)
-        if len(files) > 1 and not index:
-            name = "model.safetensors" if files[0].suffix == ".safetensors" else "pytorch_model.bin"
-            made = {"metadata": {}, "weight_map": {n: f.name for n, f in where.items()}}
-            (stage / f"{name}.index.json").write_text(json.dumps(made, indent=2), encoding="utf-8")
-        written = sorted(stage.iterdir())
-        for path in written:
+        for path in copied:
+            target = stage / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        for name in made:
+            content = {"metadata": {}, "weight_map": {n: f.name for n, f in names.items()}}
+            (stage / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        staged = sorted(p for p in stage.rglob("*") if p.is_file())
+        for path in staged:
             with path.open("rb+") as opened:
                 os.fsync(opened.fileno())
-        for path in written:
-            os.replace(path, out / path.name)
-        stage.rmdir()
+        written = {out / p.relative_to(stage): p for p in staged}
+        if new:
+            os.rename(stage, out)
+        else:
+            for place in written:
+                created += [p for p in place.parents if not p.exists()]
+                place.parent.mkdir(parents=True, exist_ok=True)
+            move_all(written)
+            shutil.rmtree(stage, ignore_errors=True)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
-        if created:
+        for path in sorted(created, reverse=True):
             with contextlib.suppress(OSError):
-                out.rmdir()
+                path.rmdir()
         raise
-    return [out / path.name for path in written]
+    return Merged(list(written), left_out)
 
 
-def _check_out(out: Path, folder: Path, names: set[str], overwrite: bool) -> None:
+def _company(folder: Path, weights: set[Path | None], out: Path) -> tuple[list[Path], list[str]]:
+    """What goes along with a config.json, and the names of what does not: other weights, folders with weights of their
+    own (checkpoints, other formats), adapters. Hidden files do not count."""
+    along: list[Path] = []
+    left: list[str] = []
+    for path in sorted(folder.iterdir()) if (folder / "config.json").is_file() else ():
+        if path.name.startswith(".") or path in weights or path.resolve() == out.resolve():
+            continue
+        own = [p for p in (path.rglob("*") if path.is_dir() else [path])
+               if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)]  # fmt: skip
+        foreign = not path.is_dir() and (path.name.startswith(FOREIGN) or (".index" in path.name and _named(path)))
+        if not own or foreign or any(p.suffix.lower() in WEIGHTS and p.parent.name != "language_model" for p in own):
+            left.append(f"{path.name}{'/' if path.is_dir() else ''}")
+        else:
+            along += own
+    return along, left
+
+
+def _where(name: str, tensors: Mapping[str, Path]) -> Where:
+    """Where a file keeps the layer's weight, or the expert's matrix."""
+    stack, _, index = name.rpartition(".")
+    weight = f"{name}.weight" if name else "weight"
+    found = weight not in tensors and stack in tensors and re.fullmatch(r"[0-9]{1,9}", index)
+    return Where(stack, int(index)) if found else Where(weight)
+
+
+def _check_out(out: Path, folder: Path, names: list[str], overwrite: bool) -> None:
+    """names: of what is to be written there."""
     if out.resolve() == folder.resolve():
         raise ValueError(f"--out {out} is the base model's own folder; allowed: another one")
+    check_places(out / name for name in names)
     there = sorted(f.name for f in out.iterdir()) if out.exists() else []
     if there and not overwrite:
         raise FileExistsError(f"--out {out} is not empty ({there[0]}); allowed: a new folder, or --overwrite")
@@ -186,43 +282,76 @@ def _check_out(out: Path, folder: Path, names: set[str], overwrite: bool) -> Non
         raise ValueError(f"--out {out} has {stay[0]}, which would stay beside the new weights; remove it")
 
 
-def _write_safetensors(source: Path, target: Path, entries: Mapping[str, Entry], file: Path, bar: tqdm[Any]) -> None:
+def _write_safetensors(source: Path, target: Path, entries: Mapping[Where, Entry], file: Path, bar: tqdm[Any]) -> None:
     """Copies the file and overwrites the bytes of the merged weights: the header stays as it is."""
     header, begin = read_header(source)
     shutil.copyfile(source, target)
     with safe_open(source, "pt") as opened, target.open("rb+") as written:
         tied = {kept: other for other, kept in (opened.metadata() or {}).items()}  # as safetensors' save_model notes it
-        for name, entry in entries.items():
-            merged = _merged(opened.get_tensor(name), entry, source, file, tied.get(name))
-            written.seek(begin + header[name]["data_offsets"][0])  # type: ignore[index]
+        for place, entry in entries.items():
+            kept = opened.get_slice(place.tensor)
+            _check_index(place, kept.get_shape(), source)
+            weight = opened.get_tensor(place.tensor) if place.index is None else kept[place.index]
+            merged = _merged(weight, entry, f"{source}: {place}", file, tied.get(place.tensor))
+            at = begin + header[place.tensor]["data_offsets"][0]  # type: ignore[index]
+            written.seek(at + (place.index or 0) * merged.nbytes)
             written.write(as_bytes(merged))
             bar.update()
 
 
-def _write_torch(source: Path, target: Path, entries: Mapping[str, Entry], file: Path, bar: tqdm[Any]) -> None:
+def _write_torch(source: Path, target: Path, entries: Mapping[Where, Entry], file: Path, bar: tqdm[Any]) -> None:
     """Saves what the file holds, with the merged weights in their places."""
     state = _loaded(source)
-    address = {n: t.data_ptr() for n, t in state.items() if isinstance(t, Tensor)}
-    for name, entry in entries.items():
-        tied = next((n for n, at in address.items() if n != name and at == address[name]), None)
-        state[name] = _merged(state[name], entry, source, file, tied)
+    wanted = {place.tensor for place in entries}
+    spans: dict[int, list[tuple[int, int, str]]] = {}  # the bytes of each tensor, by storage
+    for name, t in state.items():
+        if isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta and t.numel():
+            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            own = t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), name
+            spans.setdefault(t.untyped_storage().data_ptr(), []).append(own)
+    tied = {name: other for own in spans.values() for begin, end, name in own if name in wanted
+            for start, stop, other in own if other != name and begin < stop and start < end}  # fmt: skip
+    for place, entry in entries.items():
+        tensor = state[place.tensor]
+        _check_index(place, list(tensor.shape), source)
+        weight = tensor if place.index is None else tensor[place.index]
+        merged = _merged(weight, entry, f"{source}: {place}", file, tied.get(place.tensor))
+        if place.index is None:
+            state[place.tensor] = merged
+        else:
+            if place.tensor in wanted:  # the file's own stays as it is
+                state[place.tensor] = tensor.detach().clone()
+                wanted.remove(place.tensor)
+            state[place.tensor][place.index] = merged
         bar.update()
-    torch.save(state, target)
+    try:
+        torch.save(state, target)
+    except RuntimeError as error:  # what torch's own writer makes of a full disk
+        raise OSError(f"{target} cannot be written ({str(error).splitlines()[0]})") from None
+
+
+def _check_index(place: Where, shape: list[int], source: Path) -> None:
+    if place.index is not None and not (len(shape) == 3 and place.index < shape[0]):
+        raise ValueError(f"{source}: {place.tensor} has shape {tuple(shape)}, and no matrix of index {place.index}")
 
 
 @torch.no_grad()
-def _merged(weight: Tensor, entry: Entry, source: Path, file: Path, tied: str | None) -> Tensor:
-    """W' in the dtype of W0. tied: another name of the same weight."""
-    name = f"{source}: {entry.name}.weight"
+def _merged(weight: Tensor, entry: Entry, name: str, file: Path, tied: str | None) -> Tensor:
+    """W' as the file keeps W0, in its dtype. tied: another name of the same weight."""
+    if weight.layout != torch.strided:
+        raise TypeError(f"{name} has layout {weight.layout}; allowed: torch.strided, an ordinary tensor")
+    matrix = weight.mT if entry.layout == "transposed" and weight.ndim == 2 else weight
+    matrix = matrix.flatten(1) if entry.layout == "flattened" and weight.ndim > 2 else matrix
+    check_weight(matrix, name)
     if tied:
         raise ValueError(f"{name} is tied to {tied}, which must not change with it; store the two apart first")
-    check_weight(weight, name)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix, requires_grad=False)
     site = Site(entry.name, linear)
     factors = checked(site, entry, file)
     assert factors is not None
     (layer,) = adapted([(Plan(site, entry.shape, entry.config), factors)]).values()
     (adapter,) = layer.adapters()
     fill(adapter, entry)
-    return adapter.adapted_weight(layer.base())
+    made = adapter.adapted_weight(layer.base())
+    return (made.mT.contiguous() if matrix is not weight and weight.ndim == 2 else made).reshape(weight.shape)

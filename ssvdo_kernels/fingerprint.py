@@ -61,6 +61,22 @@ class Bases:
         return torch.cat(both).to(torch.float32)
 
 
+    def unfit(self, shape: LayerShape, sketch: Tensor) -> str:
+        """Why these are not the bases that were sketched; "" where they are."""
+        q = sketch.shape[0] - shape.width
+        sizes = [(self.V, (shape.d, shape.width)), *([(self.N, (shape.large, q))] if self.N is not None or q else [])]
+        for tensor, size in sizes:
+            if tensor is None or tuple(tensor.shape) != size or not tensor.is_floating_point():
+                return f"{None if tensor is None else (tuple(tensor.shape), tensor.dtype)} in place of {size}"
+            if not torch.isfinite(tensor).all():
+                return "it has non-finite numbers"
+        if not (worst := departure(self.sketch(), sketch)) <= BASIS_TOLERANCE:  # "not": it may be NaN
+            return f"its sketch differs by {worst:.2g}"
+        V = self.V.double()
+        lean = float((V.mT @ V - torch.eye(V.shape[1], dtype=V.dtype, device=V.device)).abs().max())
+        return f"V^T V departs from I by {lean:.2g}" if lean > 4 * coarser(self.V.dtype) else ""
+
+
 def departure(sketch: Tensor, saved: Tensor) -> float:
     """The largest relative change of one sketched vector."""
     saved = saved.double()
@@ -130,7 +146,11 @@ class Fingerprint:
             raise BaseMismatchError(
                 f"{where}: the singular vectors of W0 came out otherwise here (sketch differs by {worst:.2g}, allowed "
                 f"{BASIS_TOLERANCE}), as near-equal or zero singular values do on another LAPACK or dtype; save the "
-                "adapter with its basis (include_basis=True) where it was trained, and load that file")
+                "adapter with its basis where it was trained (include_basis=True of save_ssvdo and of PEFT), and load "
+                "that file")
+        if reason := kept.unfit(shape, self.basis):
+            raise BaseMismatchError(f"{where}: the basis that was kept with the adapter is not the one that it was "
+                                    f"trained in ({reason})")
         return factorize(weight, shape, name=where, basis=kept.V.to(weight.device),
                          null_basis=None if kept.N is None else kept.N.to(weight.device))  # fmt: skip
 

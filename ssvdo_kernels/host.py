@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,28 +55,82 @@ def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     return disable(function) if torch.compiler.is_compiling() else function
 
 
-def called(adapter: Adapter, base: Base) -> Callable[..., Any]:
-    """The adapter, to call on `base`: operations of ops/compiled.py take a dense W0, so that others break a graph."""
-    return adapter if base.held else outside_of_graphs(adapter)
-
-
 _OWN = frozenset(vars(nn.Linear(1, 1, device="meta")))
-_ACCELERATE = ("_hf_hook", "forward", "_old_forward")  # a hook of accelerate, and what it puts in forward's place
+_NEVER = ("_hf_hook", "forward", "_old_forward", "_compiled_call_impl")  # of accelerate, and of the old module's call
+_PARTS = ("weight", "bias", "adapter", "base_layer", "adapted")
 
 
-def carry_over(source: nn.Module, target: nn.Module, attributes: bool = True) -> None:
-    """Gives `target`, which takes the place of `source`, its hooks (handles go on working) and what was put on it."""
+def carry_over(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target`, which takes the place of `source`, its hooks (handles go on working) and what was put on it.
+
+    A host that keeps its layer whole, as ``base_layer``, shows the layer's attributes; hooks alone are carried then.
+    """
+    whole = any("base_layer" in m._modules for m in (source, target))
     for name, value in list(vars(source).items()):
-        if "_hook" in name if name in _OWN else attributes and name not in _ACCELERATE:
+        if "_hook" in name if name in _OWN else not whole and name not in _NEVER:
             vars(target)[name] = value
+    for own in ("_parameters", "_buffers", "_modules") if not whole else ():
+        for name, value in vars(source)[own].items():
+            if name not in _PARTS:
+                vars(target)[own][name] = value
+    if not whole:
+        target._non_persistent_buffers_set |= source._non_persistent_buffers_set
     for hook in source._load_state_dict_pre_hooks.values():
-        own: Any = hook
-        if getattr(own, "with_module", False):  # it knows its module by a weak reference
-            own.module = weakref.ref(target)
+        known: Any = hook
+        if getattr(known, "with_module", False):  # it knows its module by a weak reference
+            known.module = weakref.ref(target)
     if "_hf_hook" in vars(source):
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(target, vars(source)["_hf_hook"])
+
+
+def patched(layer: nn.Module) -> bool:
+    """Whether somebody has put a forward on the layer itself, in place of its class's; accelerate's hooks do not count.
+    """
+    own = vars(layer)
+    forward = own.get("_old_forward" if "_hf_hook" in own else "forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
+
+
+def exchange(model: nn.Module, replacements: Mapping[int, nn.Module], hooks: bool = True) -> None:
+    """Puts replacements[id(child)], with the child's hooks and attributes, in every place where that child stands.
+    hooks: False leaves these where they are.
+
+    Raises:
+        TypeError: a child is compiled by itself, or has a forward of its own. ValueError: it is the model itself.
+    """
+    places = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()
+              if child is not None and id(child) in replacements]  # fmt: skip
+    for _, name, child in places:
+        if name == "_orig_mod" or vars(child).get("_compiled_call_impl") is not None:
+            raise TypeError("a layer is compiled by itself, and would go on computing what it does; allowed: a layer "
+                            "that is not (change the model first, then compile it)")
+        if patched(child):
+            raise TypeError(f"{name} has a forward of its own, which would be lost; allowed: its class's (take the "
+                            "patch off, and put it on again)")
+    if id(model) in replacements:
+        raise ValueError("model is the layer itself, which cannot be exchanged in place; allowed: a module that holds "
+                         "it (SSVDOLinear.from_linear and SSVDOLinear.to_linear return a new layer)")
+    done: set[int] = set()
+    for parent, name, child in places:
+        made = replacements[id(child)]
+        if hooks and id(child) not in done:
+            carry_over(child, made)
+            done.add(id(child))
+        parent._modules[name] = made
+    _warn_of_references(model, replacements)
+
+
+def _warn_of_references(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Says where a plain list, tuple or dict of the model goes on holding a layer that was exchanged."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            held = list(value.values()) if isinstance(value, dict) else value
+            found = held if isinstance(held, (list, tuple)) else [held]
+            if attribute not in _OWN and any(id(one) in replacements for one in found):
+                warnings.warn(f"{name or 'the model'}.{attribute} goes on holding a layer that was exchanged, and a "
+                              "call through it reaches the old one; set it anew", stacklevel=4)
 
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # by compile, checkpoint_wrapper, FSDP1
@@ -121,8 +175,12 @@ def settle(model: nn.Module) -> None:
     layers = [layer for _, layer in hosts(model)]
     group_alike(_member(layer, adapter) for layer in layers for adapter in layer.adapters())
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Host) for m in module.modules()):
-            module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoder):
+            adapted = any(isinstance(m, Host) for m in module.modules())
+            if adapted and module.use_nested_tensor:
+                module.use_nested_tensor, vars(module)["_nested_without_ssvdo"] = False, True
+            elif not adapted and vars(module).pop("_nested_without_ssvdo", False):
+                module.use_nested_tensor = True
 
 
 def warn_of_lowered(outer_rank: int, layers: Sequence[tuple[str, int]], stacklevel: int) -> None:

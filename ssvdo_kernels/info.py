@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 
 import torch
 
 from . import __version__
-from .console import print_anything
+from .console import print_anything, show
 from .ops.device import architectures
 from .ops.dispatch import preparation, token_path
 from .ops.host import absent, description
@@ -53,5 +54,4 @@ def info() -> dict[str, str]:
 
 if __name__ == "__main__":
     print_anything()
-    for name, text in info().items():
-        print(f"{name:16} {text}")
+    sys.exit(show("".join(f"{name:16} {text}\n" for name, text in info().items()), "ssvdo_kernels.info"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors
-from .host import OwnHost, called, carry_over
+from .host import OwnHost, outside_of_graphs
 from .linear_maps import LinearMap, linear_map, refusal
 from .ops.base import Base
 
@@ -31,8 +31,11 @@ class SSVDOLayer(OwnHost):
     def __init__(self, base_layer: nn.Module, factors: Factors, shape: LayerShape, config: SSVDOConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        base_layer.weight.requires_grad_(False)
-        self.adapter = Adapter(shape, config, factors, self.base().dense())
+        if (weight := base_layer._parameters.get("weight")) is not None:
+            weight.requires_grad_(False)
+        base = self.base()
+        self._dequantises = not base.held
+        self.adapter = Adapter(shape, config, factors, base.dense())
 
     @classmethod
     def of(
@@ -41,7 +44,6 @@ class SSVDOLayer(OwnHost):
         """The layer that takes the place of `base_layer`. name: how errors call it."""
         layer = cls(base_layer, factors, shape, config).train(base_layer.training)
         layer.adapter.name = name
-        carry_over(base_layer, layer, attributes=False)
         return layer
 
     @property
@@ -60,10 +62,12 @@ class SSVDOLayer(OwnHost):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x W'^T + b."""
-        made = self.map
-        base = made.base()
-        y: Tensor = made.leave(called(self.adapter, base)(made.enter(x), base, made.bias))
+        y: Tensor = (outside_of_graphs(self._adapted) if self._dequantises else self._adapted)(x)
         return y
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        made = self.map
+        return made.leave(self.adapter(made.enter(x), made.base(), made.bias))
 
     def adapted_weight(self) -> Tensor:
         """W' (out_features x in_features) for the current parameters; a new tensor."""
@@ -72,7 +76,6 @@ class SSVDOLayer(OwnHost):
     def plain(self, merge: bool = False) -> nn.Module:
         """The layer itself or, with merge, one with W'; in place of a quantised one, nn.Linear."""
         made = self.map.with_weight(self.adapted_weight()) if merge else self.base_layer
-        carry_over(self, made, attributes=False)
         return made.train(self.training)
 
     def __getattr__(self, name: str) -> Any:

@@ -40,9 +40,9 @@ class SSVDOLinear(OwnHost):
         self, weight: Tensor, bias: nn.Parameter | None, factors: Factors, shape: LayerShape, config: SSVDOConfig
     ) -> None:
         super().__init__()
-        weight = weight.clone() if weight.is_inference() else weight  # autograd saves no tensor of inference mode
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.register_parameter("bias", bias)
+        self.weight = _kept(weight)
+        self.weight.requires_grad_(False)
+        self.register_parameter("bias", None if bias is None else _kept(bias))
         self.adapter = Adapter(shape, config, factors, weight)
 
     @classmethod
@@ -76,14 +76,15 @@ class SSVDOLinear(OwnHost):
             raise TypeError(f"linear ({name}) {reason}")
         shape = LayerShape.of(linear.out_features, linear.in_features, config)
         factors = factorize(linear.weight, shape, name=name, cache_dir=cache_dir)
-        return cls.of(linear, factors, shape, config, "layer" if name == "weight" else name.removesuffix(".weight"))
+        layer = cls.of(linear, factors, shape, config, "layer" if name == "weight" else name.removesuffix(".weight"))
+        carry_over(linear, layer)
+        return layer
 
     @classmethod
     def of(cls, linear: nn.Linear, factors: Factors, shape: LayerShape, config: SSVDOConfig, name: str) -> SSVDOLinear:
-        """The layer that takes the place of `linear`, checked before. name: how errors call it."""
+        """The layer that takes the place of `linear`, checked before, without its hooks. name: how errors call it."""
         layer = cls(linear.weight, linear.bias, factors, shape, config).train(linear.training)
         layer.adapter.name = name
-        carry_over(linear, layer)
         return layer
 
     @property
@@ -100,12 +101,15 @@ class SSVDOLinear(OwnHost):
     def parts(self) -> dict[str, Adapter]:
         return {"": self.adapter}
 
-    def plain(self, merge: bool = False) -> nn.Module:
-        return self.to_linear(merge)
+    def plain(self, merge: bool = False) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.adapted_weight(), requires_grad=False) if merge else self.weight
+        linear.bias = self.bias  # type: ignore[assignment]
+        return linear.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y = x W'^T + b. x: (..., in_features); returns (..., out_features)."""
-        y: Tensor = self.adapter(x, DenseBase(self.weight), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """y = x W'^T + b. input: x, (..., in_features); returns (..., out_features)."""
+        y: Tensor = self.adapter(input, DenseBase(self.weight), self.bias)
         return y
 
     def adapted_weight(self) -> Tensor:
@@ -130,13 +134,10 @@ class SSVDOLinear(OwnHost):
         self.adapter.unmerge()
 
     def to_linear(self, merge: bool = False) -> nn.Linear:
-        """nn.Linear with W0 (the very same tensor) or, with merge, W'. The weight is left frozen."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        weight = self.adapted_weight() if merge else self.weight.detach()
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = self.bias  # type: ignore[assignment]
+        """nn.Linear with W0 (the very same Parameter) or, with merge, W'. The weight is left frozen."""
+        linear = self.plain(merge)
         carry_over(self, linear)
-        return linear.train(self.training)
+        return linear
 
     def refresh(self) -> None:
         """Forgets what was prepared; the next forward prepares anew."""
@@ -144,3 +145,11 @@ class SSVDOLinear(OwnHost):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _kept(tensor: Tensor) -> nn.Parameter:
+    """The very Parameter, so that who holds it (an optimiser, a tie) goes on holding it; a copy of one of inference
+    mode, which autograd would not save."""
+    if isinstance(tensor, nn.Parameter) and not tensor.is_inference():
+        return tensor
+    return nn.Parameter(tensor.detach().clone() if tensor.is_inference() else tensor.detach(), tensor.requires_grad)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import quantized
+from .host import patched
 from .ops.base import Base, DenseBase
 
 _SAME = ("FalconLinear",)  # subclasses of nn.Linear that compute the same by a forward of their own
@@ -95,8 +96,8 @@ class _Convolution(LinearMap):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
-        self._conv: Any = layer
-        self._spatial = len(self._conv.kernel_size)
+        conv: Any = layer
+        self._conv, self._spatial = conv, len(conv.kernel_size)
 
     def enter(self, x: Tensor) -> Tensor:
         conv, dims = self._conv, self._spatial
@@ -136,28 +137,36 @@ class _Quantized(LinearMap):
 
     def with_weight(self, weight: Tensor) -> nn.Module:
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        made.weight, made.bias = nn.Parameter(weight, requires_grad=False), self.bias  # type: ignore[assignment]
+        if (bias := self.bias) is not None:
+            weight = weight.to(bias.dtype)
+            made.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach(), requires_grad=False)
+        made.weight = nn.Parameter(weight, requires_grad=False)
         return made
 
 
 def refusal(layer: nn.Module) -> str:
     """Why the layer cannot be adapted, as the end of a sentence that names it; "" where it can."""
-    if "forward" in vars(layer) and "_hf_hook" not in vars(layer):  # accelerate's hooks are kept
+    if patched(layer):
         return ("has a forward of its own, which an adapted layer would not call; allowed: its class's (take the patch "
                 "off, adapt the layer, and put it on again)")
     if why := _why_not(layer):
         return f"is a {kind_of(layer)}: {why}; allowed: linear layers (docs/compatibility.md lists them)"
-    if quantized.format_of(layer) is None and "weight" not in layer._parameters:
-        hooks = sorted({type(h).__name__ for h in layer._forward_pre_hooks.values()})
-        return (f"has no parameter `weight`: hooks {hooks} compute it in every forward (weight_norm, spectral_norm, "
-                "prune); allowed: a plain parameter (remove them first)")
+    for name in ("weight", "bias") if quantized.format_of(layer) is None else ():
+        if name not in layer._parameters or (name == "weight" and layer._parameters[name] is None):
+            hooks = sorted({type(h).__name__ for h in layer._forward_pre_hooks.values()}) or "none"
+            return (f"has no parameter `{name}`: hooks ({hooks}) may compute it in every forward (weight_norm, "
+                    "spectral_norm, prune); allowed: a plain parameter (remove them first)")
+    if vars(layer).get("_compiled_call_impl") is not None:
+        return "is compiled by itself; allowed: a layer that is not (adapt, then compile)"
+    if own := sorted(name for name in ("adapter", "adapters", "adapted", "base_layer") if hasattr(layer, name)):
+        return f"has attributes {own} of its own, which an adapted layer needs; allowed: none of these names"
     return ""
 
 
 def _why_not(layer: nn.Module) -> str:
     """Why a layer of this type is none that can be adapted; "" where it is one."""
-    if quantized.format_of(layer) is not None:
-        return ""
+    if (form := quantized.format_of(layer)) is not None:
+        return form.unready(layer)
     if isinstance(layer, nn.Linear):
         if type(layer).forward is not nn.Linear.forward and type(layer).__name__ not in _SAME:
             return "a subclass of nn.Linear with a forward of its own"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .host import OwnHost
+from .host import OwnHost, exchange, settle
 from .linear_maps import kind_of
-from .model import exchange, require_adapted
+from .model import require_adapted
 
 
 def merge_ssvdo(model: nn.Module) -> nn.Module:
@@ -44,5 +44,6 @@ def remove_ssvdo(model: nn.Module, *, merge: bool = False) -> nn.Module:
         if not isinstance(layer, OwnHost):
             raise TypeError(f"{name} is a {kind_of(layer)}; allowed: adapted layers of apply_ssvdo")
     exchange(model, {id(layer): layer.plain(merge) for layer in layers.values() if isinstance(layer, OwnHost)})
+    settle(model)
     return model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 from .config import LayerShape, SSVDOConfig
 from .distributed import factorize_together
 from .factorize import check_weight, factorize
-from .host import Host, hosts, settle, warn_of_lowered
+from .host import Host, exchange, hosts, settle, warn_of_lowered
 from .ops import lasting
 from .sites import Plan, adapted
 from .targets import find_targets
@@ -71,6 +70,7 @@ def apply_ssvdo(
     return model
 
 
+@lasting
 @torch.no_grad()
 def refactorize_ssvdo(model: nn.Module, *, cache_dir: str | os.PathLike[str] | None = None) -> nn.Module:
     """Factorises the weights that adapted layers hold now: after another base was loaded into them. Returns the model.
@@ -99,14 +99,6 @@ def freeze_rest(model: nn.Module) -> None:
     ours = {id(p) for _, layer in hosts(model) for adapter in layer.adapters() for p in adapter.trained}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in ours)
-
-
-def exchange(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Puts replacements[id(child)] in every place where that child stands."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if id(child) in replacements:
-                setattr(parent, name, replacements[id(child)])
 
 
 def require_adapted(model: nn.Module) -> dict[str, Host]:

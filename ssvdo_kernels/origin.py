@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .factorize import Factors
 from .ops import lasting
 from .ops.base import Base
 from .ops.products import times
@@ -16,6 +19,11 @@ def stamp(tensor: Tensor) -> tuple[object, ...]:
     """What changes where a tensor is written to or replaced; for a storage that is still alive."""
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
+def gathered_stamp(tensor: Tensor) -> tuple[object, ...]:
+    """The same where FSDP gathers a weight for every forward, into a storage that it empties in between."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), *stamp(tensor)[1:]
 
 
 def probes(rows: int, like: Tensor) -> Tensor:
@@ -48,16 +56,32 @@ class Origin:
     """Knows the weight of the factors at hand, and notices where another has taken its place.
 
     Version and storage are compared whenever something is prepared, the numbers where these differ, at first and where
-    an adapter is saved: a write through ``.data`` leaves no other trace.
+    an adapter is saved: a write through ``.data`` leaves no other trace. Factors that came from a state_dict are looked
+    at beside the weight once.
     """
 
     def __init__(self) -> None:
         self.forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_seen": None, "_held": ()}  # a copy's weight lies elsewhere
+
     def forget(self) -> None:
-        """Takes the weight that comes next for the right one: factors and weight were loaded together."""
-        self._known: tuple[list[list[float]], torch.dtype] | None = None
+        """Takes the weight that comes next for the right one."""
+        self._known: tuple[list[list[float]], float] | None = None  # its sketch, and the eps of its dtype
+        self._rounded = 0.0  # the largest eps of the dtypes that it has been in since
         self._seen: tuple[object, ...] | None = None
+        self._held: tuple[Tensor, ...] = ()  # what was seen, so that nothing else comes to lie there
+        self._loaded = False
+
+    def loaded(self) -> None:
+        """The factors came from a state_dict, with their weight or without it."""
+        self.forget()
+        self._loaded = True
+
+    def rounded(self, dtype: torch.dtype) -> None:
+        """The weight has been cast to `dtype`, and perhaps back."""
+        self._rounded = max(self._rounded, coarser(dtype))
 
     @lasting
     @torch.no_grad()
@@ -65,27 +89,46 @@ class Origin:
         """The factors are those of `weight`."""
         self.forget()
         if not weight.is_meta:
-            self._known = weight_sketch(weight).tolist(), weight.dtype
+            self._known = weight_sketch(weight).tolist(), coarser(weight.dtype)
 
     @torch.no_grad()
-    def check(self, base: Base, name: str, by_value: bool = False) -> None:
+    def check(self, base: Base, name: str, by_value: bool = False, factors: Factors | None = None) -> None:
         """Raises RuntimeError where W0 is not the one that was factorised. by_value: read its numbers."""
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        skip = 1 if together else 0  # FSDP gathers a weight into new memory for every forward
-        now = tuple(stamp(t)[skip:] for t in base.tensors)
+        now = tuple(gathered_stamp(t) if together else stamp(t) for t in base.tensors)
         if now == self._seen and not by_value:
             return
         if base.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         weight = base.dense()
-        sketch, dtype = self._known or (None, None)
-        eps = 1e-11 if dtype in (None, weight.dtype) else coarser(dtype, weight.dtype)  # 1e-11: of sums of float64
-        known = None if sketch is None else torch.tensor(sketch, dtype=torch.float64, device="cpu")
-        if known is not None and not alike(known, weight, eps):
+        if weight.is_meta:
+            raise RuntimeError(f"{name}: weight is on the meta device (offloaded, or not loaded); load it first")
+        if self._known is not None and not self._is_known(weight):
             raise RuntimeError(
                 f"{name}: weight is no longer the one that was factorised (load_state_dict, copy_, .data or an "
                 "initialisation has changed it); load pretrained weights before apply_ssvdo, or call "
                 "refactorize_ssvdo(model) to adapt the new ones")
-        if dtype != weight.dtype:
+        if self._loaded and factors is not None and not _belong(factors, weight):
+            raise RuntimeError(
+                f"{name}: the factors that were loaded (basis, singular_values) are not those of its weight; load the "
+                "weight with them, or call refactorize_ssvdo(model)")
+        if self._known is None or self._rounded or self._known[1] != coarser(weight.dtype):
             self.record(weight)
-        self._seen = now
+        self._seen, self._held = now, tuple(t.detach() for t in base.tensors)
+
+    def _is_known(self, weight: Tensor) -> bool:
+        assert self._known is not None
+        sketch, own = self._known
+        through = max(own, self._rounded, coarser(weight.dtype))
+        eps = 1e-11 if own == through == coarser(weight.dtype) else through  # 1e-11: of sums of float64
+        return alike(torch.tensor(sketch, dtype=torch.float64, device="cpu"), weight, eps)
+
+
+def _belong(factors: Factors, weight: Tensor) -> bool:
+    """Whether |A v_i| is S_i for the V and S at hand, up to the roundings of a half-precision V and weight."""
+    V, S = factors.basis, factors.singular_values
+    if V.is_meta or weight.is_meta:
+        return True
+    tall = weight if weight.shape[1] == V.shape[0] and weight.shape[0] >= weight.shape[1] else weight.mT
+    lengths = torch.linalg.vector_norm(times(tall, V.to(S.dtype)), dim=0)
+    return bool(((lengths - S[: len(lengths)]).abs() <= 0.03 * S[0]).all())

@@ -17,22 +17,35 @@ from .ops.base import QuantizedBase
 
 
 class Format(NamedTuple):
-    """A way to keep a weight. Each function takes the layer: base operator; (out_features, in_features)."""
+    """A way to keep a weight. Each function takes the layer.
 
-    name: str
+    base: its base operator. sizes: (out_features, in_features). unready: why it cannot be used; "" where it can.
+    """
+
     base: Callable[[Any], QuantizedBase]
     sizes: Callable[[Any], tuple[int, int]]
+    unready: Callable[[Any], str]
 
 
 def _by_features(layer: Any) -> tuple[int, int]:
     return int(layer.out_features), int(layer.in_features)
 
 
+def _nf4_unready(layer: Any) -> str:
+    ready = getattr(layer.weight, "quant_state", None) is not None
+    return "" if ready else "it is not quantised yet, as it has been moved to no device"
+
+
+def _int8_unready(layer: Any) -> str:
+    if layer.state.has_fp16_weights:
+        return "it trains its weight (has_fp16_weights=True)"
+    ready = layer.state.SCB is not None or getattr(layer.weight, "SCB", None) is not None
+    return "" if ready else "it is not quantised yet, as it has been moved to no device"
+
+
 def _nf4(layer: Any) -> QuantizedBase:
     bnb = sys.modules["bitsandbytes"]
     weight, state = layer.weight, layer.weight.quant_state
-    if state is None:
-        raise TypeError("a bitsandbytes layer that is not quantised yet; allowed: one that has been moved to a device")
 
     def product(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -51,9 +64,7 @@ def _nf4(layer: Any) -> QuantizedBase:
 
 def _int8(layer: Any) -> QuantizedBase:
     bnb = sys.modules["bitsandbytes"]
-    if layer.state.has_fp16_weights:
-        raise TypeError("a bitsandbytes layer with has_fp16_weights=True, which trains its weight; allowed: False")
-    scale = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    scale = layer.state.SCB if getattr(layer.weight, "SCB", None) is None else layer.weight.SCB
 
     def product(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -69,10 +80,14 @@ def _int8(layer: Any) -> QuantizedBase:
 
 
 def _torchao(layer: Any) -> QuantizedBase:
-    weight = layer.weight.detach()
+    weight = layer.weight  # not a detached one, whose tensors would count their versions apart
     inner = tuple(t for n in weight.__tensor_flatten__()[0] if isinstance(t := getattr(weight, n), Tensor))
-    return QuantizedBase(lambda x: nn.functional.linear(x.to(weight.dtype), weight), weight.dequantize, weight.dtype,
-                         inner)  # fmt: skip
+
+    def product(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return nn.functional.linear(x.to(weight.dtype), weight)
+
+    return QuantizedBase(product, weight.dequantize, weight.dtype, inner)
 
 
 def _hqq(layer: Any) -> QuantizedBase:
@@ -87,11 +102,11 @@ def _hqq(layer: Any) -> QuantizedBase:
 
 
 _FORMATS = {
-    "bitsandbytes.nn.modules.Linear4bit": Format("bitsandbytes 4-bit", _nf4, _by_features),
-    "bitsandbytes.nn.modules.Linear8bitLt": Format("bitsandbytes int8", _int8, _by_features),
-    "hqq.core.quantize.HQQLinear": Format("HQQ", _hqq, _by_features),
+    "bitsandbytes.nn.modules.Linear4bit": Format(_nf4, _by_features, _nf4_unready),
+    "bitsandbytes.nn.modules.Linear8bitLt": Format(_int8, _by_features, _int8_unready),
+    "hqq.core.quantize.HQQLinear": Format(_hqq, _by_features, lambda layer: ""),
 }
-_TORCHAO = Format("torchao", _torchao, lambda layer: (int(layer.weight.shape[0]), int(layer.weight.shape[1])))
+_TORCHAO = Format(_torchao, lambda layer: (layer.weight.shape[0], layer.weight.shape[1]), lambda layer: "")
 
 
 def format_of(layer: nn.Module) -> Format | None:

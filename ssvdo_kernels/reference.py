@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import LayerShape, SSVDOConfig
-from .factorize import Factors, thin_svd
+from .factorize import Factors, compute_dtype, thin_svd
 from .ops.complement import LEAST
 
 
@@ -58,9 +58,8 @@ def turned(U: Tensor, S: Tensor, L: Tensor, width: int) -> Tensor:
 
     Left out of U are components beyond the first `width` (adapted ones) with S_i <= LEAST S_0.
     """
-    kept = S[0] * LEAST < S
-    kept[:width] = True
-    span, lifted = U[:, kept], torch.cat([L.new_zeros(U.shape[1], L.shape[1]), L])
+    kept = (S[0] * LEAST < S) | (torch.arange(S.shape[0], device=S.device) < width)
+    span, lifted = U * kept, torch.cat([L.new_zeros(U.shape[1], L.shape[1]), L])
     return lifted - span @ (span.mT @ lifted)
 
 
@@ -105,17 +104,16 @@ def weight_in_factors(
 
     U = W0 V S^-1 and the null columns; what V leaves out is W0 less what it holds.
     """
-    packed, shift, outer = parameters
-    S, width = factors.singular_values.to(shift.dtype), shape.width
-    A = (weight.mT if shape.transposed else weight).to(shift.dtype)
-    V = factors.basis.to(shift.dtype)
+    dtype = compute_dtype(parameters[1].dtype)
+    packed, shift, outer = (parameters[1].new_zeros(0) if p is None else p.to(dtype) for p in parameters)
+    S, width = factors.singular_values.to(dtype), shape.width
+    A = (weight.mT if shape.transposed else weight).to(dtype)
+    V = factors.basis.to(dtype)
     U = A @ V / torch.where(S > 0, S, 1)
     if factors.null_basis is not None:
-        U = torch.cat([U[:, : width - factors.null], factors.null_basis.to(shift.dtype), U[:, width:]], 1)
+        U = torch.cat([U[:, : width - factors.null], factors.null_basis.to(dtype), U[:, width:]], 1)
     held = (U * S) @ V.mT
-    none = shift.new_zeros(0)
-    adapted = adapted_weight(weight, none if packed is None else packed, shift, none if outer is None else outer,
-                             config, (U, S, V))  # fmt: skip
+    adapted = adapted_weight(weight, packed, shift, outer, config, (U, S, V))
     rest = A - held
     return (adapted + (rest.mT if shape.transposed else rest)).to(weight.dtype)
 

@@ -74,6 +74,17 @@ def wanted(name: str, config: SSVDOConfig) -> bool:
     return config.target_modules == "all-linear" or matches(name, config.target_modules)
 
 
+def check_patterns(config: SSVDOConfig) -> None:
+    """Raises ValueError where target_modules or exclude_modules is no regular expression."""
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field)
+        if isinstance(pattern, str) and pattern != "all-linear":
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{field}={pattern!r} is no regular expression: {error}") from None
+
+
 def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
     """Name -> site of every linear layer (linear_maps.py) and expert (experts.py) that `config` names, in the model's
     order. Experts are named by their parameter: "experts.gate_up_proj" means all matrices that it holds.
@@ -86,16 +97,10 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
         ValueError: nothing matches (the message lists close names), or target_modules is no regular expression.
         TypeError: a named layer is adapted already, or cannot be.
     """
-    for field in ("target_modules", "exclude_modules"):
-        pattern = getattr(config, field)
-        if isinstance(pattern, str) and pattern != "all-linear":
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{field}={pattern!r} is no regular expression: {error}") from None
+    check_patterns(config)
     everything = config.target_modules == "all-linear"
     named = config.target_modules is not None and not everything
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = _heads(model)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[str, Site] = {}
     linear_names: list[str] = []
@@ -123,7 +128,7 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
         if tuner:
             raise TypeError(f"{name} is a {kind_of(module)}, another adapter; allowed: a plain layer "
                             "(merge_and_unload the other adapter first, or leave this layer out)")
-        if everything and (not is_linear(module) or module is head or id(_weight(module)) in embeddings):
+        if everything and (not is_linear(module) or id(module) in heads or id(_weight(module)) in embeddings):
             continue
         if not (isinstance(module, nn.Linear) or _is_leaf_with_weight(module)):
             continue
@@ -141,7 +146,7 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
         warnings.warn(f"left out: {said}", stacklevel=5)
     if not found:
         raise ValueError(_nothing_found(config, linear_names))
-    _check_ties(found)
+    check_ties(found)
     return found
 
 
@@ -176,11 +181,23 @@ def reason_against(layer: nn.Module, parent: nn.Module, child: str) -> str:
     return ""
 
 
+def _heads(model: nn.Module) -> set[int]:
+    """The output embeddings of the model, and of models of Transformers inside of it."""
+    found = set()
+    for module in model.modules():
+        try:
+            found.add(id(module.get_output_embeddings()))  # type: ignore[operator]
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+    return found
+
+
 def _weight(module: nn.Module) -> object:
     return module._parameters.get("weight")
 
 
-def _check_ties(found: Mapping[str, Site]) -> None:
+def check_ties(found: Mapping[str, Site]) -> None:
+    """Raises ValueError where two of the layers hold one weight."""
     names: dict[int, str] = {}
     for name, site in found.items():
         if site.part or (weight := _weight(site.module)) is None:
@@ -201,5 +218,5 @@ def _nothing_found(config: SSVDOConfig, names: list[str]) -> str:
     tails = sorted({re.sub(r"^(.*\.)?\d+\.", "", name) for name in names})
     near = {t for a in asked for t in difflib.get_close_matches(a, tails, 5, 0.4)}
     shown = sorted(near) or tails[:12]
-    hint = f"linear layers with close names: {shown}" if shown else "the model has no nn.Linear"
+    hint = f"linear layers with close names: {shown}" if any(shown) else "the model holds no linear layer"
     return f"target_modules={config.target_modules!r} matches no linear layer of the model; {hint}"

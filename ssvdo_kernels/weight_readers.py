@@ -1,39 +1,61 @@
-"""Modules that read the weight of a linear layer of theirs and multiply by it themselves.
+"""Modules that read the weight of a layer of theirs and multiply by it themselves.
 
-Such a layer is called by nobody, so that an adapter on it would be without effect, and no error would say so. Found in
-torch 2.13 and Transformers 5.24 (tests/test_weight_readers.py looks for others in those that are installed).
+Such a layer is called by nobody, so that an adapter on it would be without effect, and no error would say so: torch's
+and fairseq's MultiheadAttention, WavLM's attention, Mamba's mixers and some forty more classes of Transformers. They
+are known by their source: a method reads ``self.<layer>.weight`` for more than its dtype and size.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
 from torch import nn
 
-_MAMBA = ("dt_proj", "out_proj", "x_proj")
-_MINICPM = ("linear_1", "linear_2")
-READERS: dict[str, tuple[str, ...]] = {
-    "MultiheadAttention": ("out_proj",),
-    "WavLMAttention": ("k_proj", "out_proj", "q_proj", "v_proj"),
-    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), _MAMBA),
-    "JambaMambaMixer": ("dt_proj",),
-    **dict.fromkeys(("BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "Mamba2Mixer", "NemotronHMamba2Mixer",
-                     "Zamba2MambaMixer"), ("out_proj",)),
-    "BloomAttention": ("dense",), "BloomMLP": ("dense_4h_to_h",),  # where the configuration asks for it: see below
-    **dict.fromkeys(("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"),
-                    ("k_proj",)),
-    "DabDetrMHAttentionMap": ("k_linear",),
-    "TDNNLayer": ("kernel",), "DisentangledSelfAttention": ("in_proj",), "EsmFoldSelfAttention": ("g_proj",),
-    "Gemma3nTextAltUp": ("correction_coefs",), "LongcatFlashTopkRouter": ("classifier",),
-    **dict.fromkeys(("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"), ("lm_head",)),
-    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
-    **dict.fromkeys(("MiniCPMOcrViTWindowAttentionMerger", "MiniCPMV4_6ViTWindowAttentionMerger",
-                     "MiniCPMV4_7ViTWindowAttentionMerger"), _MINICPM),
-    "MobileBertLMPredictionHead": ("decoder", "dense"), "NeoMMEForMaskedLM": ("unembedding_projection",),
-    "LSHSelfAttention": ("query_key", "value"),
-}  # fmt: skip
+_ASKS = frozenset({"dtype", "device", "shape", "size", "is_meta", "ndim", "data", "requires_grad", "requires_grad_",
+                   "numel"})  # fmt: skip
+_PREPARES = ("__init__", "extra_repr", "init_weights", "_init_weights", "reset_parameters", "_reset_parameters",
+             "tie_weights", "_tie_weights")  # fmt: skip
+_HARMLESS = ("TransformerEncoderLayer",)  # its fast path, which reads weights, is not taken where there is an adapter
+
+
+def readings(source: str) -> Iterator[tuple[str, str]]:
+    """(class, layer) for every layer whose weight a method of a class takes for more than its dtype and size."""
+    for cls in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)):
+        for method in cls.body:
+            if not isinstance(method, ast.FunctionDef) or method.name in _PREPARES:
+                continue
+            above = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+            for node in above:
+                if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
+                    layer = node.value
+                    own = isinstance(layer, ast.Attribute) and ast.unparse(layer.value) == "self"
+                    if own and not _is_question(above[node]):
+                        yield cls.name, layer.attr  # type: ignore[attr-defined]
+
+
+def _is_question(user: ast.AST) -> bool:
+    if isinstance(user, ast.Call):
+        name = ast.unparse(user.func)
+        return name in ("isinstance", "hasattr") or ".init." in f".{name}"
+    return isinstance(user, ast.Attribute) and user.attr in _ASKS
+
+
+@lru_cache(maxsize=1024)
+def _read_by(cls: type) -> frozenset[str]:
+    try:
+        return frozenset(layer for _, layer in readings(textwrap.dedent(inspect.getsource(cls))))
+    except (OSError, TypeError, SyntaxError):  # no source
+        return frozenset()
 
 
 def reader_of(parent: nn.Module, child: str) -> str | None:
     """The class of `parent` that multiplies by the weight of its layer `child` itself; None: it calls the layer."""
     if getattr(parent, "pretraining_tp", 2) == 1:  # BLOOM's slices
         return None
-    return next((c.__name__ for c in type(parent).__mro__ if child in READERS.get(c.__name__, ())), None)
+    classes: list[Any] = [c for c in type(parent).__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
+    return next((c.__name__ for c in classes if c.__name__ not in _HARMLESS and child in _read_by(c)), None)

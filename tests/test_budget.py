@@ -11,6 +11,7 @@ from ssvdo_kernels.budget import (
     factor_numbers,
     fitted_ratio,
     layer_matrices,
+    lora_budget,
     lora_rank,
     prepared_numbers,
     trained_numbers,
@@ -89,3 +90,19 @@ def test_bad_budgets_are_refused(parameters):
 def test_names_that_match_nothing_are_refused():
     with pytest.raises(ValueError, match="matches no linear layer"):
         suggest_budget(block(), 100, SSVDOConfig(target_modules=("w_1",)))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_what_is_no_regular_expression_is_named(field):
+    layers = layer_matrices(block(), SSVDOConfig(outer_rank=2))
+    with pytest.raises(ValueError, match=rf"{field}='fc\(1' is no regular expression"):
+        chosen(layers, SSVDOConfig(outer_rank=2, **{field: "fc(1"}))
+
+
+@pytest.mark.parametrize("rank", [-5, 0, 49, 10**30])
+def test_ranks_that_no_layer_has_are_refused(rank):
+    config = SSVDOConfig(outer_rank=2)
+    layers = chosen(layer_matrices(block(), config), config)
+    assert lora_budget(layers, 48) == 2 * 48 * (48 + 160)
+    with pytest.raises(ValueError, match=f"lora_rank={rank} is out of range; allowed: 1 <= lora_rank <= 48"):
+        lora_budget(layers, rank)

@@ -153,11 +153,43 @@ def test_what_is_no_model_file_is_refused(tmp_path, content, capsys):
 
 def test_bad_choices_are_refused(tmp_path, capsys):
     base, _, _ = trained(tmp_path)
-    for given, message in ((["--outer-rank", "99"], "outer_rank=99 is too large"),
-                           (["--target-modules", "nothing"], "matches none"), (["--inner-ratio", "2"], "inner_ratio")):
+    for given, message in ((["--outer-rank", "-1"], "outer_rank=-1 is out of range"),
+                           (["--target-modules", "nothing"], "matches none"), (["--inner-ratio", "2"], "inner_ratio"),
+                           (["--target-modules", "fc(1"], "target_modules='fc(1' is no regular expression"),
+                           *((["--lora-rank", r], f"lora_rank={r} is out of range; allowed: 1 <= lora_rank <= 8")
+                             for r in ("-5", "0", "9", str(10**30)))):  # fmt: skip
         assert main(["plan", str(base), *given]) == 1
         assert message in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "adapter")]) == 1
+
+
+def test_headers_with_odd_values_are_refused(tmp_path, capsys):
+    file = tmp_path / "m.safetensors"
+    for shape in ([-4, 8], ["4", 8], [4.5, 8], [True, 8], [None, 8], [2**70, 8], "48", {"0": 4}):
+        text = json.dumps({"fc1.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + b"    ")
+        assert main(["plan", str(file)]) == 1
+        line = capsys.readouterr().err
+        assert "m.safetensors is no safetensors file: tensor fc1.weight has {" in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [
+    None, "", "null", '{"model_type": 5}', '{"model_type": "whisper", "d_model": "x"}',
+    '{"model_type": "whisper", "d_model": -4}', '{"auto_map": {"AutoConfig": "x.C"}, "model_type": "zzz"}'])
+def test_a_configuration_of_no_model_is_one_line(tmp_path, capsys, monkeypatch, content):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the console"))
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert main(["plan", str(tmp_path / "config.json")]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith(f"ssvdo: {tmp_path / 'config.json'} "), line
+
+
+def test_a_folder_of_a_model_file_s_name_is_no_file(tmp_path, capsys):
+    header_file(tmp_path / "m.safetensors", {"fc1.weight": (160, 80)})
+    (tmp_path / "x.safetensors").mkdir()
+    assert main(["plan", str(tmp_path)]) == 0 and "80 -> 160" in capsys.readouterr().out
 
 
 def test_plan_of_a_configuration_allocates_nothing(tmp_path, capsys):

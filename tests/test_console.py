@@ -1,6 +1,7 @@
 """Commands on consoles that cannot show a name, and in places whose name is outside of ASCII."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -46,3 +47,55 @@ def test_commands_end_well(tmp_path, name, console):
 @pytest.mark.parametrize("package", ["benchmarks", "examples"])
 def test_commands_beside_the_package_print_anything(package):
     assert run("-c", f"import {package}; print('\u65e5', '\\udcff')", PYTHONIOENCODING="ascii") == b"\\u65e5 \\udcff\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Commands of a small model, by name."""
+    model = nn.ModuleDict({"fc1": nn.Linear(4, 12)})
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    save_ssvdo(apply_ssvdo(model, SSVDOConfig(outer_rank=2)), tmp_path / "adapter")
+    base, adapter, out = (str(tmp_path / name) for name in ("model.safetensors", "adapter", "out"))
+    return {"plan": ["ssvdo_kernels.cli", "plan", base, "--outer-rank", "2"], "info": ["ssvdo_kernels.info"],
+            "inspect": ["ssvdo_kernels.cli", "inspect", adapter],
+            "merge": ["ssvdo_kernels.cli", "merge", base, adapter, "--out", out]}  # fmt: skip
+
+
+@pytest.mark.parametrize("stdout", ["full", "closed", "pipe"])
+@pytest.mark.parametrize("command", ["plan", "inspect", "merge", "info"])
+def test_a_stdout_that_cannot_be_written(files, tmp_path, command, stdout):
+    """A full one is an error of one line; one that is closed, or that nobody reads to the end, is none."""
+    redirected = {"full": ">/dev/full", "closed": ">&-", "pipe": "| true"}[stdout]
+    script = f'set -o pipefail; exec 3>&1; "$@" {redirected}'
+    done = subprocess.run(["bash", "-c", script, "bash", sys.executable, "-m", *files[command]], capture_output=True,
+                          cwd=HERE, text=True)  # fmt: skip
+    assert done.returncode == (stdout == "full"), done.stderr
+    if stdout != "full":
+        assert not done.stderr and not done.stdout
+    else:
+        assert "stdout cannot be written: No space left on device" in done.stderr and done.stderr.count("\n") == 1
+    if command == "merge":
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+        assert (f"{tmp_path / 'out'} is written all the same" in done.stderr) == (stdout == "full")
+
+
+def test_a_name_is_no_markup(tmp_path):
+    folder = tmp_path / ":smile:"
+    folder.mkdir()
+    save_file({"fc1.weight": torch.ones(12, 4)}, folder / "model.safetensors")
+    assert b":smile:" in run("-m", "ssvdo_kernels.cli", "plan", folder, "--outer-rank", "2")
+
+
+def test_a_name_that_libraries_cannot_open_is_refused(files, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.mkdir(folder)
+    shutil.copy(tmp_path / "model.safetensors", folder)
+    with open(f"{folder}/model.pth", "wb") as file:
+        torch.save({"fc1.weight": torch.ones(12, 4)}, file)
+    out = str(tmp_path / "out")
+    for command in (["merge", f"{folder}/model.safetensors", str(tmp_path / "adapter"), "--out", out],
+                    ["merge", f"{folder}/model.pth", str(tmp_path / "adapter"), "--out", out], ["inspect", folder]):
+        done = subprocess.run([sys.executable, "-m", "ssvdo_kernels.cli", *command], capture_output=True, cwd=HERE,
+                              text=True)  # fmt: skip
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "/\\udcff" in done.stderr and "not UTF-8" in done.stderr, done.stderr

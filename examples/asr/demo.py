@@ -33,11 +33,12 @@ from ssvdo_kernels import (
     save_ssvdo,
     trainable_summary,
 )
-from ssvdo_kernels.model import exchange
+from ssvdo_kernels.host import exchange
 from ssvdo_kernels.targets import find_targets
 
 from .corpus import SPEECH, Utterance, batches, features, read_manifest
 from .ctranslate2 import WeightsError
+from .options import COUNT, FILE, LEARNING_RATE, SEED, TARGET
 from .recognise import transcribe, wer
 from .train import Batch, fine_tune, loss_of
 from .whisper import load_whisper, prompt_of
@@ -117,11 +118,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="tiny.en (default), base, or a local transformers folder of a Whisper")
-    parser.add_argument("--manifest", type=Path, help="your own recordings, at most 6 s each (default: Scottish)")
-    parser.add_argument("--steps", type=int, default=120, help="optimiser steps of 8 utterances (default: 120)")
-    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate (default: 3e-4)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapter", type=Path, help="folder to keep the adapter in (default: a temporary one)")
+    parser.add_argument("--manifest", type=FILE, help="your own recordings, at most 6 s each (default: Scottish)")
+    parser.add_argument("--steps", type=COUNT, default=120, help="optimiser steps of 8 utterances (default: 120)")
+    parser.add_argument("--rate", type=LEARNING_RATE, default=3e-4, help="learning rate (default: 3e-4)")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--adapter", type=TARGET, help="folder to keep the adapter in (default: a temporary one)")
     return parser.parse_args(arguments)
 
 
@@ -181,5 +182,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (WeightsError, ValueError) as error:
+    except (WeightsError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")

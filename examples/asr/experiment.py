@@ -31,8 +31,10 @@ from tqdm import tqdm
 
 from ssvdo_kernels import SSVDOConfig
 
+from .corpus import read_text
 from .ctranslate2 import WeightsError
 from .methods import METHODS
+from .options import COUNT, MINUTES, TARGET
 from .run import SETTINGS, Run, check, prepare
 
 HERE = Path(__file__).parent
@@ -59,8 +61,9 @@ class Experiment:
         Raises:
             ValueError: a key or setting is unknown, or a method has no rate; names the file.
         """
+        text = read_text(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.safe_load(text)
             if not isinstance(data, dict):
                 raise ValueError("no mapping at the top")
             known = {"question", "finding", "settings", "rates", "grids", "reduced", "quick"}
@@ -76,7 +79,7 @@ class Experiment:
                     check(cell, EXTRA)
                     if cell.get("method") not in (*METHODS, "none"):
                         raise ValueError(f"method={cell.get('method')!r} is unknown; allowed: {', '.join(METHODS)}")
-        except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
         return made
 
@@ -115,6 +118,22 @@ def key_of(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The runs in a results file, by their keys.
+
+    Raises:
+        ValueError: the file holds something else; names it.
+    """
+    text = read_text(path)
+    try:
+        runs: dict[str, dict[str, Any]] = json.loads(text)["runs"]
+        if all(isinstance(r["settings"], dict) and isinstance(r["evaluations"], list) for r in runs.values()):
+            return runs
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged, or no file of results; move it away to begin anew") from None
+
+
 class Store:
     """results/NAME.json: written whole after every run, through a temporary file."""
 
@@ -122,10 +141,7 @@ class Store:
         self.experiment, self.path = experiment, folder / f"{experiment.name}.json"
         self.runs: dict[str, dict[str, Any]] = {}
         if self.path.exists():
-            try:
-                self.runs = json.loads(self.path.read_text(encoding="utf-8"))["runs"]
-            except (ValueError, KeyError):
-                raise ValueError(f"{self.path} is damaged; move it away to begin anew") from None
+            self.runs = read_results(self.path)
 
     def add(self, key: str, result: dict[str, Any]) -> None:
         """Keeps a result."""
@@ -164,7 +180,7 @@ def known(stores: list[Store]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for folder in {store.path.parent for store in stores}:
         for path in sorted(folder.glob("*.json")):
-            found.update(json.loads(path.read_text(encoding="utf-8")).get("runs", {}))
+            found.update(read_results(path))
     return found
 
 
@@ -213,9 +229,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     profile = parser.add_mutually_exclusive_group()
     profile.add_argument("--quick", action="store_const", const="quick", dest="profile", help="a step of a few runs")
     profile.add_argument("--full", action="store_const", const="full", dest="profile", help="every seed and setting")
-    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1))
-    parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: examples/asr/results; quick: a "
+    parser.add_argument("--workers", type=COUNT,
+                        default=1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1))
+    parser.add_argument("--minutes", type=MINUTES, help="start no run after so many minutes")
+    parser.add_argument("--out", type=TARGET, help="folder of the results (default: examples/asr/results; quick: a "
                         "temporary one)")  # fmt: skip
     parser.set_defaults(profile="reduced")
     return parser.parse_args(arguments)
@@ -244,5 +261,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit("interrupted; what was done is kept, the same command goes on")
-    except (WeightsError, ValueError, RuntimeError) as error:
+    except (WeightsError, ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from .corpus import RATE, resample
+from .options import TARGET
 from .whisper import SECONDS
 
 HERE = Path(__file__).parent
@@ -145,7 +146,7 @@ def make(out: Path, takes: list[Take]) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "speech", help="folder to write")
+    parser.add_argument("--out", type=TARGET, default=HERE / "speech", help="folder to write")
     parser.add_argument("--lab", action="store_true", help="the experiments' set, not the committed one")
     options = parser.parse_args()
     try:

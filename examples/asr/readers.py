@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from .corpus import SPEECH, Utterance, read_manifest, read_rows, read_text
+from .corpus import SPEECH, Utterance, existing, read_manifest, read_rows, read_text, repeated
 from .make_speech import lab, make, manifest
 from .whisper import cache_folder
 
@@ -16,10 +18,12 @@ LAB_FOLDER = "speech-1"
 
 
 def read_kaldi(folder: Path) -> list[Utterance]:
-    """A Kaldi data folder: wav.scp, text, and, where there is one, segments. Its own name is the voice.
+    """A Kaldi data folder: wav.scp, text, and, where there is one, segments (a stop of -1: the recording's end).
+    Its own name is the voice.
 
     Raises:
-        ValueError: a file is missing or a line is wrong (named), or wav.scp holds a command (nothing is ever run).
+        ValueError: a file is missing, a line is wrong or a name stands twice (named), or wav.scp holds a command
+            (nothing is ever run).
     """
     folder = Path(folder)
     for needed in ("wav.scp", "text"):
@@ -29,17 +33,21 @@ def read_kaldi(folder: Path) -> list[Utterance]:
     for number, (key, value) in _kaldi_lines(folder / "wav.scp"):
         if value.endswith("|"):
             raise ValueError(f"{folder}/wav.scp, line {number}: a command, which is not run; convert the audio first")
-        recordings[key] = _existing(folder, value, f"{folder}/wav.scp, line {number}")
-    parts = {key: (key, 0.0, None) for key in recordings}
+        recordings[key] = existing(folder, value, f"{folder}/wav.scp, line {number}")
+    parts: dict[str, tuple[str, float, float | None]] = {key: (key, 0.0, None) for key in recordings}
     if (folder / "segments").is_file():
         parts = {}
         for number, (key, value) in _kaldi_lines(folder / "segments"):
+            where = f"{folder}/segments, line {number}"
             try:
-                recording, start, stop = value.split()
-                parts[key] = (recording, float(start), float(stop))  # type: ignore[assignment]
+                recording, *times = value.split()
+                start, stop = map(float, times)
             except ValueError:
-                raise ValueError(
-                    f"{folder}/segments, line {number}: expected an utterance, a recording, start and stop") from None
+                raise ValueError(f"{where}: expected an utterance, a recording, start and stop") from None
+            if math.isinf(stop) or not 0 <= start < (math.inf if stop == -1 else stop):
+                raise ValueError(f"{where}: start and stop are {' '.join(times)}; allowed: 0 <= start < stop, or -1 as "
+                                 "stop, the end of the recording")
+            parts[key] = (recording, start, None if stop == -1 else stop)
     found = []
     for number, (key, text) in _kaldi_lines(folder / "text"):
         if key not in parts or parts[key][0] not in recordings:
@@ -58,10 +66,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _kaldi_lines(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
+    seen: dict[str, int] = {}
     for number, line in _lines(path):
         key, *value = re.split("[ \t]+", line.strip(" \t"), maxsplit=1)
         if not value or not value[0].strip():
             raise ValueError(f"{path}, line {number}: expected a name and a value")
+        if seen.setdefault(key, number) != number:
+            raise ValueError(f"{path}, line {number}: {key!r} stands on line {seen[key]} already")
         yield number, (key, value[0].strip())
 
 
@@ -71,7 +82,8 @@ def read_audio_folder(folder: Path) -> list[Utterance]:
     Subfolders named train, dev (or validation) and test, each with metadata of its own, become splits.
 
     Raises:
-        ValueError: there is no metadata, a field is missing or a recording does not exist; names the file and line.
+        ValueError: there is no metadata or a folder has both kinds, a field is missing or a recording does not exist;
+            names the file and line.
     """
     folder = Path(folder)
     found: list[Utterance] = []
@@ -80,31 +92,40 @@ def read_audio_folder(folder: Path) -> list[Utterance]:
             text = next((row[k] for k in ("text", "transcription", "sentence") if row.get(k)), "")
             if not row.get("file_name") or not text.strip():
                 raise ValueError(f"{path}, line {number}: needs file_name and text (or transcription, sentence)")
-            audio = _existing(path.parent, row["file_name"], f"{path}, line {number}")
+            audio = existing(path.parent, row["file_name"], f"{path}, line {number}")
             found.append(Utterance(audio, text.strip(), row.get("voice") or folder.name, split or row.get("split", "")))
     return _some(found, folder)
 
 
 def _metadata(folder: Path) -> Iterator[tuple[int, dict[str, str], Path]]:
-    if (path := folder / "metadata.csv").is_file():
+    name = _only(folder, "metadata.csv", "metadata.jsonl")
+    path = folder / (name or "")
+    if name == "metadata.csv":
         for number, row in read_rows(path):
             yield number, row, path
-    elif (path := folder / "metadata.jsonl").is_file():
+    elif name:
         for number, line in _lines(path):
             try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
+                row = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: no JSON object ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: no JSON object")
             yield number, {name: value for name, value in row.items() if isinstance(value, str)}, path
 
 
-def _existing(folder: Path, name: str, where: str) -> Path:
-    audio = folder / name
-    if not audio.is_file():
-        raise ValueError(f"{where}: no recording at {audio}")
-    return audio
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := repeated(name for name, _ in pairs):
+        raise ValueError(f"{twice[0]!r} stands twice")
+    return dict(pairs)
+
+
+def _only(folder: Path, *names: str) -> str | None:
+    """Which of the files the folder has; a ValueError where it has two, since one would be left out."""
+    there = [name for name in names if (folder / name).is_file()]
+    if len(there) > 1:
+        raise ValueError(f"{folder}: holds {' and '.join(there)}; one list of recordings is allowed")
+    return there[0] if there else None
 
 
 def _some(found: list[Utterance], folder: Path) -> list[Utterance]:
@@ -117,14 +138,15 @@ def read_corpus(path: Path) -> list[Utterance]:
     """A TSV manifest, a Kaldi data folder, a Hugging Face audio folder, or a folder with manifest.tsv, told apart.
 
     Raises:
-        ValueError: it is none of them, or a line of it is wrong.
+        ValueError: it is none of them or several, or a line of it is wrong.
     """
     path = Path(path)
     if path.is_file():
         return read_manifest(path)
-    if (path / "manifest.tsv").is_file():
-        return read_manifest(path / "manifest.tsv")
-    if (path / "wav.scp").is_file():
+    listed = _only(path, "manifest.tsv", "wav.scp", "metadata.csv", "metadata.jsonl")
+    if listed == "manifest.tsv":
+        return read_manifest(path / listed)
+    if listed == "wav.scp":
         return read_kaldi(path)
     if path.is_dir():
         return read_audio_folder(path)

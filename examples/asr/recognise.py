@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jiwer
@@ -43,14 +44,40 @@ def transcribe(
 
 
 def normalise(text: str) -> str:
-    """Lower case, letters, digits and apostrophes only, single spaces."""
-    text = text.lower().replace("\u2019", "'").replace("-", " ")
-    return " ".join(re.sub(r"[^a-z0-9' ]", " ", text).split())
+    """Lower case, letters (with their marks), digits and apostrophes only, single spaces. Of every script, as NFKC.
+
+    What shows nothing, such as a soft hyphen or a joiner, is left out; a zero-width space is a space.
+    """
+    shown = "".join(c for c in text if c == "\u200b" or unicodedata.category(c) != "Cf")
+    kept = [" "]
+    for c in unicodedata.normalize("NFKC", shown).lower().replace("\u2019", "'").replace("\u02bc", "'"):
+        marked = unicodedata.category(c)[0] == "M" and kept[-1] not in " '"
+        kept.append(c if c.isalnum() or c == "'" or marked else " ")
+    return " ".join("".join(kept).split())
+
+
+def spoken(references: list[str], plain: Callable[[str], str] = normalise) -> list[str]:
+    """`plain` of what was said.
+
+    Raises:
+        ValueError: there is nothing, or no word in one of them, so that no rate can be told; names it.
+    """
+    found = [plain(r) for r in references]
+    if not found:
+        raise ValueError("references is empty; at least one is needed")
+    for number, text in enumerate(found):
+        if not any(map(str.isalnum, text)):
+            raise ValueError(f"references[{number}]={references[number]!r} has no words; allowed: at least one letter "
+                             "or digit")
+    return found
 
 
 def wer(references: list[str], hypotheses: list[str]) -> float:
-    """Word error rate in percent over all words, after `normalise`. Errors: substitutions, deletions, insertions."""
-    return 100 * float(jiwer.wer([normalise(r) for r in references], [normalise(h) for h in hypotheses]))
+    """Word error rate in percent over all words, after `normalise`. Errors: substitutions, deletions, insertions.
+
+    A word is what stands between spaces. Raises what `spoken` raises.
+    """
+    return 100 * float(jiwer.wer(spoken(references), [normalise(h) for h in hypotheses]))
 
 
 @dataclass(frozen=True)
@@ -65,9 +92,9 @@ class Errors:
 
     @classmethod
     def count(cls, references: list[str], hypotheses: list[str]) -> Errors:
-        """Compares transcripts with what was said."""
+        """Compares transcripts with what was said. Raises what `spoken` raises."""
         found = cls([], [], [], [])
-        for said, heard in zip(map(normalise, references), map(normalise, hypotheses), strict=True):
+        for said, heard in zip(spoken(references), map(normalise, hypotheses), strict=True):
             for unit, wrong, total in (
                 (jiwer.process_words, found.words_wrong, found.words),
                 (jiwer.process_characters, found.characters_wrong, found.characters),

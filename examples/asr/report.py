@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .experiment import HERE, Experiment
+from .experiment import HERE, Experiment, read_results
 from .run import SETTINGS
 from .statistics import over_seeds, over_utterances, paired_difference
 
@@ -35,10 +35,9 @@ def load(name: str, folder: Path = HERE / "results") -> tuple[Runs, int]:
     path = folder / f"{name}.json"
     if not path.exists():
         return [], -1
-    data = json.loads(path.read_text(encoding="utf-8"))
     wanted = {json.dumps({**SETTINGS, **c}, sort_keys=True)
               for c in Experiment.read(HERE / "experiments" / f"{name}.yaml").cells("full")}  # fmt: skip
-    runs = [r for r in data["runs"].values() if json.dumps(r["settings"], sort_keys=True) in wanted]
+    runs = [r for r in read_results(path).values() if json.dumps(r["settings"], sort_keys=True) in wanted]
     return runs, len(wanted) - len(runs)
 
 

@@ -190,16 +190,22 @@ def _from_transformers(source: str, seconds: int, pin: str | None = None) -> Loa
     missing = [n for n in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / n).is_file()]
     if missing:
         raise WeightsError(f"--model {source}: {', '.join(missing)} missing; a transformers folder is needed")
-    values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = WhisperConfig(**{**values, "max_source_positions": seconds * FRAMES})
-    if config.vocab_size not in PROMPTS:
-        raise WeightsError(f"--model {source}: vocab_size={config.vocab_size}; a Whisper with 51864 (English) or 51865 "
-                           "(multilingual) is needed")
-    state = load_file(folder / "model.safetensors")
-    if pin is not None and (got := content_sha256(state)) != pin:
-        raise WeightsError(f"{source}: the weights have content SHA-256 {got}, expected {pin}")
-    state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
-    return _load(config, state, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    try:
+        values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = WhisperConfig(**{**values, "max_source_positions": seconds * FRAMES})
+        if config.vocab_size not in PROMPTS:
+            raise WeightsError(f"--model {source}: vocab_size={config.vocab_size}; a Whisper with 51864 (English) or "
+                               "51865 (multilingual) is needed")
+        state = load_file(folder / "model.safetensors")
+        if pin is not None and (got := content_sha256(state)) != pin:
+            raise WeightsError(f"{source}: the weights have content SHA-256 {got}, expected {pin}")
+        state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
+        return _load(config, state, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    except WeightsError:
+        raise
+    except Exception as error:  # each library that reads a part has errors of its own
+        why = " ".join(str(error).split())[:400]
+        raise WeightsError(f"--model {source}: not read as a Whisper ({type(error).__name__}: {why})") from error
 
 
 def _from_hub(size: str, seconds: int) -> Loaded:

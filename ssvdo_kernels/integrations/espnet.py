@@ -26,14 +26,13 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, compute_dtype, content_key, factorize, without_inverse
-from ..host import Host, carry_over, settle, warn_of_lowered
+from ..host import Host, exchange, places, settle, warn_of_lowered
 from ..linear import SSVDOLinear
-from ..linear_maps import kind_of, refusal
-from ..model import exchange
+from ..linear_maps import kind_of
 from ..ops import lasting
 from ..ops.base import DenseBase
 from ..origin import stamp
-from ..targets import matches
+from ..targets import matches, reason_against
 
 FEED_FORWARD = ("feed_forward.w_1", "feed_forward.w_2")
 _log = logging.getLogger(__name__)
@@ -80,6 +79,7 @@ class DeferredSSVDOLinear(Host):
         self.lora_adapter = Adapter(shape, config, None, self.weight, buffers=True)
         self._cache_dir, self._key = cache_dir, ""
         self._made_for: tuple[object, ...] | None = None
+        self._cast = False  # whether the weight has been cast since its factors were made
 
     def base(self, adapter: Adapter | None = None) -> DenseBase:
         self._factorise()
@@ -110,6 +110,10 @@ class DeferredSSVDOLinear(Host):
     def _make_factors(self, now: tuple[object, ...]) -> None:
         """Makes the factors of the weight if it is another than that of the factors at hand."""
         adapter = self.lora_adapter
+        if self._cast and adapter.singular_values is not None and adapter.origin is not None:
+            adapter.origin.check(DenseBase(self.weight), adapter.name)  # the same weight, rounded
+            self._cast, self._made_for, self._key = False, now, ""
+            return
         key = content_key(self.weight, adapter.shape)
         if key == self._key and adapter.singular_values is not None:
             factors = adapter.factors
@@ -122,10 +126,23 @@ class DeferredSSVDOLinear(Host):
         self._key, self._made_for = key, now
         self.weight.requires_grad_(False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeferredSSVDOLinear:
+        # A cast of what was trained keeps its basis, which nothing saves: the rounded weight may have another.
+        before = self.weight.dtype
+        cast = fn(self.weight.new_empty(0)).dtype != before and not self.weight.is_meta
+        if cast and self.lora_adapter.trained_on() is not None:
+            self._factorise()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._cast = self._cast or (cast and self.lora_adapter.trained_on() is not None)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_made_for": None})  # type: ignore[no-untyped-call]  # it lies elsewhere
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         base, known = (prefix + name in state_dict for name in ("weight", "lora_adapter.base_digest"))
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._made_for = None
+        self._made_for, self._cast = None, False
         inner = (self.lora_adapter.inner_rotation, self.lora_adapter.inner_scale)
         if base and not known and not any(bool(p.any()) for p in inner if p is not None):
             self.lora_adapter.base_digest.zero_()  # nothing has been trained on the weight before
@@ -158,17 +175,23 @@ def create_ssvdo_adapter(
     known = {f.name for f in fields(SSVDOConfig)} - {"target_modules", "exclude_modules", "orientation"}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"unknown options {unknown}; allowed: {sorted(known)}")
-    found = {name: m for name, m in model.named_modules() if matches(name, tuple(target_modules))}
+    if not isinstance(target_modules, (list, tuple, set)) or not all(isinstance(t, str) for t in target_modules):
+        raise ValueError(f"target_modules={target_modules!r} is of the wrong type; allowed: a list of name suffixes")
+    names = tuple(target_modules)
+    found = [place for place in places(model) if place.name and matches(place.name, names)]
     if not found:
-        raise ValueError(f"Target modules {list(target_modules)} not found in the base model.")
+        raise ValueError(f"Target modules {list(names)} not found in the base model.")
     made: dict[int, nn.Module] = {}
-    for name, linear in found.items():
+    weights: dict[int, str] = {}
+    for name, linear, parent, child in found:
         if isinstance(linear, Host):
             raise ValueError(f"{name} is adapted already; one adapter is enough")
         if type(linear) is not nn.Linear:
             raise TypeError(f"{name} is a {kind_of(linear)}; allowed: torch.nn.Linear")
-        if reason := refusal(linear):
+        if reason := reason_against(linear, parent, child):
             raise TypeError(f"{name} {reason}")
+        if (other := weights.setdefault(id(linear.weight), name)) != name:
+            raise ValueError(f"{other} and {name} share one weight; allowed: one of them")
         made[id(linear)] = _deferred(name, linear, cache_dir, options)
     exchange(model, made)
     layers = [m for m in model.modules() if isinstance(m, DeferredSSVDOLinear)]
@@ -193,7 +216,6 @@ def _deferred(name: str, linear: nn.Linear, cache_dir: str | None, options: Mapp
     layer.to(device=weight.device, dtype=compute_dtype(weight.dtype))
     layer.weight = cast(nn.Parameter, linear.weight)
     layer.bias = cast("nn.Parameter | None", linear.bias)
-    carry_over(linear, layer)
     return layer
 
 

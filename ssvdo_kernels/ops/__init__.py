@@ -24,6 +24,26 @@ def own_dtypes() -> Iterator[None]:
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_SECOND = ("create_graph=True (as in autograd.functional's hessian, hvp and jvp) wants the gradient of an adapted "
+           "layer's gradient, and there is none; allowed: torch.func (grad, jvp, hessian)")  # fmt: skip
+_BATCHED = ("an adapted layer got a batch of gradients at once (is_grads_batched, jacobian(vectorize=True)); allowed: "
+            "torch.func (jacrev, vmap)")  # fmt: skip
+
+
+def by_hand(backward: _Function) -> _Function:
+    """A backward of ours, outside autocast: once differentiable, of one gradient at a time; an error otherwise."""
+
+    @wraps(backward)
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled():  # PyTorch's own once_differentiable says nothing where no gradient asks for it
+            raise RuntimeError(_SECOND)
+        batched = args[1] is not None and torch._C._functorch.is_legacy_batchedtensor(args[1])
+        if batched or torch._C._are_functorch_transforms_active():
+            raise RuntimeError(_BATCHED)
+        with own_dtypes():
+            return backward(*args)
+
+    return call  # type: ignore[return-value]
 
 
 def lasting(function: _Function) -> _Function:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import own_dtypes
+from . import by_hand
 from .engines import adjoint
 from .preparation import Parameters, Prepared, Rows
 
 Pair = tuple[Tensor, Tensor]
+Arrived = Callable[[Any, Sequence[Tensor | None]], bool]
+"""(node, gradients of its stand-ins) -> whether they are taken, so that the parameters get none now."""
 
 
 def stand_ins(prepared: Prepared) -> Pair:
@@ -25,20 +28,22 @@ class Attach(torch.autograd.Function):
 
     One backward for all: it runs when the last consumer has delivered. A layer that nothing used gets no gradient.
     sink: where the only consumer of a single layer may leave the mixer's gradient as `Rows`, and return none.
+    arrived: who is asked at first.
     """
 
     @staticmethod
-    def forward(ctx, prepared: Sequence[Prepared], sink: list[Rows] | None, *parameters: Tensor | None):  # type: ignore[no-untyped-def]
-        ctx.prepared, ctx.sink = prepared, sink
+    def forward(ctx, prepared, sink, arrived, *parameters):  # type: ignore[no-untyped-def]
+        ctx.prepared, ctx.sink, ctx.arrived = prepared, sink, arrived
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         ctx.set_materialize_grads(False)
         return tuple(t for p in prepared for t in stand_ins(p))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    @own_dtypes()
+    @by_hand
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
         result: list[Tensor | None] = [None] * len(ctx.dtypes)
+        if ctx.arrived is not None and ctx.arrived(ctx, gradients):
+            return None, None, None, *result
         if ctx.sink:
             found = adjoint(ctx.prepared, [ctx.sink.pop()], [_whole(ctx.prepared[0], *gradients)[1]])
             used = [0]
@@ -49,9 +54,9 @@ class Attach(torch.autograd.Function):
             found = adjoint(prepared, [d for d, _ in pairs], [d for _, d in pairs]) if used else []
         for i, three in zip(used, found, strict=True):
             for j, gradient in enumerate(three, 3 * i):
-                if gradient is not None and ctx.needs_input_grad[2 + j]:
+                if gradient is not None and ctx.needs_input_grad[3 + j]:
                     result[j] = gradient.to(ctx.dtypes[j])
-        return None, None, *result
+        return None, None, None, *result
 
 
 def _whole(prepared: Prepared, d_mixer: Tensor | None, d_columns: Tensor | None) -> Pair:
@@ -60,9 +65,12 @@ def _whole(prepared: Prepared, d_mixer: Tensor | None, d_columns: Tensor | None)
 
 
 def attach(
-    prepared: Sequence[Prepared], parameters: Sequence[Parameters], sink: list[Rows] | None = None
+    prepared: Sequence[Prepared],
+    parameters: Sequence[Parameters],
+    sink: list[Rows] | None = None,
+    arrived: Arrived | None = None,
 ) -> list[Pair]:
     """(M, F) of each layer of one preparation as stand-ins with gradients to all parameters."""
     flat = [p for three in parameters for p in three]
-    found: tuple[Tensor, ...] = Attach.apply(prepared, sink, *flat)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = Attach.apply(prepared, sink, arrived, *flat)  # type: ignore[no-untyped-call]
     return list(zip(found[::2], found[1::2], strict=True))

@@ -21,8 +21,13 @@ class Base:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the operator is made of: saved for a backward, and watched for changes."""
+        """What the operator is made of: watched for changes."""
         raise NotImplementedError
+
+    @property
+    def saved(self) -> tuple[Tensor, ...]:
+        """Those of them that a backward saves, so that autograd notices a change before it."""
+        return tuple(t for t in self.tensors if not t.is_inference())
 
     @property
     def trains(self) -> bool:

@@ -16,11 +16,14 @@ import json
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors
@@ -45,6 +48,7 @@ class Owner(Protocol):
 
     name: str
     inner_scale: torch.nn.Parameter
+    basis: Tensor | None
     origin: Origin | None
 
     @property
@@ -52,7 +56,7 @@ class Owner(Protocol):
 
 
 _living: weakref.WeakSet[Any] = weakref.WeakSet()
-_by_storage: dict[int, weakref.ref[Any]] = {}
+_by_storage: dict[tuple[int, int], weakref.ref[Any]] = {}
 
 
 def enlist(owner: Owner) -> None:
@@ -60,12 +64,17 @@ def enlist(owner: Owner) -> None:
     _living.add(owner)
 
 
-def _owner(scale: Tensor) -> Owner | None:
-    """The living adapter whose `inner_scale` lies where `scale` does."""
-    at = scale.data_ptr()
+def _place(scale: Tensor, basis: Tensor | None) -> tuple[int, int]:
+    return scale.data_ptr(), 0 if basis is None else basis.data_ptr()
+
+
+def _owner(scale: Tensor, basis: Tensor) -> Owner | None:
+    """The living adapter whose `inner_scale` lies where `scale` does; of those that share it, the one of this basis."""
+    at = _place(scale, basis)
     found = _by_storage[at]() if at in _by_storage else None
-    if found is None or found.inner_scale.data_ptr() != at:
-        found = next((one for one in list(_living) if one.inner_scale.data_ptr() == at), None)
+    if found is None or _place(found.inner_scale, found.basis) != at:
+        alike = [one for one in list(_living) if one.inner_scale.data_ptr() == at[0]]
+        found = next((one for one in alike if _place(one.inner_scale, one.basis) == at), alike[0] if alike else None)
         _by_storage.pop(at, None)
         if found is not None:
             _by_storage[at] = weakref.ref(found)
@@ -73,7 +82,7 @@ def _owner(scale: Tensor) -> Owner | None:
 
 
 def _prepared(source: Source) -> Prepared:
-    owner = _owner(source.parameters[1])
+    owner = _owner(source.parameters[1], source.factors.basis)
     if owner is None:
         return prepare_one(source)
     return owner.cache.current(replace(source, name=owner.name, origin=owner.origin))
@@ -96,8 +105,16 @@ def _op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[
     """Registers a real implementation, run outside autocast and inference mode, with its fake."""
 
     def register(function: Callable[..., Any]) -> Any:
-        op = torch.library.custom_op(
-            f"ssvdo_kernels::{name}", lasting(own_dtypes()(function)), mutates_args=(), schema=schema)
+        @lasting
+        @wraps(function)
+        def run(*args: Any) -> Any:
+            if forward_ad._current_level >= 0:  # tangents do not come as far as this
+                raise RuntimeError("forward-mode differentiation (torch.func.jvp, jacfwd, dual numbers) of an exported "
+                                   "adapted model; allowed: of the model itself, also inside torch.compile")
+            with own_dtypes():
+                return function(*args)
+
+        op = torch.library.custom_op(f"ssvdo_kernels::{name}", run, mutates_args=(), schema=schema)
         op.register_fake(fake)
         return op
 
@@ -144,6 +161,14 @@ def infer(x, bias, *rest):  # type: ignore[no-untyped-def]
     form = "merged" if merged else choose(prepared, Work(len(x), False, backend, x.dtype, x.device))
     prepared.serve(len(x), False)
     return run(x, tokens, bias, Call(prepared, form, backend), False)[0]
+
+
+def _untrained(ctx, dy):  # type: ignore[no-untyped-def]
+    raise RuntimeError("an adapted layer in a program that was exported without gradients was asked for them; allowed: "
+                       "export it with gradients enabled and parameters that require them")  # fmt: skip
+
+
+infer.register_autograd(_untrained)
 
 
 # -- with gradients ----------------------------------------------------------------------------------------------------
@@ -232,6 +257,14 @@ def _gradient(ctx, dy, _):  # type: ignore[no-untyped-def]
 
 
 train.register_autograd(_gradient, setup_context=_context)
+
+
+def traced() -> bool:
+    """Whether a dispatch mode records what is computed, to run it again in part (selective activation checkpointing) or
+    as a graph (make_fx): a layer is one operation then, as what is prepared is computed in one pass and not in another.
+    """
+    replays = checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
+    return any(isinstance(mode, replays) or mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 
 def adapted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from functools import lru_cache
 
 import torch
@@ -31,8 +32,12 @@ def without_triton() -> str:
     return f"Triton {triton.__version__} is older than {'.'.join(map(str, TRITON))}" if old else ""
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: as Triton reads it, when they are loaded."""
+    if os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "yes", "on", "y"):
+        return False
+    kernels = sys.modules.get("ssvdo_kernels.triton.kernels")
+    return kernels is None or bool(kernels.INTERPRETED)
 
 
 def token_path(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -74,8 +79,8 @@ def preparation(backend: str, device: torch.device) -> tuple[str, str]:
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Why Triton's kernels cannot run at all; "" where they can."""
-    if device.type == "cpu" and not _interpreting():
-        return "the device is the CPU (TRITON_INTERPRET=1 would interpret)"
+    if device.type == "cpu" and not interpreting():
+        return "the device is the CPU (TRITON_INTERPRET=1, set before the first import, would interpret)"
     if missing := without_triton():
         return missing
     if dtype not in (*_HALF, torch.float32, torch.float64):

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..planner import joins
-from . import own_dtypes
+from . import by_hand
 from .attach import Pair, stand_ins
 from .base import Base
 from .preparation import Prepared, Rows
@@ -256,7 +255,7 @@ def pull_back(
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """y = x W'^T + b as a function of x, the stand-ins of M and F, and the bias; `tensors` are the base operator's."""
+    """y = x W'^T + b as a function of x, the stand-ins of M and F, and the bias; `tensors` are those that the base saves."""
 
     @staticmethod
     def forward(ctx, x, mixer, columns, bias, base, call, *tensors):  # type: ignore[no-untyped-def]
@@ -267,8 +266,7 @@ class AdaptedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    @own_dtypes()
+    @by_hand
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         need_x, need_mixer, need_columns, need_bias = ctx.needs_input_grad[:4]
         (x, saved, *_), call = ctx.saved_tensors, ctx.call
@@ -282,7 +280,7 @@ class AdaptedLinear(torch.autograd.Function):
                 call.sink[:], d_mixer = [d_mixer], None
         d_bias = dy.sum(0) if need_bias else None
         return (dx, None if d_mixer is None else d_mixer.to(dtype), None if d_columns is None else d_columns.to(dtype),
-                d_bias, None, None, *[None] * len(ctx.base.tensors))  # fmt: skip
+                d_bias, None, None, *[None] * len(ctx.base.saved))  # fmt: skip
 
 
 class AdaptedWeight(torch.autograd.Function):
@@ -291,12 +289,11 @@ class AdaptedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mixer, columns, base, prepared):  # type: ignore[no-untyped-def]
         ctx.base, ctx.prepared = base, prepared
-        ctx.save_for_backward(*base.tensors)
+        ctx.save_for_backward(*base.saved)
         return prepared.merged(base, keep=False)
 
     @staticmethod
-    @once_differentiable
-    @own_dtypes()
+    @by_hand
     def backward(ctx, d_weight):  # type: ignore[no-untyped-def]
         _ = ctx.saved_tensors  # raises where W0 has been written to
         return *ctx.prepared.merged_backward(ctx.base.dense(), d_weight, *ctx.needs_input_grad[:2]), None, None
@@ -314,4 +311,4 @@ def adapted_linear(x: Tensor, pair: Pair | None, base: Base, bias: Tensor | None
     if pair is None and not torch.is_grad_enabled():  # a token at a time, bookkeeping costs as much as a product
         return run(x, base, bias, call, False)[0]
     mixer, columns = stand_ins(call.prepared) if pair is None else pair
-    return AdaptedLinear.apply(x, mixer, columns, bias, base, call, *base.tensors)  # type: ignore[no-untyped-call,no-any-return]
+    return AdaptedLinear.apply(x, mixer, columns, bias, base, call, *base.saved)  # type: ignore[no-untyped-call,no-any-return]

@@ -76,6 +76,7 @@ class Numbers:
         present = [p.detach() for p in parameters if p is not None]
         self._hash = host.fingerprint(present)
         self._copies = [] if self._hash is not None else [p.clone() for p in present]
+        self._last = host.fingerprint(present[-1:])
 
     def same(self, parameters: Parameters) -> bool:
         """Whether `parameters` hold the same bits (the same numbers, without the core)."""
@@ -83,6 +84,12 @@ class Numbers:
         if self._hash is not None:
             return host.fingerprint(present) == self._hash
         return all(map(torch.equal, self._copies, present))
+
+    def last_same(self, parameter: Tensor) -> bool:
+        """The same of the last parameter that there is."""
+        if self._hash is None:
+            return torch.equal(self._copies[-1], parameter)
+        return host.fingerprint([parameter.detach()]) == self._last
 
 
 def version(tensor: Tensor | None) -> int | None:
@@ -105,7 +112,7 @@ class Prepared(Matrices):
 
     def __init__(self, source: Source) -> None:
         if source.origin is not None:
-            source.origin.check(source.base, source.name)
+            source.origin.check(source.base, source.name, factors=source.factors)
         self.source, self.shape, self.config, self.name = source, source.shape, source.config, source.name
         on_cpu = source.parameters[1].device.type == "cpu"
         self.numbers = Numbers(source.parameters) if on_cpu else None
@@ -118,8 +125,8 @@ class Prepared(Matrices):
         self.factors = source.factors
         # Of the null basis, which has columns up to max(k, l), the first belong to adapted components.
         self.null = max(0, self.factors.null - (self.shape.width - self.shape.k))
-        self.singular = self.factors.singular_values[: self.shape.width].to(self.dtype)
-        self.basis = self.factors.basis[:, : self.shape.width]
+        self.singular = self.factors.singular_values.detach()[: self.shape.width].to(self.dtype)
+        self.basis = self.factors.basis.detach()[:, : self.shape.width]
         self.outer = None if outer is None else self._outer(self._worked(outer))
         self._kept, self._mixer, self._verdict = {}, None, None
         self.tokens = 0  # rows that have passed through this preparation: the planner's clock
@@ -181,8 +188,11 @@ class Prepared(Matrices):
         return True
 
     def check_unedited(self) -> None:
-        """Raises RuntimeError where `outer`, which the way back reads again, has been written to since the forward."""
-        if version(self.source.parameters[2]) != self._version:
+        """Raises RuntimeError where `outer`, which the way back reads again, has been written to since the forward; on
+        a CPU through ``.data``, too."""
+        outer = self.source.parameters[2]
+        same = version(outer) == self._version
+        if not same or (outer is not None and self.numbers is not None and not self.numbers.last_same(outer)):
             raise RuntimeError(f"{self.name}: `outer` was changed in place between a forward and its backward")
 
     def verify(self, wait: bool = True) -> None:

@@ -169,3 +169,6 @@ def sum_partials(partials, out, splits, count, BLOCK: tl.constexpr):
     for split in range(0, splits):
         total += tl.load(partials + tl.cast(split, tl.int64) * count + index, mask=inside, other=0.0)
     tl.store(out + index, total, mask=inside)
+
+
+INTERPRETED = not isinstance(_row, triton.JITFunction)  # what TRITON_INTERPRET said when this was loaded

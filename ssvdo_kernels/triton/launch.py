@@ -7,7 +7,6 @@ float32 operands follow ``torch.backends.cuda.matmul.allow_tf32``.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -19,11 +18,6 @@ from . import kernels, tuning
 from .configs import FUSED_EXTRA, FUSED_WIDTH, Config
 
 _PROCESSORS: dict[int, int] = {}
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -1,8 +1,10 @@
 """Which configuration a launch takes: fixed, remembered, or timed once.
 
-``SSVDO_AUTOTUNE=0`` always takes the first of `configs.CONFIGS`. Otherwise a kernel that has several is timed at its
-first use at a new size (tokens rounded up to a power of two): a few milliseconds a configuration, after compilation.
-Results are kept in ``$SSVDO_CACHE`` (default ``~/.cache/ssvdo_kernels``), one JSON file a device and Triton version.
+``SSVDO_AUTOTUNE=0`` (false, off, no, or empty) always takes the first of `configs.CONFIGS`. Otherwise a kernel that has
+several is timed at its first use at a new size (tokens rounded up to a power of two): a few milliseconds a
+configuration, after compilation.
+Results are kept in ``$SSVDO_CACHE`` (default ``~/.cache/ssvdo_kernels``; without a home, in the folder for temporary
+files), one JSON file a device and Triton version.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +28,8 @@ _loaded: set[Path] = set()
 
 def enabled() -> bool:
     """Whether launches may be timed: on a GPU, outside graph capture, unless SSVDO_AUTOTUNE=0."""
-    if os.environ.get("SSVDO_AUTOTUNE", "1") == "0" or not torch.cuda.is_available():
+    off = os.environ.get("SSVDO_AUTOTUNE", "1").lower() in ("0", "false", "off", "no", "")
+    if off or not torch.cuda.is_available():
         return False
     return not torch.cuda.is_current_stream_capturing()
 
@@ -34,7 +38,11 @@ def cache_file(device: str) -> Path:
     """Where timings of a device are kept."""
     import triton
 
-    folder = Path(os.environ.get("SSVDO_CACHE", Path.home() / ".cache" / "ssvdo_kernels"))
+    given = os.environ.get("SSVDO_CACHE") or "~/.cache/ssvdo_kernels"
+    try:
+        folder = Path(given).expanduser()
+    except RuntimeError:  # nobody knows a home
+        folder = Path(tempfile.gettempdir()) / "ssvdo_kernels"
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return folder / f"autotune-{slug}-triton-{triton.__version__}.json"
 

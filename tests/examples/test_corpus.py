@@ -1,6 +1,7 @@
 """Manifests and their errors, audio, features and training batches; the committed sentences and speech."""
 
 import math
+import struct
 from collections import Counter, defaultdict
 
 import pytest
@@ -11,7 +12,17 @@ for needed in ("transformers", "tokenizers", "soundfile"):
 
 import soundfile
 
-from examples.asr.corpus import RATE, SPEECH, batches, features, load_audio, read_manifest, resample
+from examples.asr.corpus import (
+    RATE,
+    SPEECH,
+    Utterance,
+    batches,
+    check_audio,
+    features,
+    load_audio,
+    read_manifest,
+    resample,
+)
 from examples.asr.make_speech import TEST_SENTENCES, VOICES, sentences
 from examples.asr.whisper import ENGLISH, MULTILINGUAL, SECONDS
 
@@ -54,6 +65,10 @@ def test_voice_and_split_are_optional(tmp_path):
         (["path\ttext", "a.flac\thello", "a.flac\t  "], "line 3: the text is empty"),
         (["path\ttext", "a.flac"], "line 2: the text is empty"),
         (["path\ttext"], "holds no utterance"),
+        (["path\ttext", "a.flac\thello\tworld"], "line 2: 3 fields; the header names 2"),
+        (["path\ttext\ttext", "a.flac\thello\tworld"], r"line 1: columns \['text'\] stand twice"),
+        (["path\ttext", "", "a.flac\t"], "line 3: the text is empty"),
+        (["path\ttext", "x" * 300 + "\thello"], "line 2: no recording"),
     ],
 )
 def test_manifest_errors_name_the_file_and_the_line(tmp_path, lines, said):
@@ -86,6 +101,82 @@ def test_audio_longer_than_the_context_is_refused(tmp_path):
     soundfile.write(tmp_path / "long.flac", tone(SECONDS + 0.5).numpy(), RATE)
     with pytest.raises(ValueError, match=r"long\.flac: 6\.5 s long"):
         load_audio(tmp_path / "long.flac")
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def header_says(path, size):
+    """Writes the size of a WAV file's samples as the header names it."""
+    data = bytearray(path.read_bytes())
+    data[40:44] = struct.pack("<I", size)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "spoil", "said"),
+    [
+        ("a.wav", [0.0] * 0, None, "holds no samples"),
+        ("a.wav", [0.1, math.nan, 0.1], None, "samples that are not finite"),
+        ("a.wav", [0.1, math.inf, 0.1], None, "samples that are not finite"),
+        ("a.wav", tone(1), lambda p: cut(p, 20_000), "cut short: the header names 64000 bytes of samples"),
+        ("a.aiff", tone(1), lambda p: cut(p, 20_000), "cut short: the header names 64"),
+        ("a.au", tone(1), lambda p: cut(p, 20_000), "cut short: the header names 64000 bytes of samples"),
+        ("a.flac", tone(1), lambda p: cut(p, 9_000), "not read as audio"),
+        ("a.flac", tone(1), lambda p: p.write_bytes(p.read_bytes()[:22] + bytes(4) + p.read_bytes()[26:]), "no length"),
+        ("a.wav", tone(1), lambda p: p.write_text("hello"), "not read as audio"),
+        ("a.raw", tone(1), lambda p: None, "not read as audio"),
+        ("a.wav", tone(1), lambda p: p.unlink(), "not read as audio"),
+    ],
+)
+def test_audio_that_is_not_whole_is_refused_and_named(tmp_path, name, samples, spoil, said):
+    path = tmp_path / name
+    floats = {} if name == "a.flac" else {"subtype": "FLOAT"}
+    soundfile.write(path, torch.as_tensor(samples).numpy(), RATE, format="WAV" if "raw" in name else None, **floats)
+    if spoil:
+        spoil(path)
+    with pytest.raises(ValueError, match=said) as error:
+        load_audio(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000, 2 * RATE + 36])
+def test_audio_whose_header_knows_no_size_or_counts_itself_is_read(tmp_path, size):
+    soundfile.write(tmp_path / "a.wav", tone(1).numpy(), RATE)
+    whole = load_audio(tmp_path / "a.wav")
+    header_says(tmp_path / "a.wav", size)
+    assert torch.equal(load_audio(tmp_path / "a.wav"), whole)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_mp3_file_is_as_long_as_what_is_read(tmp_path):
+    """Without the frame that counts the others, its length is an estimate: here 7 s for 5 s."""
+    path = tmp_path / "a.mp3"
+    try:
+        soundfile.write(path, torch.cat([torch.zeros(1_000), tone(4.9)]).numpy(), RATE)
+    except (soundfile.SoundFileError, ValueError):
+        pytest.skip("libsndfile writes no MP3 here")
+    data = path.read_bytes()
+    second = next(n for n in range(200, len(data)) if data[n] == data[0] and data[n + 1] == data[1])
+    path.write_bytes(data[second:])
+    assert soundfile.info(path).duration > SECONDS
+    assert 4.9 * RATE < load_audio(path).numel() < 5.2 * RATE
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [(-0.5, 0.5), (0.5, 0.2), (0.5, 0.5), (5.0, 6.0), (1.5, None), (0.0, 1.1), (0.0, math.nan), (math.nan, 0.5),
+     (0.0, math.inf)],
+)  # fmt: skip
+def test_a_part_beyond_the_file_is_refused(tmp_path, start, stop):
+    soundfile.write(tmp_path / "a.wav", tone(1).numpy(), RATE)
+    said = rf"a\.wav: start={start}, stop={stop} of 1\.00 s; allowed: 0 <= start < stop <= the length"
+    with pytest.raises(ValueError, match=said):
+        load_audio(tmp_path / "a.wav", start, stop)
+    with pytest.raises(ValueError, match=said):
+        check_audio([Utterance(tmp_path / "a.wav", "hi", start=start, stop=stop)])
+    assert load_audio(tmp_path / "a.wav", 0.5, 1.004).numel() == RATE // 2  # a time is rounded to hundredths
 
 
 def test_features_are_padded_to_six_seconds(tmp_path):

@@ -11,7 +11,7 @@ for needed in ("transformers", "tokenizers", "soundfile", "jiwer", "peft", "yaml
 
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from examples.asr import experiment, report, run
+from examples.asr import demo, experiment, report, run
 from examples.asr.experiment import HERE, PROFILES, Experiment, Store, key_of, main, run_all
 from examples.asr.methods import METHODS, adapt
 from examples.asr.whisper import config_of
@@ -56,6 +56,7 @@ def test_the_key_is_of_all_settings_defaults_included():
         ("lora: 0.1, ", "", "rates: none for method 'lora'"),
         ("reduced: {grid", "reduced: {grids", "key 'grids' of a profile"),
         ("question: Why?", "- 1", "small.yaml"),
+        ("question: Why?", "question: " + "[" * 10_000, "small.yaml"),
     ],
 )
 def test_a_wrong_description_is_refused_and_named(tmp_path, old, new, said):
@@ -217,11 +218,61 @@ def test_time_that_runs_out_leaves_the_rest(tmp_path, monkeypatch):
     assert run_all([Store(described(tmp_path), tmp_path)], "full", 1, 0.0) == 5
 
 
-def test_a_damaged_results_file_is_not_overwritten(tmp_path):
-    (tmp_path / "small.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "null", "{}", '{"runs": []}', '{"runs": {"a": 1}}', '{"runs": {"a": {}}}', "[" * 100_000])
+def test_a_damaged_results_file_is_not_overwritten(tmp_path, text):
+    (tmp_path / "small.json").write_text(text)
+    with pytest.raises(ValueError, match=r"small\.json is damaged"):
         Store(described(tmp_path), tmp_path)
-    assert (tmp_path / "small.json").read_text() == "{"
+    with pytest.raises(ValueError, match=r"small\.json is damaged"):  # another experiment's, in the same folder
+        run_all([Store(described(tmp_path, name="other"), tmp_path)], "full", 1, None)
+    with pytest.raises(ValueError, match=r"baseline\.json is damaged"):
+        report.load("baseline", (tmp_path / "small.json").rename(tmp_path / "baseline.json").parent)
+    assert (tmp_path / "baseline.json").read_text() == text and not (tmp_path / "other.json").exists()
+
+
+def test_a_results_file_that_is_a_folder_is_named(tmp_path):
+    (tmp_path / "small.json").mkdir()
+    with pytest.raises(ValueError, match=r"small\.json: not read as text"):
+        Store(described(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--workers", "0", "a whole number of at least 1"),
+        ("--workers", "x", "a whole number of at least 1"),
+        ("--minutes", "nan", "a finite number of at least 0"),
+        ("--minutes", "-1", "a finite number of at least 0"),
+        ("--minutes", "inf", "a finite number of at least 0"),
+        ("--out", __file__, "a folder, or where one can be made"),
+        ("--out", f"{__file__}/deep/er", "a folder, or where one can be made"),
+    ],
+)
+def test_a_wrong_option_is_named(capsys, option, value, allowed):
+    with pytest.raises(SystemExit) as error:
+        main(["baseline", option, value])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and f"argument {option}: {value!r} is refused; allowed: {allowed}" in last
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--manifest", "/nope", "a file that is there"),
+        ("--manifest", "/", "a file that is there"),
+        ("--steps", "0", "a whole number of at least 1"),
+        ("--rate", "0", "a finite number above 0"),
+        ("--rate", "nan", "a finite number above 0"),
+        ("--seed", str(10**30), "a whole number from 0 to 4294967295"),
+        ("--adapter", __file__, "a folder, or where one can be made"),
+    ],
+)
+def test_a_wrong_option_of_the_demo_is_named(capsys, option, value, allowed):
+    with pytest.raises(SystemExit) as error:
+        demo.main([option, value])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and f"argument {option}: {value!r} is refused; allowed: {allowed}" in last
 
 
 def test_an_unknown_experiment_lists_the_known_ones():

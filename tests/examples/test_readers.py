@@ -11,7 +11,7 @@ for needed in ("transformers", "tokenizers", "soundfile"):
 import soundfile
 import torch
 
-from examples.asr.corpus import RATE, load_audio
+from examples.asr.corpus import RATE, load_audio, read_manifest
 from examples.asr.readers import open_corpus, read_audio_folder, read_corpus, read_kaldi
 
 
@@ -43,6 +43,12 @@ def test_kaldi_segments_are_cut_out(tmp_path):
     assert torch.equal(load_audio(second.path, second.start, second.stop), whole[8000:])
 
 
+def test_minus_one_is_the_end_of_the_file(tmp_path):
+    folder = folder_of(tmp_path / "d", {"wav.scp": "r a.wav\n", "text": "u hi\n", "segments": "u r 0.25 -1\n"})
+    (only,) = read_kaldi(folder)
+    assert load_audio(only.path, only.start, only.stop).numel() == 3 * RATE // 4
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
@@ -54,8 +60,15 @@ def test_kaldi_segments_are_cut_out(tmp_path):
         ({"wav.scp": "r a.wav\n", "text": "u hi\n", "segments": "u r 0 x\n"}, "segments, line 1: expected"),
         ({"wav.scp": "r a.wav\n", "text": "u hi\n", "segments": "u q 0 1\n"}, "'u' has no recording"),
         ({"wav.scp": "u a.wav\n", "text": ""}, "holds no utterance"),
+        ({"wav.scp": "u a.wav\nu a.wav\n", "text": "u hi\n"}, r"wav\.scp, line 2: 'u' stands on line 1 already"),
+        ({"wav.scp": "u a.wav\n", "text": "u hi\nu ho\n"}, "text, line 2: 'u' stands on line 1 already"),
+        ({"wav.scp": "r a.wav\n", "text": "u hi\n", "segments": "u r 0 1\nv r 0 1\nu r 0 1\n"},
+         "segments, line 3: 'u' stands on line 1 already"),
+        *(({"wav.scp": "r a.wav\n", "text": "u hi\n", "segments": f"u r {times}\n"},
+           f"segments, line 1: start and stop are {times}; allowed: 0 <= start < stop, or -1")
+          for times in ("-0.5 0.5", "0.5 0.2", "0.5 0.5", "0 nan", "nan 1", "0 inf", "0 -2", "-1 -1", "inf -1")),
     ],
-)
+)  # fmt: skip
 def test_kaldi_errors_name_the_line(tmp_path, files, said):
     with pytest.raises(ValueError, match=said):
         read_kaldi(folder_of(tmp_path / "d", files))
@@ -76,12 +89,32 @@ def test_audio_folder_with_splits(tmp_path):
         ("metadata.csv", "file_name,text\nb.wav,hi\n", "line 2: no recording"),
         ("metadata.jsonl", "[1]\n", "line 1: no JSON object"),
         ("metadata.jsonl", "{", "line 1: no JSON object"),
+        ("metadata.jsonl", "[" * 100_000, "line 1: no JSON object"),
+        ("metadata.jsonl", '{"text": "a", "text": "b", "file_name": "a.wav"}', "line 1: no JSON object .'text' stands"),
+        ("metadata.csv", "file_name,text\na.wav,hello, world\n", "line 2: 3 fields; the header names 2"),
+        ("metadata.csv", "file_name,text,text\na.wav,a,b\n", r"line 1: columns \['text'\] stand twice"),
+        ("metadata.csv", 'file_name,text\na.wav,"hello\na.wav,world\n', "line 2: unexpected end of data"),
+        ("metadata.csv", 'file_name,text\na.wav,"hello" world\n', "line 2: ',' expected after"),
+        ("metadata.csv", 'file_name,text\n\n\nb.wav,world\n', "line 4: no recording"),
         ("other.csv", "", "holds no utterance"),
     ],
 )
 def test_audio_folder_errors(tmp_path, name, text, said):
     with pytest.raises(ValueError, match=said):
         read_audio_folder(folder_of(tmp_path / "d", {name: text}))
+
+
+@pytest.mark.parametrize("names", [*itertools.combinations(("manifest.tsv", "metadata.csv", "metadata.jsonl"), 2)])
+def test_two_lists_of_recordings_are_refused(tmp_path, names):
+    rows = {"manifest.tsv": "path\ttext\na.wav\thi\n", "metadata.csv": "file_name,text\na.wav,hi\n",
+            "metadata.jsonl": '{"file_name": "a.wav", "text": "hi"}\n'}  # fmt: skip
+    folder = folder_of(tmp_path / "d", {name: rows[name] for name in names})
+    with pytest.raises(ValueError, match=f"holds {names[0]} and {names[1]}; one list of recordings is allowed"):
+        read_corpus(folder)
+    folder.rename(tmp_path / "train")
+    if "manifest.tsv" not in names:
+        with pytest.raises(ValueError, match=f"train: holds {names[0]} and {names[1]}"):
+            read_audio_folder(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["two words", "a\u2028b", "a\x85b", "a\x0bb\x1cc", "one  two", "\u4f60\u3000\u597d"])
@@ -108,6 +141,7 @@ def test_a_text_is_read_as_it_is_written(tmp_path, kind, text):
         ({"metadata.csv": "file_name,text\na.wav,hi\n".encode("utf-16")}, r"metadata\.csv: not UTF-8"),
         ({"metadata.csv": "file_name,text\na.wav," + "x" * 200_000}, r"metadata\.csv, line 2: field larger"),
         ({"metadata.csv": 'file_name,text\na.wav,"two\nlines"\nb.wav,hi\n'}, r"metadata\.csv, line 4: no recording"),
+        ({"metadata.csv": 'file_name,text\nb.wav,"two\nlines"\n'}, r"metadata\.csv, line 2: no recording"),
         ({"metadata.jsonl": '{"file_name": "a.wav", "text": 5}\n'}, r"metadata\.jsonl, line 1: needs file_name"),
         ({"wav.scp": "u1 a.wav\n\nu2 a.wav\n", "text": "u1 hi\n"}, r"wav\.scp, line 2: expected a name"),
     ],
@@ -132,4 +166,6 @@ def test_unknown_sources_are_refused(tmp_path):
         open_corpus("nonsense")
     with pytest.raises(ValueError, match="no such file or folder"):
         read_corpus(tmp_path / "missing")
+    with pytest.raises(ValueError, match="not read as text"):
+        read_manifest(tmp_path)
     assert len(open_corpus("committed").of("scottish", "train")) == 200

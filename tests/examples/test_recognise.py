@@ -19,6 +19,16 @@ from examples.asr.whisper import FRAMES, PROMPTS, SECONDS, config_of
         ("Don\u2019t stop", "don't stop"),
         ("A well-known \u2013 song (live)", "a well known song live"),
         ("...", ""),
+        ("snake_case `x` = 2", "snake case x 2"),
+        ("Un CAFE\u0301 crème, naïve", "un café crème naïve"),
+        ("Привет, мир!", "привет мир"),
+        ("你好，世界。", "你好 世界"),
+        ("हिन्दी।", "हिन्दी"),  # marks belong to their letters
+        ("\uff26\uff55\uff4c\uff4c \ufb01t", "full fit"),
+        ("м\u02bcята don＇t", "м'ята don't"),
+        ("می\u200cخواهم so\u00adft", "میخواهم soft"),  # joiners show nothing
+        ("a\u200bb", "a b"),
+        ("love \u2764\ufe0f \u00b4 \u0301x", "love x"),  # a mark without a letter is nothing
     ],
 )
 def test_normaliser(text, plain):
@@ -30,6 +40,28 @@ def test_wer_is_in_percent_over_all_words():
     assert wer(["one two three four", "five six seven eight"], ["one two tree four", "five six seven eight"]) == 12.5
     assert wer(["one two"], ["one two and three more words"]) == 200
     assert wer(["one two"], [""]) == 100
+
+
+@pytest.mark.parametrize("said", ["привет мир", "你好 世界", "नमस्ते दुनिया"])
+def test_words_of_every_script_count(said):
+    assert wer([said], ["one two"]) == Errors.count([said], ["one two"]).wer == 100
+    assert wer([said], [said.upper() + "."]) == Errors.count([said], [said]).cer == 0
+
+
+def test_accents_count():
+    assert wer(["café"], ["caf"]) == wer(["café"], ["cafe"]) == 100
+
+
+@pytest.mark.parametrize("rate", [wer, Errors.count])
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [(["one", "..."], r"references\[1\]='\.\.\.' has no words; allowed: at least one letter or digit"),
+     ([""], r"references\[0\]=''"), (["\u2764\ufe0f"], r"references\[0\]"), (["'"], r"references\[0\]"),
+     ([], "references is empty; at least one is needed")],
+)  # fmt: skip
+def test_references_without_words_are_refused(rate, said, message):
+    with pytest.raises(ValueError, match=message):
+        rate(said, list(said))
 
 
 class Numbers:

@@ -9,6 +9,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("jiwer", reason="jiwer is not installed")
 pytest.importorskip("soundfile", reason="soundfile is not installed")
+import soundfile
 import transformers
 from tokenizers import pre_tokenizers
 
@@ -46,10 +47,14 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+def few(path, *more):
+    rows = ["path\ttext", *(f"{u.path.resolve()}\t{u.text}" for u in read_manifest(SPEECH)[:6]), *more]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
 def test_it_trains_and_saves_an_adapter(folder, tmp_path, capsys):
-    rows = ["path\ttext", *(f"{u.path.resolve()}\t{u.text}" for u in read_manifest(SPEECH)[:6])]
-    manifest = tmp_path / "few.tsv"
-    manifest.write_text("\n".join(rows) + "\n")
+    manifest = few(tmp_path / "few.tsv")
     main([str(folder), str(manifest), "--out", str(tmp_path / "out"), "--steps", "8", "--batch", "2", "--lr", "0.01",
           "--outer-rank", "4", "--eval-manifest", str(manifest)])  # fmt: skip
     shown = capsys.readouterr().out
@@ -59,3 +64,53 @@ def test_it_trains_and_saves_an_adapter(folder, tmp_path, capsys):
     fresh = transformers.WhisperForConditionalGeneration.from_pretrained(folder)
     load_ssvdo(fresh, tmp_path / "out")
     assert sum(1 for _ in hosts(fresh)) == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("model", "/nope", "a folder that is there"),
+        ("model", __file__, "a folder that is there"),
+        ("manifest", "/nope", "a file that is there"),
+        ("--eval-manifest", "/", "a file that is there"),
+        ("--out", __file__, "a folder, or where one can be made"),
+        ("--steps", "0", "a whole number of at least 1"),
+        ("--batch", "-1", "a whole number of at least 1"),
+        ("--lr", "nan", "a finite number above 0"),
+        ("--seed", "-1", "a whole number from 0 to 4294967295"),
+    ],
+)
+def test_a_wrong_option_is_named(tmp_path, capsys, option, value, allowed):
+    given = {"model": str(tmp_path), "manifest": __file__, "--out": str(tmp_path / "out"), option: value}
+    with pytest.raises(SystemExit) as error:
+        main([given.pop("model"), given.pop("manifest"), *(f"{k}={v}" for k, v in given.items())])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and last.endswith(f"{option}: {value!r} is refused; allowed: {allowed}")
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=r"model='.*model' is not read \(.*\); allowed: a Whisper") as error:
+        main([str(tmp_path / "model"), str(few(tmp_path / "few.tsv")), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        (("bad.wav\thello",), (), r"bad\.wav: not read as audio"),
+        (("long.wav\thello",), (), r"long\.wav: 31\.0 s long; the context holds 30 s"),
+        ((), ("--eval-manifest", "eval.tsv"), r"references\[6\]='\.\.\.' has no words"),
+        ((), ("--inner-ratio", "7"), "inner_ratio=7"),
+    ],
+)
+def test_wrong_data_is_refused_before_anything_is_trained(folder, tmp_path, monkeypatch, rows, more, said):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write(tmp_path / "long.wav", torch.zeros(31 * 16_000).numpy(), 16_000)
+    (tmp_path / "bad.wav").write_text("no sound")
+    soundfile.write(tmp_path / "short.wav", torch.zeros(16_000).numpy(), 16_000)
+    few(tmp_path / "eval.tsv", "short.wav\t...")
+    monkeypatch.setattr("examples.whisper_finetune.Trainer", None)
+    with pytest.raises(ValueError, match=said):
+        main([str(folder), str(few(tmp_path / "few.tsv", *rows)), "--out", "out", *more])
+    assert not (tmp_path / "out").exists()

@@ -223,3 +223,10 @@ def test_a_local_folder_is_loaded_and_a_wrong_one_explained(tmp_path, monkeypatc
     loaded, _ = load_whisper(str(tmp_path))
     assert loaded.config.max_source_positions == 300
     assert torch.equal(loaded.model.encoder.conv1.weight, model.model.encoder.conv1.weight)
+    for name, damaged in {"config.json": "[]", "model.safetensors": "{", "tokenizer.json": "{"}.items():
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_text(damaged)
+        with pytest.raises(WeightsError, match=rf"--model {tmp_path}: not read as a Whisper \(\w+: ") as error:
+            load_whisper(str(tmp_path))
+        assert "\n" not in str(error.value)
+        (tmp_path / name).write_bytes(whole)

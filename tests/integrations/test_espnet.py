@@ -161,8 +161,8 @@ def test_an_adapter_alone_finds_its_base_or_is_refused():
     model = adapted()
     fit(model, adam(model))
     want, alone = run(model), saved(adapter_only(model))
-    marks = ("base_digest", "base_sketch", "basis_sketch")
-    assert len(alone) == 6 * 6
+    marks = ("base_digest", "base_sketch", "basis_sketch", "formula")
+    assert len(alone) == 6 * 7
     assert {k.split(".lora_adapter.")[1] for k in alone} == {*marks, *PARAMETER_NAMES}
     same_base = adapted()
     assert not same_base.load_state_dict(alone, strict=False).unexpected_keys

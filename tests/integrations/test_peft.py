@@ -151,7 +151,7 @@ def adapters_of(model):
 def test_the_trained_numbers_and_what_they_are_of_are_saved(options):
     model, x = adapt(base(), init_weights=False, **options), x_of()
     found = adapters_of(model)
-    marks = {"base_digest", "base_sketch", "basis_sketch", "basis"}
+    marks = {"base_digest", "base_sketch", "basis_sketch", "basis", "formula"}
     ours = {f"{n}.ssvdo_adapters.{name}.{part}" for n, name, a in found
             for part in (*marks, *(p for p, _ in a.named_parameters()))}  # fmt: skip
     assert {k for k in model.state_dict() if "ssvdo_" in k} == ours

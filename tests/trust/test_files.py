@@ -118,6 +118,49 @@ def test_a_failing_step_leaves_the_old_files(tmp_path, monkeypatch, failing):
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["ssvdo_config.json", "ssvdo_model.safetensors"])
+def test_a_folder_in_a_file_s_place_leaves_the_old_files(tmp_path, name):
+    save_ssvdo(adapted(0.25), tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+    with pytest.raises(IsADirectoryError, match=f"{name} is a folder"):
+        save_ssvdo(adapted(0.5), tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
+    with pytest.raises(NotADirectoryError, match="is no folder"):
+        save_ssvdo(adapted(0.5), tmp_path / next(iter(before)) / "below")
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("old", [True, False])
+def test_all_files_take_their_places_or_none(tmp_path, monkeypatch, error, links, old):
+    """Also where the file system has no hard links."""
+    if old:
+        save_ssvdo(adapted(0.25), tmp_path)
+    before, real, done = {f.name: f.read_bytes() for f in tmp_path.iterdir()}, os.replace, []
+
+    def failing(*paths):
+        done.append(paths)
+        if len(done) == 2:
+            raise error
+        return real(*paths)
+
+    def unknown(*_, **__):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "replace", failing)
+    if not links:
+        monkeypatch.setattr(os, "link", unknown)
+    with pytest.raises(error):
+        save_ssvdo(adapted(0.5), tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    monkeypatch.setattr(os, "replace", real)
+    save_ssvdo(adapted(0.5), tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["ssvdo_config.json", "ssvdo_model.safetensors"]
+    assert value_in(tmp_path) == 0.5
+
+
 def test_a_read_only_folder_is_an_error_and_stays_as_it_is():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "adapter"

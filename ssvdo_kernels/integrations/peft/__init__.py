@@ -1,0 +1,21 @@
+"""SSVD-O as a method of Hugging Face PEFT: after `import ssvdo_kernels.integrations.peft`,
+
+    model = peft.get_peft_model(model, peft.SSVDOConfig(target_modules=["fc1", "fc2"]))
+
+and `save_pretrained`, `PeftModel.from_pretrained`, `set_adapter`, `merge_and_unload` and their like work as for any
+other method. docs/peft.md lists what was tried. The factors of W0 are not saved: they are computed again from the base
+weights.
+"""
+
+import peft
+from peft.utils import register_peft_method
+
+from .config import SSVDOConfig
+from .layer import Linear
+from .model import SSVDOModel
+
+if "SSVDO" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name="ssvdo", config_cls=SSVDOConfig, model_cls=SSVDOModel, prefix="ssvdo_")
+    peft.SSVDOConfig, peft.SSVDOModel = SSVDOConfig, SSVDOModel
+
+__all__ = ["Linear", "SSVDOConfig", "SSVDOModel"]

@@ -1,0 +1,101 @@
+"""SSVD-O's configuration for PEFT, and its place among PEFT's types."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from ...config import SSVDOConfig as CoreConfig
+
+
+def _register_type() -> None:
+    """Adds SSVDO to PeftType, an enum that PEFT means to be closed."""
+    if "SSVDO" in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, "SSVDO")
+    member._name_, member._value_ = "SSVDO", "SSVDO"
+    type.__setattr__(PeftType, "SSVDO", member)
+    PeftType._member_names_.append("SSVDO")
+    PeftType._member_map_["SSVDO"] = PeftType._value2member_map_["SSVDO"] = member
+
+
+_register_type()
+
+
+@dataclass
+class SSVDOConfig(PeftConfig):  # type: ignore[misc]
+    """SSVD-O's hyper-parameters for PEFT; those of `ssvdo_kernels.SSVDOConfig`, and PEFT's ways of choosing layers.
+
+    Args:
+        inner_ratio, outer_rank, tau, rotation, outer, outer_scale, neumann_terms, backend: see
+            `ssvdo_kernels.SSVDOConfig`. A square layer has no complement and gets outer_rank 0.
+        init_angle: radians; the default, 0, starts at the base model exactly, as PEFT's methods do.
+        target_modules: list of suffixes, one regular expression or "all-linear"; None: the feed-forward layers.
+        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in LoraConfig.
+        inner_ratio_pattern, outer_rank_pattern: other values for single layers, by suffix or regular expression.
+        init_weights: False draws random adapters (for tests).
+        factor_cache: a folder in which factorisations are kept by weight content; None: none.
+        include_basis: also saves V_k (d x max(k, l) a layer, in the weight's dtype), with which an adapter loads onto
+            the same base in another dtype; without it such a base may be refused.
+
+    Raises:
+        ValueError: a value is out of range; the message names the argument, the value and what is allowed.
+    """
+
+    inner_ratio: float = field(default=0.5, metadata={"help": "share of the singular vectors that G rotates"})
+    outer_rank: int = field(default=64, metadata={"help": "how many vectors of the large side turn"})
+    tau: float = field(default=1e-2, metadata={"help": "regulariser of the Cholesky factor"})
+    rotation: str = field(default="cayley", metadata={"help": "cayley, neumann or first_order"})
+    outer: str = field(default="rotation", metadata={"help": "rotation or additive"})
+    outer_scale: str | float = field(default="balanced", metadata={"help": "balanced, or a number"})
+    init_angle: float = field(default=0.0, metadata={"help": "radians that outer vectors are turned by at first"})
+    neumann_terms: int = field(default=4, metadata={"help": "terms of rotation='neumann'"})
+    backend: str = field(default="auto", metadata={"help": "auto, reference or triton"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave alone"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained whole"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of layers to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
+    inner_ratio_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "by layer"})
+    outer_rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "by layer"})
+    init_weights: bool = field(default=True, metadata={"help": "start at the base model"})
+    factor_cache: str | None = field(default=None, metadata={"help": "folder for factorisations"})
+    include_basis: bool = field(default=True, metadata={"help": "save V_k, for a base in another dtype"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SSVDO
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform cannot be used when target_modules is a str; "
+                             "put the layers into the regular expression")  # fmt: skip
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform")
+        for name in ("init_weights", "include_basis"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is of the wrong type; allowed: True, False")
+        for name in ("inner_ratio_pattern", "outer_rank_pattern"):
+            pattern = getattr(self, name) or {}
+            if not isinstance(pattern, dict):
+                raise ValueError(f"{name}={pattern!r} is of the wrong type; allowed: a dict of patterns and values")
+            for key in pattern:
+                try:
+                    re.compile(key)
+                except (re.error, TypeError) as error:
+                    raise ValueError(f"{name} has {key!r}, which is no regular expression: {error}") from None
+        self.core("")
+
+    def core(self, key: str) -> CoreConfig:
+        """The configuration of the layer called `key`."""
+        ratios, ranks = self.inner_ratio_pattern or {}, self.outer_rank_pattern or {}
+        return CoreConfig(
+            inner_ratio=ratios.get(get_pattern_key(ratios.keys(), key), self.inner_ratio),
+            outer_rank=ranks.get(get_pattern_key(ranks.keys(), key), self.outer_rank), tau=self.tau,
+            rotation=self.rotation, outer=self.outer, outer_scale=self.outer_scale, init_angle=self.init_angle,
+            neumann_terms=self.neumann_terms, backend=self.backend)  # fmt: skip

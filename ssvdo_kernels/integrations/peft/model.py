@@ -1,0 +1,142 @@
+"""The adapted model of PEFT: which layers get an adapter, and what PEFT asks of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from torch import Tensor, nn
+
+from ...adapter import Adapter
+from ...host import exchange, hosts, settle, warn_of_lowered
+from ...targets import default_names, reason_against
+from .config import SSVDOConfig
+from .layer import Linear
+
+
+def _backend(layer: nn.Module, model: nn.Module) -> Any:
+    """What quantises the layer's weight anew, as PEFT's own methods have it; None: nothing does."""
+    try:
+        from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+
+        return resolve_quantization_backend(layer, **get_quantization_kwargs(model))
+    except (ImportError, ValueError):  # an older PEFT; torchao's configuration is not known
+        return None
+
+
+def _check_bases(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Raises for a wrong base before the first layer changes."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear):
+            layer.factors_for(state_dict, f"{prefix}{name}.")
+
+
+class SSVDOModel(BaseTuner):  # type: ignore[misc]
+    """The adapted model, as `get_peft_model` makes it."""
+
+    prefix = "ssvdo_"
+    tuner_layer_cls = Linear
+
+    def _create_and_replace(
+        self,
+        peft_config: SSVDOConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, Linear):
+            return target.update_layer(adapter_name, peft_config, current_key)
+        if reason := reason_against(target, parent, target_name):
+            raise ValueError(f"Target module {current_key} {reason}")
+        weight = target._parameters.get("weight")
+        for name, layer in hosts(self.model) if weight is not None else ():
+            if isinstance(layer, Linear) and layer.get_base_layer()._parameters.get("weight") is weight:
+                raise ValueError(f"Target modules {name} and {current_key} share one weight, and each would get an "
+                                 "adapter of its own; allowed: one of them (exclude_modules)")
+        made = Linear(target, adapter_name, peft_config, current_key)
+        made.quantization_backend = _backend(target, self.model)
+        if adapter_name not in self.active_adapters:
+            made.requires_grad_(False)
+        places = [(p, n) for p in self.model.modules() for n, child in p._modules.items() if child is target]
+        for place, name in places:
+            self._replace_module(place, name, made, target)
+
+    def _prepare_adapter_config(self, peft_config: SSVDOConfig, model_config: dict[str, Any]) -> SSVDOConfig:
+        return peft_config  # `_prepare_model` knows the model, whatever its type
+
+    def _prepare_model(self, peft_config: SSVDOConfig, model: nn.Module) -> None:
+        """Names the layers that target_modules=None and "all-linear" mean.
+
+        Raises:
+            ValueError: the model has no feed-forward layers of a known name.
+        """
+        if peft_config.target_modules is None:
+            names = default_names(model)
+            if not names:
+                raise ValueError("Please specify `target_modules` in `peft_config`: no layer of the model has the name "
+                                 "of a feed-forward layer")
+            peft_config.target_modules = list(names)
+        elif peft_config.target_modules == "all-linear":
+            _maybe_include_all_linear_layers(peft_config, model)
+            names = cast("list[str]", peft_config.target_modules)
+            peft_config.target_modules = [n for n in names if self._fits(model, n)]
+
+    @staticmethod
+    def _fits(model: nn.Module, name: str) -> bool:
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(name)
+        return isinstance(module, Linear) or not reason_against(module, model.get_submodule(parent), child)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter to the layers that its configuration names; on an error the model is as it was."""
+        before = {id(layer): set(layer.ssvdo_adapters) for _, layer in hosts(model) if isinstance(layer, Linear)}
+        trained = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            made = {id(m): m for m in model.modules() if isinstance(m, Linear)}
+            for key, layer in made.items():
+                if key in before and adapter_name not in before[key] and adapter_name in layer.ssvdo_adapters:
+                    del layer.ssvdo_adapters[adapter_name]
+            exchange(model, {key: layer.base_layer for key, layer in made.items() if key not in before}, hooks=False)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+            raise
+        settle(model)
+        if not before:
+            model.register_load_state_dict_pre_hook(_check_bases)  # type: ignore[no-untyped-call]
+        config = cast(SSVDOConfig, self.peft_config[adapter_name])
+        own = [(name, layer.ssvdo_adapters[adapter_name], config.core(name).outer_rank) for name, layer in hosts(model)
+               if isinstance(layer, Linear) and adapter_name in layer.ssvdo_adapters]  # fmt: skip
+        lowered = [(name, cast(Adapter, a).shape.l) for name, a, asked in own if cast(Adapter, a).shape.l < asked]
+        warn_of_lowered(config.outer_rank, lowered, stacklevel=3)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("adapter_names is given, but SSVD-O has no mixed batches; allowed: one adapter for a "
+                             "batch (set_adapter)")
+        yield kwargs
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's; every layer is checked before the first changes."""
+        self._check_mergeable(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:  # fmt: skip
+        if merge:
+            self._check_mergeable(safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        for _, layer in hosts(self.model):
+            if isinstance(layer, Linear):
+                layer.check_mergeable(safe_merge, adapter_names)

@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "setuptools>=77" "pybind11>=2.13"
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[triton,peft,asr,bench,docs,dev]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[triton,peft,quant,asr,bench,docs,dev]"
 	$(BIN)/pip install --quiet --no-deps "espnet==202511" loralib torch_complex  # tests use a few of its files alone
 	touch $@
 

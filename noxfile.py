@@ -61,3 +61,21 @@ def onnx(session: nox.Session) -> None:
     session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0")
     session.install("--no-build-isolation", "-e", ".[dev]", "onnx", "onnxscript", "onnxruntime", env=ENVIRONMENT)
     session.run("python", "-m", "pytest", "-q", "tests/integrations/test_onnx.py")
+
+
+@nox.session
+def families(session: nox.Session) -> None:
+    """Every family of Transformers, with the packages that some of them need."""
+    session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0")
+    session.install("--no-build-isolation", "-e", ".[dev,peft]", "transformers>=5", "timm", "torchaudio",
+                    env=ENVIRONMENT)  # fmt: skip
+    session.run("python", "-m", "pytest", "-q", "-n", "2", "-m", "families", "tests/families", *session.posargs)
+
+
+@nox.session
+def quant(session: nox.Session) -> None:
+    """Quantised bases with every package that is known, HQQ among them, which must be built."""
+    session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0", "wheel")
+    session.install("--no-build-isolation", "-e", ".[dev,peft,quant,asr]", env=ENVIRONMENT)
+    session.install("--no-build-isolation", "--no-deps", "hqq", "termcolor")
+    session.run("python", "-m", "pytest", "-q", "tests/test_quantized.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
 
 from .cache import Cache, one_node
 from .ops.attach import Pair, attach
@@ -27,6 +29,31 @@ def _gets(parameters: Parameters) -> list[bool]:
     return [p is not None and p.requires_grad for p in parameters]
 
 
+class _Ahead(Tensor):
+    """Stands in .grad while gradients are summed elsewhere: whoever uses it is told; what comes another way is kept."""
+
+    layer: str
+    other: Tensor | None
+
+    @staticmethod
+    def __new__(cls, p: Tensor, layer: str) -> _Ahead:
+        made: Any = Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
+        made.layer, made.other = layer, None
+        return made  # type: ignore[no-any-return]
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"<gradients of {self.layer} that have not arrived, {_INSIDE}>"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func in (torch.ops.aten.add_.Tensor, torch.ops.aten.add.Tensor) and isinstance(args[0], cls):
+            args[0].other = args[1].clone() if args[0].other is None else args[0].other.add_(args[1])
+            return args[0]
+        layer = next(a.layer for a in tree_leaves((args, kwargs)) if isinstance(a, cls))
+        raise RuntimeError(f"{layer}: {func} reads or writes .grad {_INSIDE}, when its gradients have not arrived; "
+                           "clip_grad_norm_, GradScaler.unscale_ and the like belong after the context")  # fmt: skip
+
+
 class Sums:
     """What one layer sums: the gradients of M and F, with their stand-ins, and what these were made from.
 
@@ -42,8 +69,7 @@ class Sums:
         self._reached = one_node() and all(p.is_leaf and not _hooked(p) for p in self._trained)
         self._totals: list[Tensor | None] = [None, None]
         self._pair: Pair | None = None
-        # Each with the zeros that stand in its .grad, by which its use is noticed, and what stood there.
-        self._watched: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._watched: list[tuple[Tensor, _Ahead, Tensor | None]] = []  # what stands in .grad now, and stood there
 
     def pair(self) -> Pair:
         """The stand-ins."""
@@ -55,9 +81,9 @@ class Sums:
         return self._pair
 
     def _arrived(self, node: Any, gradients: Sequence[Tensor | None]) -> bool:
-        name, compiled = self.prepared.name, torch._C._current_graph_task_id() < 0
+        name, compiled = self.prepared.name, _compiled()
         if compiled:
-            self._pair = None  # compiled autograd runs a node once
+            self._pair = None  # it runs a node once, and puts .grad back as it was
         if not self.open and not self._reached:
             raise RuntimeError(f"{name}: a graph that was made {_INSIDE} outlived it; allowed, where hooks watch the "
                                "parameters (DDP, FSDP, register_hook): its backward inside")  # fmt: skip
@@ -66,24 +92,24 @@ class Sums:
         if self._reached and not (compiled or _all_wanted(node)):
             raise RuntimeError(f"{name}: autograd.grad or backward(inputs=some) {_INSIDE}, which brings gradients to "
                                "all parameters when it is left; allowed: backward()")  # fmt: skip
-        self._watch()
+        if not compiled:
+            self._watch()
         for i, gradient in enumerate(gradients):
             total = self._totals[i]
             self._totals[i] = gradient if total is None else total if gradient is None else total.add_(gradient)
         return True
 
     def _watch(self) -> None:
-        """Lets go of what was summed before a zero_grad. Raises RuntimeError where `.grad` was written to otherwise."""
+        """Lets go of what was summed before a zero_grad. Raises RuntimeError where `.grad` was replaced otherwise."""
         if self._watched and all(p.grad is None for p, _, _ in self._watched):
             self._totals, self._watched = [None, None], []
-        if not all(p.grad is zeros and (zeros._version == 0 or bool(zeros.any())) for p, zeros, _ in self._watched):
-            raise RuntimeError(
-                f"{self.prepared.name}: .grad was written to {_INSIDE}, but does not hold what is summed there; "
-                "zero_grad of some, clip_grad_norm_ and GradScaler.unscale_ belong after the context")
+        if any(p.grad is not ahead for p, ahead, _ in self._watched):
+            raise RuntimeError(f"{self.prepared.name}: .grad of some parameters was replaced {_INSIDE}; allowed: "
+                               "zero_grad of all of a layer")  # fmt: skip
         if self._reached and not self._watched:
-            self._watched = [(p, torch.zeros_like(p), p.grad) for p in self._trained]
-            for p, zeros, _ in self._watched:
-                p.grad = zeros
+            self._watched = [(p, _Ahead(p, self.prepared.name), p.grad) for p in self._trained]
+            for p, ahead, _ in self._watched:
+                p.grad = ahead
 
     def check(self, prepared: Prepared, parameters: Parameters) -> None:
         """Raises RuntimeError where the layer is no longer what it was when the first gradient was summed."""
@@ -108,14 +134,21 @@ class Sums:
 
     def clear(self) -> None:
         """Puts back into `.grad` what stood there, with what another graph has brought since."""
-        for p, zeros, before in self._watched:
-            if p.grad is zeros:
-                other = zeros._version > 0 and bool(zeros.any())
-                p.grad = before if not other else zeros if before is None else before.add_(zeros)
+        for p, ahead, before in self._watched:
+            if p.grad is ahead:
+                p.grad = before
+                if ahead.other is not None:
+                    p.grad = ahead.other if before is None else before.add_(ahead.other)
 
     def brought(self, attached: Pair) -> list[tuple[Tensor, Tensor]]:
         """M and F in the graph, each with the gradient that was summed on it."""
         return [(t, torch.zeros_like(t) if d is None else d) for t, d in zip(attached, self._totals, strict=True)]
+
+
+def _compiled() -> bool:
+    """Whether compiled autograd is running this backward."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(module, "in_compiled_autograd_region", False))
 
 
 def _all_wanted(node: Any) -> bool:

@@ -306,7 +306,7 @@ class Adapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         formula = state_dict.get(prefix + "formula")
-        if formula is not None and not torch.equal(formula.cpu(), self.formula.cpu()):
+        if formula is not None and not torch.equal(formula.cpu(), self.config.digest()):
             errors: list[str] = args[-1]
             errors.append(f"{prefix[:-1]}: saved with another formula (rotation, outer, outer_scale, tau, ...) than "
                           "this model is adapted with")  # fmt: skip

@@ -21,7 +21,7 @@ from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, check_weight, factorize
 from .files import as_file, write_atomically
 from .fingerprint import BASIS_TOLERANCE, DTYPES, Bases, CheckpointError, Fingerprint, departure
-from .host import Host, OwnHost, exchange, places
+from .host import Host, OwnHost, exchange, onloaded, places, warn_of_untrained
 from .layer import SSVDOLayer
 from .linear_maps import linear_map
 from .model import freeze_rest, group_layers, require_adapted
@@ -51,34 +51,15 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
+    named: list[tuple[str, Adapter]] = []
     found = {name: layer for name, layer in require_adapted(model).items() if isinstance(layer, OwnHost)}
     if not found:
         raise ValueError("model has no adapted layer of its own; another package's layers are saved by that package")
     for name, layer, adapter in [(f"{n}.{part}" if part else n, host, adapter) for n, host in found.items()
                                  for part, adapter in host.parts().items()]:  # fmt: skip
-        for part in PARAMETER_NAMES:
-            if getattr(adapter, part) is not None:
-                tensors[f"{name}.{part}"] = _whole(getattr(adapter, part))
-        assert adapter.basis is not None
-        weight = _whole(layer.base(adapter).dense())
-        if weight.shape != (adapter.shape.out_features, adapter.shape.in_features):
-            raise ValueError(
-                f"{name}.weight has shape {tuple(weight.shape)} here: FSDP1 has sharded it; call save_ssvdo on rank 0, "
-                "inside of FullyShardedDataParallel.summon_full_params(model) on every rank")
-        if adapter.origin is not None:
-            adapter.origin.check(DenseBase(weight), name, by_value=True)
-        bases = Bases.of(weight, _whole_factors(adapter), adapter.shape)
-        origin = Fingerprint.of(weight, bases)
-        tensors[f"{name}.weight_sketch"], tensors[f"{name}.basis_sketch"] = origin.weight, origin.basis
-        if include_basis:
-            tensors[f"{name}.basis"] = bases.V.to(weight.dtype)
-        if include_basis and bases.N is not None:
-            tensors[f"{name}.null_basis"] = bases.N.to(weight.dtype)
-        layers[name] = {
-            "config": adapter.config.to_dict(),
-            "out_features": adapter.shape.out_features, "in_features": adapter.shape.in_features,
-            "dtype": origin.dtype, "sha256": origin.sha256, "layout": _layout(layer, adapter),
-        }
+        named.append((name, adapter))
+        with onloaded(layer):
+            layers[name] = _put(tensors, name, layer, adapter, include_basis)
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{', '.join(bad[:4])} have non-finite numbers (NaN or infinity), and no such file could be "
                          "loaded; nothing has been written")  # fmt: skip
@@ -91,6 +72,8 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
         })  # fmt: skip
     if sharded:
         torch.distributed.barrier()
+    else:
+        warn_of_untrained(named, stacklevel=3)
     return folder
 
 
@@ -102,6 +85,35 @@ def _layout(layer: OwnHost, adapter: Adapter) -> str:
         return "plain"
     transposed = type(layer.base_layer).__name__ == "Conv1D"  # as linear_maps.py knows it
     return "transposed" if transposed else "plain" if layer.base_layer.weight.ndim == 2 else "flattened"
+
+
+def _put(
+    tensors: dict[str, Tensor], name: str, layer: OwnHost, adapter: Adapter, include_basis: bool
+) -> dict[str, Any]:
+    """Adds one adapter's tensors; returns what the header says of it."""
+    for part in PARAMETER_NAMES:
+        if getattr(adapter, part) is not None:
+            tensors[f"{name}.{part}"] = _whole(getattr(adapter, part))
+    assert adapter.basis is not None
+    weight = _whole(layer.base(adapter).dense())
+    if weight.shape != (adapter.shape.out_features, adapter.shape.in_features):
+        raise ValueError(
+            f"{name}.weight has shape {tuple(weight.shape)} here: FSDP1 has sharded it; call save_ssvdo on rank 0, "
+            "inside of FullyShardedDataParallel.summon_full_params(model) on every rank")
+    if adapter.origin is not None:
+        adapter.origin.check(DenseBase(weight), name, by_value=True)
+    bases = Bases.of(weight, _whole_factors(adapter), adapter.shape)
+    origin = Fingerprint.of(weight, bases)
+    tensors[f"{name}.weight_sketch"], tensors[f"{name}.basis_sketch"] = origin.weight, origin.basis
+    if include_basis:
+        tensors[f"{name}.basis"] = bases.V.to(weight.dtype)
+    if include_basis and bases.N is not None:
+        tensors[f"{name}.null_basis"] = bases.N.to(weight.dtype)
+    return {
+        "config": adapter.config.to_dict(),
+        "out_features": adapter.shape.out_features, "in_features": adapter.shape.in_features,
+        "dtype": origin.dtype, "sha256": origin.sha256, "layout": _layout(layer, adapter),
+    }  # fmt: skip
 
 
 def _is_sharded(adapter: Adapter) -> bool:
@@ -220,9 +232,14 @@ def checked(site: Site | None, entry: Entry, file: Path, reason: str = "") -> Fa
         ours, theirs = adapter.config.formula(), entry.config.formula()
         differ = {k: (theirs[k], ours[k]) for k in ours if ours[k] != theirs[k]}
         raise CheckpointError(f"{where}: the model is adapted otherwise (saved, model): {differ}")
-    if adapter is not None:
-        base = cast(OwnHost, site.module).base(adapter)
-    weight = _whole(cast(Base, base).dense())
+    with onloaded(site.module):
+        host = site.module if isinstance(site.module, OwnHost) else None
+        base = site.base() if adapter is None or host is None else host.base(adapter)
+        return _factors_meant(cast(Base, base), adapter, entry, where)
+
+
+def _factors_meant(base: Base, adapter: Adapter | None, entry: Entry, where: str) -> Factors | None:
+    weight = _whole(base.dense())
     check_weight(weight, f"{entry.name}.weight")
     entry.origin.check(weight, where)
     if adapter is None:

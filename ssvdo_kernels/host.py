@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,7 +84,26 @@ def carry_over(source: nn.Module, target: nn.Module) -> None:
     if "_hf_hook" in vars(source):
         from accelerate.hooks import add_hook_to_module
 
-        add_hook_to_module(target, vars(source)["_hf_hook"])
+        own_hook: Any = vars(source)["_hf_hook"]
+        here = not any(p.is_meta for p in target._parameters.values() if p is not None)
+        if here and getattr(own_hook, "offload", False):  # other weights than those offloaded: they stay in memory
+            own_hook = copy.copy(own_hook)
+            own_hook.offload, own_hook.weights_map = False, None
+        add_hook_to_module(target, own_hook)
+
+
+@contextmanager
+def onloaded(layer: nn.Module) -> Iterator[None]:
+    """The layer's weights in memory, where accelerate's hook keeps them elsewhere between forwards (offloading)."""
+    hook = vars(layer).get("_hf_hook")
+    if hook is None or not any(p.is_meta for p in layer.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(layer)
+    try:
+        yield
+    finally:
+        hook.post_forward(layer, None)
 
 
 def patched(layer: nn.Module) -> bool:
@@ -181,6 +202,17 @@ def settle(model: nn.Module) -> None:
                 module.use_nested_tensor, vars(module)["_nested_without_ssvdo"] = False, True
             elif not adapted and vars(module).pop("_nested_without_ssvdo", False):
                 module.use_nested_tensor = True
+
+
+def warn_of_untrained(adapters: Sequence[tuple[str, Adapter]], stacklevel: int) -> None:
+    """Says which adapters are as they were at the start while others have been trained: nothing calls their layers, or
+    no gradient reaches them."""
+    still = [name for name, a in adapters if not any(bool(p.any()) for p in (a.inner_rotation, a.inner_scale)
+                                                     if p is not None)]  # fmt: skip
+    if 0 < len(still) < len(adapters):
+        warnings.warn(
+            f"{len(still)} of {len(adapters)} adapters have learnt nothing, as no forward calls their layers or no "
+            f"gradient reaches them: {', '.join(still[:4])}{', ...' if len(still) > 4 else ''}", stacklevel=stacklevel)
 
 
 def warn_of_lowered(outer_rank: int, layers: Sequence[tuple[str, int]], stacklevel: int) -> None:

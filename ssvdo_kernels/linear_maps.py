@@ -156,6 +156,8 @@ def refusal(layer: nn.Module) -> str:
             hooks = sorted({type(h).__name__ for h in layer._forward_pre_hooks.values()}) or "none"
             return (f"has no parameter `{name}`: hooks ({hooks}) may compute it in every forward (weight_norm, "
                     "spectral_norm, prune); allowed: a plain parameter (remove them first)")
+    if type(layer) is not nn.Linear and getattr(vars(layer).get("_hf_hook"), "offload", False):
+        return f"is an offloaded {kind_of(layer)}; allowed: offloaded layers of nn.Linear itself"
     if vars(layer).get("_compiled_call_impl") is not None:
         return "is compiled by itself; allowed: a layer that is not (adapt, then compile)"
     if own := sorted(name for name in ("adapter", "adapters", "adapted", "base_layer") if hasattr(layer, name)):

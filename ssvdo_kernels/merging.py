@@ -6,10 +6,12 @@ loaded, trained and unmerged at any time, and its W' follows the parameters. So 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
-from .host import OwnHost, exchange, settle
+from .host import OwnHost, exchange, onloaded, settle
 from .linear_maps import kind_of
 from .model import require_adapted
 
@@ -43,7 +45,11 @@ def remove_ssvdo(model: nn.Module, *, merge: bool = False) -> nn.Module:
     for name, layer in layers.items():
         if not isinstance(layer, OwnHost):
             raise TypeError(f"{name} is a {kind_of(layer)}; allowed: adapted layers of apply_ssvdo")
-    exchange(model, {id(layer): layer.plain(merge) for layer in layers.values() if isinstance(layer, OwnHost)})
+    made = {}
+    for layer in (layer for layer in layers.values() if isinstance(layer, OwnHost)):
+        with onloaded(layer) if merge else nullcontext():
+            made[id(layer)] = layer.plain(merge)
+    exchange(model, made)
     settle(model)
     return model
 

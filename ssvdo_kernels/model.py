@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from .config import LayerShape, SSVDOConfig
 from .distributed import factorize_together
 from .factorize import check_weight, factorize
-from .host import Host, exchange, hosts, settle, warn_of_lowered
+from .host import Host, exchange, hosts, onloaded, settle, warn_of_lowered
 from .ops import lasting
 from .sites import Plan, adapted
 from .targets import find_targets
@@ -29,7 +29,8 @@ def _plan(model: nn.Module, config: SSVDOConfig) -> list[Plan]:
             plan = Plan(site, LayerShape.of(*site.sizes, own), own)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        check_weight(plan.base.dense(), f"{name}.weight")
+        with onloaded(site.module):
+            check_weight(plan.base.dense(), f"{name}.weight")
         plans.append(plan)
     warn_of_lowered(config.outer_rank, small, stacklevel=5)
     return plans

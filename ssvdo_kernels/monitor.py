@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .diagnostics import LayerReport, orthogonality
+from .host import hosts, warn_of_untrained
 
 
 def _positive(name: str, value: object) -> None:
@@ -31,6 +32,8 @@ class DiagnosticsMonitor:
 
     Attributes:
         history: (step, reports) of each time it looked.
+
+    At the first look a warning names adapters that have learnt nothing while others have.
 
     Args:
         every: optimiser steps between two looks, at least 1; a look costs about one preparation a layer.
@@ -59,6 +62,8 @@ class DiagnosticsMonitor:
         """Looks now, and keeps what it sees under the number `step`."""
         reports = orthogonality(self.model)
         first = not self.history
+        if first:
+            warn_of_untrained([(a.name, a) for _, h in hosts(self.model) for a in h.adapters()], stacklevel=4)
         self.history.append((step, reports))
         if self.csv_path is not None:
             with self.csv_path.open("w" if first else "a", newline="", encoding="utf-8") as file:

@@ -14,7 +14,7 @@ from torch import nn
 from .config import LayerShape, SSVDOConfig
 from .experts import SSVDOExperts, matrix_at
 from .factorize import Factors, factorize
-from .host import OwnHost
+from .host import OwnHost, onloaded
 from .layer import SSVDOLayer
 from .linear import SSVDOLinear
 from .linear_maps import linear_map
@@ -80,7 +80,8 @@ class Plan:
 
     def factorize(self, cache_dir: str | os.PathLike[str] | None) -> Factors:
         """Its weight's factors."""
-        return factorize(self.base.dense(), self.shape, name=f"{self.name}.weight", cache_dir=cache_dir)
+        with onloaded(self.site.module):
+            return factorize(self.base.dense(), self.shape, name=f"{self.name}.weight", cache_dir=cache_dir)
 
 
 def adapted(plans: Iterable[tuple[Plan, Factors]]) -> dict[int, OwnHost]:
@@ -88,7 +89,16 @@ def adapted(plans: Iterable[tuple[Plan, Factors]]) -> dict[int, OwnHost]:
     by_module: dict[int, list[tuple[Plan, Factors]]] = {}
     for plan, factors in plans:
         by_module.setdefault(id(plan.site.module), []).append((plan, factors))
-    return {key: _adapted(found) for key, found in by_module.items()}
+    made = {}
+    for key, found in by_module.items():
+        module = found[0][0].site.module
+        with onloaded(module):
+            host = _adapted(found)
+        for name, parameter in module._parameters.items():  # an offloaded one, which the hook brings for a forward
+            if parameter is not None and parameter.is_meta and name in host._parameters:
+                host._parameters[name] = parameter
+        made[key] = host
+    return made
 
 
 def _adapted(plans: list[tuple[Plan, Factors]]) -> OwnHost:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import SSVDOConfig
 from .experts import stacks
@@ -35,6 +36,7 @@ FEED_FORWARD = (
     "feed_forward.key", "feed_forward.value", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",  # RWKV, LFM2
     "mlp.proj_in", "mlp.proj_out", "intermediate.conv1d", "output.conv1d",  # SAM 2, SqueezeBERT
     "feed_forward.conv_1", "feed_forward.conv_2", "feed_forward.conv1", "feed_forward.conv2",  # VITS, FastSpeech 2
+    "feed_forward_macaron.conv1", "feed_forward_macaron.conv2", "ffn.proj_up", "ffn.proj_up_gate", "ffn.proj_down",
 )  # fmt: skip
 """Name suffixes of feed-forward layers; a component may be a regular expression."""
 
@@ -65,6 +67,11 @@ def is_feed_forward(name: str) -> bool:
     return _FEED_FORWARD.fullmatch(name) is not None and _NOT_FEED_FORWARD.fullmatch(name) is None
 
 
+def _is_projection(place: Place) -> bool:
+    """Whether a layer with a feed-forward layer's name stands in a whole model of Transformers itself, as in codecs."""
+    return place.child in ("fc1", "fc2") and hasattr(place.parent, "base_model_prefix")
+
+
 def wanted(name: str, config: SSVDOConfig) -> bool:
     """Whether `config` means the layer of this name."""
     if matches(name, config.exclude_modules):
@@ -90,8 +97,8 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
     order. Experts are named by their parameter: "experts.gate_up_proj" means all matrices that it holds.
 
     ``"all-linear"`` takes nn.Linear and its kin, Conv1D and quantised layers, but for the output embedding: a layer
-    whose weight is shared with an embedding, or that `model.get_output_embeddings()` returns. By default, what has a
-    feed-forward layer's name and cannot be adapted is left out with a warning.
+    whose weight is shared with an embedding, or that `model.get_output_embeddings()` returns. Layers that share one
+    weight, and by default what has a feed-forward layer's name and cannot be adapted, are left out with a warning.
 
     Raises:
         ValueError: nothing matches (the message lists close names), or target_modules is no regular expression.
@@ -102,6 +109,7 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
     named = config.target_modules is not None and not everything
     heads = _heads(model)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    shared = shared_weights(model)
     found: dict[str, Site] = {}
     linear_names: list[str] = []
     foreign: list[str] = []
@@ -121,7 +129,7 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
         elif own := _experts(place, config):
             found |= own
             continue
-        if not name or not wanted(name, config):
+        if not name or not wanted(name, config) or (config.target_modules is None and _is_projection(place)):
             continue
         if isinstance(module, Host):
             raise TypeError(f"{name} is adapted already; call remove_ssvdo(model) first")
@@ -133,6 +141,8 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
         if not (isinstance(module, nn.Linear) or _is_leaf_with_weight(module)):
             continue
         reason = reason_against(module, place.parent, place.child)
+        if everything and id(_weight(module)) in shared:
+            reason = "shares its weight with another layer"
         if not reason:
             found[name] = Site(name, module)
         elif named:
@@ -151,22 +161,34 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
 
 
 def _experts(place: Place, config: SSVDOConfig) -> dict[str, Site]:
-    """The experts of a module whose parameters `config` names; those of "all-linear" are layers alone, as in PEFT."""
+    """The experts of a module whose parameters `config` names."""
+    prefix = f"{place.name}." if place.name else ""
+    return {f"{prefix}{name}.{i}": Site(f"{prefix}{name}.{i}", place.module, f"{name}.{i}")
+            for name, stack in _expert_stacks(place, config).items() for i in range(len(stack))}  # fmt: skip
+
+
+def _expert_stacks(place: Place, config: SSVDOConfig) -> dict[str, Tensor]:
+    """The parameters of a module that hold experts and are named; "all-linear" means layers alone, as in PEFT."""
     if config.target_modules == "all-linear" or type(place.module).__module__.startswith("torch.nn."):
         return {}
     if isinstance(config.target_modules, str) and "xpert" not in type(place.module).__name__:
         return {}  # a regular expression may mean more than it names
-    prefix = f"{place.name}." if place.name else ""
-    return {f"{prefix}{name}.{i}": Site(f"{prefix}{name}.{i}", place.module, f"{name}.{i}")
-            for name, stack in stacks(place.module).items()
-            if wanted(prefix + name, config) or (name == "weight" and wanted(place.name, config))
-            for i in range(len(stack))}  # fmt: skip
+    own = place.name.replace(".base_layer", "")  # of PEFT
+    prefix = f"{own}." if own else ""
+    return {name: stack for name, stack in stacks(place.module).items()
+            if wanted(prefix + name, config) or (name == "weight" and wanted(own, config))}  # fmt: skip
 
 
 def default_names(model: nn.Module) -> list[str]:
     """The names of all feed-forward layers that can be adapted or are."""
-    return [p.name for p in places(model) if is_feed_forward(p.name)
+    return [p.name for p in places(model) if is_feed_forward(p.name) and not _is_projection(p)
             and (isinstance(p.module, Host) or not reason_against(p.module, p.parent, p.child))]  # fmt: skip
+
+
+def default_parameters(model: nn.Module) -> list[str]:
+    """The names of all parameters that hold experts' feed-forward matrices."""
+    found = [(place, name) for place in places(model) for name in _expert_stacks(place, SSVDOConfig())]
+    return [f"{p.name}.{name}".replace(".base_layer", "") if p.name else name for p, name in found]
 
 
 def reason_against(layer: nn.Module, parent: nn.Module, child: str) -> str:
@@ -194,6 +216,12 @@ def _heads(model: nn.Module) -> set[int]:
 
 def _weight(module: nn.Module) -> object:
     return module._parameters.get("weight")
+
+
+def shared_weights(model: nn.Module) -> set[int]:
+    """The ids of weights that several modules hold."""
+    held = Counter(id(weight) for m in model.modules() if (weight := _weight(m)) is not None)
+    return {key for key, count in held.items() if count > 1}
 
 
 def check_ties(found: Mapping[str, Site]) -> None:

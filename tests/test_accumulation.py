@@ -229,8 +229,8 @@ def twice_differentiated(model):
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("run, says", [
-    (some_inputs, INSIDE), (taken_away, INSIDE), (clipped, ".grad was written to"), (unscaled, ".grad was written to"),
-    (zeroed_in_place, ".grad was written to"), (zeroed_in_part, ".grad was written to"),
+    (some_inputs, INSIDE), (taken_away, INSIDE), (clipped, "reads or writes .grad"), (unscaled, "0: .*unscale_"),
+    (zeroed_in_place, "reads or writes .grad"), (zeroed_in_part, ".grad of some parameters was replaced"),
     (frozen, "requires_grad changed"), (frozen_between, "requires_grad changed"),
     (forgotten, "prepared anew: refresh, unmerge"), (edited, "`outer` was changed in place"),
     (twice_differentiated, "create_graph=True")])  # fmt: skip
@@ -272,5 +272,5 @@ def test_a_wrapped_adapter_is_opened_once():
 
 
 def test_a_module_is_what_it_takes():
-    with pytest.raises(TypeError, match="module is a NoneType; allowed: torch.nn.Module"), gradient_accumulation(None):
+    with pytest.raises(TypeError, match="module is a NoneType; allowed"), gradient_accumulation(None):
         pass

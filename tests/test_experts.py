@@ -126,3 +126,56 @@ def test_experts_train_in_one_batch_and_the_loss_falls():
         optimiser.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.05
+
+
+# -- through PEFT ------------------------------------------------------------------------------------------------------
+def wrapped(**options):
+    peft = pytest.importorskip("peft", minversion="0.21", reason="target_parameters came with newer PEFT")
+    import ssvdo_kernels.integrations.peft  # noqa: F401
+
+    torch.manual_seed(1)
+    return peft, peft.get_peft_model(mixtral(), peft.SSVDOConfig(outer_rank=2, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": [], "target_parameters": ["experts.down_proj"]}])
+def test_the_life_of_experts_in_peft(options, tmp_path):
+    peft, model = wrapped(**options)
+    start = mixtral()(X).logits
+    torch.testing.assert_close(model(X).logits, start)
+    loss = model(X, labels=X).loss
+    loss.backward()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 3 * 3 * (1 if options else 2)
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for _, p in trained)
+    y = randomise_all(model)(X).logits.detach()
+    assert float((y - start).abs().max()) > 1e-3
+    with model.disable_adapter():
+        torch.testing.assert_close(model(X).logits, start)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(mixtral(), tmp_path)(X).logits, y)
+    model.merge_adapter()
+    torch.testing.assert_close(model(X).logits, y)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(X).logits, y)
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(plain(X).logits, y)
+    assert plain.state_dict().keys() == mixtral().state_dict().keys()
+
+
+def test_several_adapters_of_experts_add_their_changes():
+    peft, model = wrapped()
+    model.add_adapter("second", peft.SSVDOConfig(outer_rank=1))
+    randomise_all(model)
+    ys = {}
+    for names in (["default"], ["second"], ["default", "second"]):
+        model.base_model.set_adapter(names)
+        ys[len(ys)] = model(X).logits.detach()
+    assert float((ys[0] - ys[1]).abs().max()) > 1e-4 and float((ys[2] - ys[1]).abs().max()) > 1e-4
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    torch.testing.assert_close(model(X).logits, ys[0])
+
+
+def test_a_parameter_that_is_no_stack_of_matrices_is_refused():
+    with pytest.raises(ValueError, match=r"target_parameters: .*gate.weight has shape \(3, 12\)"):
+        wrapped(target_modules=[], target_parameters=["mlp.gate.weight"])

@@ -198,6 +198,19 @@ def test_evaluation_first_and_graphs_used_twice():
     assert_close("grad", a, b, 1e-11)
 
 
+def test_a_parameter_may_be_swapped_between_steps():
+    """Nothing holds the node of a backward that has run."""
+    net, alone = nets()
+    x = x_of(4)
+    for model in net, alone:
+        train(model, x)
+        model.zero_grad()
+        outer = model.blocks[0][0].adapter.outer
+        torch.utils.swap_tensors(outer, nn.Parameter(outer.detach() * 1.5))
+        train(model, x)
+    agree(net, alone)
+
+
 def test_edits_of_one_layer_prepare_that_layer(calls):
     net, alone = nets()
     x = x_of(4)

@@ -1,12 +1,13 @@
 """Monitors of a training loop."""
 
 import csv
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, save_ssvdo
 from ssvdo_kernels.monitor import DiagnosticsMonitor, ForgettingMonitor
 
 
@@ -88,3 +89,24 @@ def test_bad_batches_and_losses_are_refused():
     for bad in (torch.tensor(float("nan")), torch.ones(2)):
         with pytest.raises(ValueError, match="one finite number"):
             ForgettingMonitor(small(), [torch.ones(1, 8)], lambda model, batch, bad=bad: bad)
+
+
+def test_adapters_that_learn_nothing_are_said_by_the_monitor_and_at_save(tmp_path):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"fc1": nn.Linear(8, 24), "fc2": nn.Linear(24, 8), "spare": nn.Linear(8, 24)})
+    apply_ssvdo(model, SSVDOConfig(outer_rank=2, target_modules=("fc1", "fc2", "spare")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_ssvdo(model, tmp_path)  # nothing has been trained yet
+    monitor = DiagnosticsMonitor(model, every=1)
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    for _ in range(2):
+        model["fc2"](model["fc1"](torch.randn(3, 8))).square().sum().backward()
+        optimiser.step()
+    with pytest.warns(UserWarning, match="1 of 3 adapters have learnt nothing.*: spare"):
+        monitor.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor.step()  # said once
+    with pytest.warns(UserWarning, match="1 of 3 adapters have learnt nothing.*: spare"):
+        save_ssvdo(model, tmp_path)

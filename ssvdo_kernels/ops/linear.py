@@ -255,7 +255,7 @@ def pull_back(
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """y = x W'^T + b as a function of x, the stand-ins of M and F, and the bias; `tensors` are those that the base saves."""
+    """y = x W'^T + b as a function of x, the stand-ins of M and F, and the bias; `tensors` are what the base saves."""
 
     @staticmethod
     def forward(ctx, x, mixer, columns, bias, base, call, *tensors):  # type: ignore[no-untyped-def]

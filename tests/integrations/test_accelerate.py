@@ -7,7 +7,8 @@ from torch import nn
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 from safetensors.torch import load_file
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, load_ssvdo, remove_ssvdo, save_ssvdo
+from ssvdo_kernels.host import hosts
 
 CONFIG = SSVDOConfig(outer_rank=4, target_modules=("0", "2", "3"), init_angle=0.2)
 
@@ -16,7 +17,7 @@ def net():
     """A tall, a wide and a square layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 16), nn.Linear(16, 16))
-    with pytest.warns(UserWarning, match="1 square layers"):
+    with pytest.warns(UserWarning, match=r"lowered to min.* in 1 layers"):
         return apply_ssvdo(model, CONFIG)
 
 
@@ -67,3 +68,34 @@ def test_the_usual_loop_trains_as_torch_alone_does_and_resumes(tmp_path):
     fresh = net()
     fresh.load_state_dict(saved)
     torch.testing.assert_close(fresh(x), changed)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_models_are_adapted_run_saved_loaded_and_given_back(where, tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    def offloaded():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8))
+        if where == "cpu":
+            return cpu_offload(model, execution_device="cpu")
+        return disk_offload(model, str(tmp_path / "disk"), execution_device="cpu")
+
+    config = SSVDOConfig(outer_rank=2, target_modules=("0", "2"))
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        start = offloaded()(x)
+        model = offloaded()
+        assert model[0].weight.is_meta
+        apply_ssvdo(model, config)
+        for _, layer in hosts(model):
+            for p in layer.adapter_parameters:
+                p.normal_(0, 0.2)
+        y = model(x)
+        assert model[0].weight.is_meta and float((y - start).abs().max()) > 1e-2
+        folder = save_ssvdo(model, tmp_path / "adapter")
+        torch.testing.assert_close(load_ssvdo(offloaded(), folder)(x), y)
+        torch.testing.assert_close(remove_ssvdo(load_ssvdo(offloaded(), folder), merge=True)(x), y)
+        back = remove_ssvdo(model)
+        torch.testing.assert_close(back(x), start)
+        assert back[0].weight.is_meta

@@ -380,3 +380,57 @@ def test_what_is_no_ssvd_checkpoint_is_refused():
         from_espnet_ssvd({k: v for k, v in state.items() if "gate" not in k})
     with pytest.raises(ValueError, match="before the layer was factorised"):
         from_espnet_ssvd({**state, "encoder.w.svd_initialized": torch.tensor(False)})
+
+
+@pytest.mark.parametrize("names", ["feed_forward.w_1", None, [1], iter(["feed_forward.w_1"])])
+def test_target_modules_of_another_type_are_refused(names):
+    model = build(ENCODERS["transformer"], 1)
+    with pytest.raises(ValueError, match=r"target_modules=.* is of the wrong type; allowed: a list"):
+        create_ssvdo_adapter(model, names, outer_rank=4)
+    assert not any(isinstance(m, Host) for m in model.modules())
+
+
+def test_layers_that_share_a_weight_are_refused():
+    model = nn.ModuleDict({"w_1": nn.Linear(8, 8), "w_2": nn.Linear(8, 8)})
+    model["w_2"].weight = model["w_1"].weight
+    with pytest.raises(ValueError, match="w_1 and w_2 share one weight"):
+        create_ssvdo_adapter(model, ["w_1", "w_2"], outer_rank=0)
+    assert type(model["w_1"]) is nn.Linear
+
+
+def test_layers_that_their_parent_multiplies_by_are_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    model["attention"].out_proj = nn.Linear(8, 8)
+    with pytest.raises(TypeError, match=r"attention\.out_proj is multiplied by in MultiheadAttention"):
+        create_ssvdo_adapter(model, ["out_proj"], outer_rank=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_trained_model_may_be_cast_before_its_first_forward(dtype):
+    """As Speech2Text(dtype=...) does: the rounded weight may have another basis."""
+    model = adapted()
+    fit(model, adam(model))
+    want = run(model)
+    fresh = adapted(seed=2)
+    fresh.load_state_dict(saved(model.state_dict()))
+    fresh = fresh.to(dtype)
+    layers = [m for m in fresh.modules() if isinstance(m, DeferredSSVDOLinear)]
+    for layer in layers:
+        layer(torch.randn(3, layer.in_features, dtype=dtype))
+    again = fresh.float()
+    assert float((run(again) - want).abs().max()) < 0.05 * float(want.abs().max())
+
+
+def test_a_copy_does_not_trust_an_address():
+    for _ in range(5):
+        model = adapted()
+        with torch.no_grad():  # ESPnet's attention keeps its weights, which in a graph could not be copied
+            run(model)
+        twin = copy.deepcopy(model)
+        del model
+        other = adapted(seed=2)
+        wanted = {n: p.detach().clone() for n, p in other.named_parameters() if n.endswith("feed_forward.w_1.weight")}
+        for name, weight in wanted.items():
+            twin.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(BaseMismatchError, match="other base weights"):
+            run(twin)

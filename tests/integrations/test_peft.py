@@ -350,8 +350,6 @@ def test_a_bad_config_is_refused(options, message):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"Target module relu is a torch\.nn\.modules\.activation\.ReLU"):
         adapt(base(), target_modules=["relu"])
-    with pytest.raises(ValueError, match=r"lin0\.weight"), torch.device("meta"):
-        adapt(MLP(), target_modules=["lin0"])
     with pytest.raises(ValueError, match="target_modules"):
         adapt(base())
 
@@ -537,6 +535,137 @@ def test_a_patched_forward_is_refused():
     base_model.fc1.forward = lambda x: x
     with pytest.raises(ValueError, match="fc1 has a forward of its own"):
         get_peft_model(base_model, peft.SSVDOConfig(target_modules=["fc1"], outer_rank=8))
+
+
+def test_a_refused_layer_leaves_the_model_as_it_was():
+    model = nn.ModuleDict({"fc1": nn.Linear(8, 24), "fc2": nn.Linear(24, 8), "norm": nn.LayerNorm(8)})
+    plain, flags = model["fc1"], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"norm is a .*LayerNorm"):
+        get_peft_model(model, SSVDOConfig(target_modules=["fc1", "fc2", "norm"], outer_rank=2))
+    assert model["fc1"] is plain and type(model["fc2"]) is nn.Linear
+    assert [p.requires_grad for p in model.parameters()] == flags
+    made = get_peft_model(model, SSVDOConfig(target_modules=["fc1"], outer_rank=2))
+    with pytest.raises(ValueError, match="norm is a"):
+        made.add_adapter("second", SSVDOConfig(target_modules=["fc1", "fc2", "norm"], outer_rank=2))
+    assert list(model["fc1"].ssvdo_adapters) == ["default"] and type(model["fc2"]) is nn.Linear
+
+
+def test_layers_that_share_a_weight_are_refused():
+    model = nn.ModuleDict({"fc1": nn.Linear(8, 8), "fc2": nn.Linear(8, 8)})
+    model["fc2"].weight = model["fc1"].weight
+    with pytest.raises(ValueError, match="fc1 and fc2 share one weight"):
+        get_peft_model(model, SSVDOConfig(target_modules=["fc1", "fc2"], outer_rank=0))
+    assert type(model["fc1"]) is nn.Linear
+
+
+def test_a_layer_in_two_places_is_one_adapted_layer():
+    layer = nn.Linear(8, 8)
+    model = get_peft_model(nn.Sequential(layer, nn.GELU(), layer), SSVDOConfig(target_modules=["0"], outer_rank=0))
+    inner = model.base_model.model
+    assert inner[0] is inner[2] and isinstance(inner[0], Linear)
+
+
+def test_mixed_batches_are_refused_and_not_ignored():
+    model = adapt(base(), target_modules=["lin0"], outer_rank=2)
+    with pytest.raises(ValueError, match="adapter_names is given"):
+        model(x_of(), adapter_names=["default", "__base__"])
+    torch.testing.assert_close(model(x_of()), base()(x_of()))
+
+
+def test_a_base_that_is_loaded_while_merged_is_not_thrown_away():
+    model = adapt(base(), target_modules=["lin0"], outer_rank=2, init_weights=False)
+    layer = model.base_model.model.lin0
+    model.merge_adapter()
+    with torch.no_grad():
+        layer.base_layer.weight.add_(0.1)
+    with pytest.raises(RuntimeError, match="lin0: the merged weight is no longer what was merged"):
+        model.unmerge_adapter()
+    with torch.no_grad():
+        layer.base_layer.weight.sub_(0.1)
+    model.unmerge_adapter()
+
+
+def test_a_forward_that_is_put_on_the_base_layer_afterwards_is_refused():
+    model = adapt(base(), target_modules=["lin0"], outer_rank=2)
+    model.base_model.model.lin0.base_layer.forward = lambda x: x
+    with pytest.raises(TypeError, match="the base layer of lin0 has been given a forward of its own"):
+        model(x_of())
+
+
+def test_a_hooked_base_layer_may_be_called_from_several_threads():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = adapt(base(), target_modules=["lin0"], outer_rank=2, init_weights=False)
+    model.base_model.model.lin0.base_layer.register_forward_hook(lambda m, args, y: y)
+    x = x_of()
+    want = model(x).detach()
+    with ThreadPoolExecutor(8) as pool:
+        for y in pool.map(lambda _: model(x).detach(), range(200)):
+            torch.testing.assert_close(y, want)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"init_weights": None}, "init_weights=None"), ({"include_basis": "no"}, "include_basis='no'"),
+    ({"inner_ratio_pattern": [1]}, "inner_ratio_pattern"), ({"outer_rank_pattern": {"(": 3}}, "outer_rank_pattern"),
+])
+def test_flags_and_patterns_of_the_wrong_type_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        SSVDOConfig(target_modules=["lin0"], **options)
+
+
+def test_the_feed_forward_layers_of_any_model_are_the_default():
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"c_fc": nn.Linear(8, 24), "gate": nn.Linear(8, 3)})})
+    made = get_peft_model(model, SSVDOConfig(outer_rank=2))
+    assert isinstance(model["mlp"]["c_fc"], Linear) and type(model["mlp"]["gate"]) is nn.Linear
+    assert set(made.peft_config["default"].target_modules) == {"mlp.c_fc"}
+
+
+def test_conv1d_layers_of_gpt2_are_adapted_merged_and_saved(tmp_path):
+    from transformers.pytorch_utils import Conv1D
+
+    def plain():
+        torch.manual_seed(0)
+        return nn.Sequential(Conv1D(24, 8), nn.GELU(), Conv1D(8, 24))
+
+    x = torch.randn(3, 8)
+    model = get_peft_model(plain(), SSVDOConfig(target_modules=["0", "2"], outer_rank=2, init_weights=False))
+    y = model(x).detach()
+    assert not torch.allclose(y, plain()(x), atol=1e-3)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(plain(), tmp_path)(x), y)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), y)
+    merged = model.merge_and_unload()
+    assert type(merged[0]) is Conv1D
+    torch.testing.assert_close(merged(x), y)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_base_on_the_meta_device_is_factorised_when_its_weights_arrive(with_adapter, tmp_path):
+    trained = adapt(base(), target_modules=["lin0", "lin1"], outer_rank=2, init_weights=False)
+    trained.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = MLP()
+    if with_adapter:
+        model = PeftModel.from_pretrained(empty, tmp_path, low_cpu_mem_usage=True)
+    else:
+        model = get_peft_model(empty, SSVDOConfig(target_modules=["lin0", "lin1"], outer_rank=2))
+    model.eval()
+    with pytest.raises(RuntimeError, match="lin0: weight is on the meta device; load the base model first"):
+        model(x_of())
+    weights = {k.replace("lin0.", "lin0.base_layer.").replace("lin1.", "lin1.base_layer."): v
+               for k, v in base().state_dict().items()}  # fmt: skip
+    model.base_model.model.load_state_dict(weights, strict=False, assign=True)
+    if with_adapter:
+        with pytest.raises(RuntimeError, match="lin0: the adapter was loaded while its base was on the meta device"):
+            model(x_of())
+        set_peft_model_state_dict(model, peft.load_peft_weights(str(tmp_path)), low_cpu_mem_usage=True)
+    want = trained.eval() if with_adapter else base().eval()
+    torch.testing.assert_close(model(x_of()), want(x_of()))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x_of()), want(x_of()), atol=1e-4, rtol=1e-4)
 
 
 def test_importing_twice_registers_once():  # last: it makes the classes anew

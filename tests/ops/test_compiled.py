@@ -412,6 +412,18 @@ def test_layers_that_share_their_tensors_but_not_the_formula():
                 assert_close("y", got, value(one, x), 1e-12)
 
 
+def test_layers_that_share_a_trained_parameter():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).double()
+    apply_ssvdo(net, SSVDOConfig(outer_rank=0, target_modules=("0", "1")))
+    for layer in net:
+        randomise(layer)
+    net[1].adapter.inner_scale = net[0].adapter.inner_scale
+    x = tokens(4)
+    for _ in range(2):
+        same(gradients(compiled(net), net, x), gradients(net, net, x), 1e-12)
+
+
 def test_export():
     net, x = model(torch.float64, 2), tokens(5).detach()
     exported = torch.export.export(net, (x,)).module()

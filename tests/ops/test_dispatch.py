@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,24 @@ def test_auto_on_the_cpu(interpreter):
 def test_what_is_asked_for_is_taken(interpreter):
     assert token_path("triton", CPU, torch.float32)[0] == "triton"
     assert token_path("reference", CPU, torch.float32)[0] == "reference"
+
+
+@pytest.mark.parametrize("value, on", [("1", True), ("true", True), ("Yes", True), ("on", True), ("0", False),
+                                       ("", False), ("off", False), (None, False)])  # fmt: skip
+def test_the_interpreter_is_asked_for_as_triton_reads_it(monkeypatch, value, on):
+    monkeypatch.delitem(sys.modules, "ssvdo_kernels.triton.kernels", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert dispatch.interpreting() is on
+
+
+def test_kernels_that_were_loaded_to_be_compiled_are_not_interpreted(monkeypatch):
+    monkeypatch.setattr(dispatch, "without_triton", lambda: "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "ssvdo_kernels.triton.kernels", SimpleNamespace(INTERPRETED=False))
+    with pytest.raises(RuntimeError, match="set before the first import, would interpret"):
+        token_path("triton", CPU, torch.float32)
 
 
 def test_bfloat16_is_not_interpreted(interpreter):

@@ -1,6 +1,8 @@
 """Choosing a configuration: fixed, timed once, remembered in memory and on disk."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 from helpers import require_triton
@@ -72,3 +74,32 @@ def test_fixed_where_there_is_one_or_timing_is_off(monkeypatch):
     monkeypatch.setenv("SSVDO_AUTOTUNE", "0")
     assert not tuning.enabled()
     assert tuning.choose("add_product", "half", 100, (8, 4), lambda config: None) == CANDIDATES[0]
+
+
+@pytest.mark.parametrize("value, on", [("0", False), ("false", False), ("OFF", False), ("no", False), ("", False),
+                                       ("1", True), ("true", True)])  # fmt: skip
+def test_timing_is_switched_off_in_any_of_the_usual_words(monkeypatch, value, on):
+    monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning.torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("SSVDO_AUTOTUNE", value)
+    assert tuning.enabled() is on
+
+
+def homeless(*_):
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("value, home, folder", [
+    ("/some/where", True, "/some/where"), ("/some/where", False, "/some/where"), ("~/there", True, "{home}/there"),
+    ("", True, "{home}/.cache/ssvdo_kernels"), (None, True, "{home}/.cache/ssvdo_kernels"),
+    (None, False, "{temporary}/ssvdo_kernels"), ("~/there", False, "{temporary}/ssvdo_kernels")])  # fmt: skip
+def test_where_timings_are_kept(monkeypatch, tmp_path, value, home, folder):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if value is None:
+        monkeypatch.delenv("SSVDO_CACHE")
+    else:
+        monkeypatch.setenv("SSVDO_CACHE", value)
+    if not home:
+        monkeypatch.setattr(Path, "expanduser", lambda self: homeless() if str(self).startswith("~") else self)
+        monkeypatch.setattr(Path, "home", homeless)
+    assert tuning.cache_file("Some GPU").parent == Path(folder.format(home=tmp_path, temporary=tempfile.gettempdir()))

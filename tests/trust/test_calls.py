@@ -204,3 +204,61 @@ def test_a_default_device_of_meta_does_not_reach_what_is_computed(tmp_path):
         again = load_ssvdo(fresh, tmp_path)
         assert torch.equal(again(X.float()), y)
         diagnose(model)
+
+
+def ragged(kind):
+    parts = [torch.randn(k, 4, 8, dtype=torch.float64) for k in (2, 5, 3)]
+    if kind == "transposed":
+        return torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    starts, lengths = torch.tensor([0, 0, 0]), torch.tensor([2, 3, 4])
+    return torch.nested.narrow(torch.randn(3, 6, 8).double(), 1, starts, lengths, layout=torch.jagged)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "holes"])
+def test_jagged_tensors_that_are_not_contiguous_are_refused_as_by_nn_linear(kind):
+    layer, x = make_layer(24, 8, outer_rank=3), ragged(kind)
+    with pytest.raises(ValueError, match="contiguous"):
+        nn.Linear(8, 24).double()(x)
+    with pytest.raises(ValueError, match="transposed or has holes; allowed: a contiguous one"):
+        layer(x)
+    if kind == "holes":
+        for got, part in zip(layer(x.contiguous()).unbind(), x.unbind(), strict=True):
+            torch.testing.assert_close(got, layer(part))
+
+
+@pytest.mark.parametrize("made, says", [
+    (lambda: None, "x is a NoneType; allowed"), (X.tolist, "x is a list"), (X.numpy, "x is a ndarray"),
+    (X.to_sparse, r"layout torch.sparse_coo; allowed: torch.strided \(x.to_dense\(\)\)"),
+    (X.to_sparse_csr, "layout torch.sparse_csr"), (lambda: X.float().to_mkldnn(), "layout torch._mkldnn"),
+    (lambda: torch.nested.nested_tensor([]), "without components")],
+    ids=["None", "list", "numpy", "COO", "CSR", "mkldnn", "no components"])  # fmt: skip
+def test_what_is_no_dense_tensor_is_named(made, says):
+    with pytest.raises((TypeError, ValueError), match=says):
+        make_layer(24, 8, outer_rank=3)(made())
+
+
+def test_float64_under_autocast():
+    layer = make_layer(24, 8, outer_rank=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(X), layer(X.clone()))
+        assert layer(X).dtype == torch.float64
+        with pytest.raises(TypeError, match=r"x has dtype torch.float64; allowed: the weight's torch.float32"):
+            layer.float()(X)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_comes_of_rows_is_no_view(grad):
+    layer = make_layer(24, 8, outer_rank=3)
+    with torch.set_grad_enabled(grad):
+        y = layer(X).detach_()
+    assert not y.requires_grad and y.shape == (5, 24)
+    assert layer(X.view(1, 5, 8)).shape == (1, 5, 24) and layer(X[0]).shape == (24,)
+
+
+def test_thawing_an_adapter_thaws_what_is_trained():
+    layer = make_layer(24, 8, outer_rank=3)
+    adapter = layer.adapter.requires_grad_(False)
+    assert not any(p.requires_grad for p in adapter.parameters())
+    assert adapter.requires_grad_() is adapter
+    assert [p for p in adapter.parameters() if p.requires_grad] == adapter.trained
+    layer(X).sum().backward()

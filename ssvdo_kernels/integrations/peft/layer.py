@@ -5,60 +5,34 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...adapter import Adapter
-from ...config import LayerShape
-from ...factorize import Factors, factorize
-from ...fingerprint import Bases, CheckpointError, Fingerprint
-from ...host import Host, outside_of_graphs, patched
+from ...host import outside_of_graphs, patched
 from ...linear_maps import LinearMap, linear_map
 from ...ops.base import Base
 from ...origin import alike, coarser, weight_sketch
 from .config import SSVDOConfig
+from .tuner import TunerLayer, new_adapter
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_BASES = ("basis", "null_basis")
 _CALLING = threading.RLock()  # a layer with hooks is called by one thread at a time
 
 
-class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
+class Linear(TunerLayer):
     """A linear layer with any number of SSVD-O adapters. Several active ones add their changes of W0."""
 
-    adapter_layer_names = ("ssvdo_adapters",)
-    other_param_names = ()
-
-    ssvdo_adapters: nn.ModuleDict
-    ssvdo_original: Tensor | None
-    base_layer: nn.Module
-    if TYPE_CHECKING:  # what BaseTunerLayer has
-        merged: bool
-        disable_adapters: bool
-        active_adapters: list[str]
-        get_base_layer: Callable[[], nn.Module]
-        quantization_backend: Any
-        set_adapter: Callable[..., None]
-        _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
-
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SSVDOConfig, key: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.ssvdo_adapters = nn.ModuleDict()
-        self._with_basis: set[str] = set()
+        super().__init__(base_layer, adapter_name)
         self._merged_as: Tensor | None = None  # a sketch of the merged weight
-        self.register_buffer("ssvdo_original", None, persistent=False)  # the weight, while adapters are merged
         self._quantized: list[nn.Module] = []  # the layer, while adapters are merged into a quantised copy
         self.out_features, self.in_features = self.map.sizes
         self._dequantises = not self.base().held
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, key)
 
     @property
@@ -85,61 +59,12 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
         Raises:
             ValueError: the sizes do not fit this layer, or its weight is on the meta device or not finite.
         """
-        weight = self.base().dense()
-        own = config.core(key).fitting(self.out_features, self.in_features)
-        shape = LayerShape.of(self.out_features, self.in_features, own)
-        factors = factorize(weight, shape, name=f"{key}.weight", cache_dir=config.factor_cache)
-        adapter = Adapter(shape, own, factors, weight, buffers=True)
-        adapter.name = key
-        self.ssvdo_adapters[adapter_name] = adapter
-        (self._with_basis.add if config.include_basis else self._with_basis.discard)(adapter_name)
-        if not config.init_weights and not adapter.inner_scale.is_meta:  # PEFT fills in what it loads
-            _randomise(adapter)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.ssvdo_adapters[adapter_name] = new_adapter(self.base().dense(), config, key)
+        self.added(adapter_name, config)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = self.base().dense()
-        for name in (n for n in self.ssvdo_adapters if n in self._with_basis):  # in one order in every process
-            adapter = self._adapter(name)
-            if adapter.basis is not None and not weight.is_meta:
-                bases = Bases.of(weight, adapter.factors, adapter.shape)
-                for part, vectors in zip(_BASES, (bases.V, bases.N), strict=True):
-                    if vectors is not None:
-                        destination[f"{prefix}ssvdo_adapters.{name}.{part}"] = vectors.detach().to(weight.dtype)
-
-    def factors_for(self, state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Factors]:
-        """By adapter: the factors in which what `state_dict` holds of it is meant, where those at hand are others.
-
-        Raises:
-            BaseMismatchError: it was trained on another weight, or in another basis that it does not bring.
-        """
-        found = {}
-        for name in self.ssvdo_adapters:
-            adapter, own = self._adapter(name), f"{prefix}ssvdo_adapters.{name}."
-            places = {n: state_dict.get(own + n) for n in Fingerprint.places(adapter.shape)}
-            if any(t is None for t in places.values()) or adapter.basis is None:
-                continue
-            trained = Fingerprint.read(cast("dict[str, Tensor]", places), adapter.shape)
-            if trained is None:
-                continue
-            formula = state_dict.get(own + "formula")
-            if formula is not None and not torch.equal(formula.cpu(), adapter.formula.cpu()):
-                raise CheckpointError(f"{adapter.name}: adapter {name!r} was trained with another formula (rotation, "
-                                      "outer, outer_scale, tau, ...) than it is configured with here")  # fmt: skip
-            weight, V = self.base().dense(), state_dict.get(own + "basis")
-            trained.check(weight, adapter.name)
-            bases = None if V is None else Bases(V, state_dict.get(own + "null_basis"))
-            at_hand = adapter.factors
-            used = trained.adopt(at_hand, weight, adapter.shape, bases, adapter.name)
-            if used is not at_hand:
-                found[name] = used
-        return found
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name, factors in self.factors_for(state_dict, prefix).items():
-            self._adapter(name).set_factors(factors, self.base().dense())
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def named_adapters(self) -> Iterator[tuple[str, Adapter]]:
+        """(the name in a state_dict below the layer's, adapter) of each."""
+        return ((f"ssvdo_adapters.{name}", self._adapter(name)) for name in self.ssvdo_adapters)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts the adapted weight into the base layer; W0 is kept beside it.
@@ -156,6 +81,7 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
 
     def check_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Raises what `merge` would raise, and changes nothing."""
+        self.arrive()
         given = self.active_adapters if adapter_names is None else adapter_names
         names = [n for n in given if n in self.ssvdo_adapters and n not in self.merged_adapters]
         if names and not self.base().held and not getattr(self.quantization_backend, "supports_merge", False):
@@ -222,13 +148,15 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
         """y = x W'^T + b."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self._waiting and not self.disable_adapters:
+            self.arrive()
         names = [n for n in self.active_adapters if n in self.ssvdo_adapters]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         here = vars(self.base_layer)
         if "_hf_hook" not in here and "forward" not in here and not any(map(here.get, _CALL_HOOKS)):
             run = outside_of_graphs(self._adapted) if self._dequantises else self._adapted
-            return run(x, names)  # type: ignore[no-any-return]
+            return run(x, names)
         with _CALLING:  # the base layer's hooks see the adapted layer, which stands in for its forward meanwhile
             if patched(self.base_layer):
                 raise TypeError(f"the base layer of {self._adapter(names[0]).name} has been given a forward of its "
@@ -255,17 +183,3 @@ class Linear(Host, BaseTunerLayer):  # type: ignore[misc]
             y = y + (self.ssvdo_adapters[name](x, base, bias)
                      - nn.functional.linear(x, base.to(x.dtype).dense(), bias))  # fmt: skip
         return made.leave(y if autocast else y.to(given))
-
-    def __repr__(self) -> str:
-        return "ssvdo." + super().__repr__()
-
-
-@torch.no_grad()
-def _randomise(adapter: Adapter) -> None:
-    """Draws an adapter that departs from the base model, for tests."""
-    assert adapter.singular_values is not None
-    if adapter.inner_rotation is not None:
-        adapter.inner_rotation.normal_(0, 0.3 / adapter.shape.k**0.5)
-    adapter.inner_scale.normal_(0, 0.05 * float(adapter.singular_values[0]))
-    if adapter.outer is not None:
-        adapter.outer.normal_(0, adapter.shape.outer_deviation(replace(adapter.config, init_angle=0.3)))

@@ -9,11 +9,13 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from ...adapter import Adapter
+from ...experts import stacks
 from ...host import exchange, hosts, settle, warn_of_lowered
-from ...targets import default_names, reason_against
+from ...targets import default_names, default_parameters, reason_against
 from .config import SSVDOConfig
 from .layer import Linear
+from .parameters import ParamWrapper
+from .tuner import TunerLayer
 
 
 def _backend(layer: nn.Module, model: nn.Module) -> Any:
@@ -29,7 +31,7 @@ def _backend(layer: nn.Module, model: nn.Module) -> Any:
 def _check_bases(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Raises for a wrong base before the first layer changes."""
     for name, layer in model.named_modules():
-        if isinstance(layer, Linear):
+        if isinstance(layer, TunerLayer):
             layer.factors_for(state_dict, f"{prefix}{name}.")
 
 
@@ -37,7 +39,7 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
     """The adapted model, as `get_peft_model` makes it."""
 
     prefix = "ssvdo_"
-    tuner_layer_cls = Linear
+    tuner_layer_cls = TunerLayer
 
     def _create_and_replace(
         self,
@@ -47,8 +49,12 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **_: Any,
     ) -> None:
+        if parameter_name is not None:
+            return self._wrap_parameter(peft_config, adapter_name, target, target_name, parent, current_key,
+                                        parameter_name)  # fmt: skip
         if isinstance(target, Linear):
             return target.update_layer(adapter_name, peft_config, current_key)
         if reason := reason_against(target, parent, target_name):
@@ -66,6 +72,29 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         for place, name in places:
             self._replace_module(place, name, made, target)
 
+    def _wrap_parameter(
+        self, config: SSVDOConfig, adapter: str, target: nn.Module, name: str, parent: nn.Module, key: str, own: str
+    ) -> None:
+        if isinstance(target, ParamWrapper) and target.parameter_name == own:
+            return target.update_layer(adapter, config, key)
+        inner: Any = target
+        while isinstance(inner, ParamWrapper):
+            inner = inner.base_layer
+        if own not in stacks(inner):
+            shape = tuple(getattr(inner, own).shape)
+            raise ValueError(f"target_parameters: {key} has shape {shape}; allowed: a matrix for each expert (3 "
+                             "dimensions, floating)")  # fmt: skip
+        made = ParamWrapper(target, own, adapter, config, key)
+        if adapter not in self.active_adapters:
+            made.requires_grad_(False)
+        self._replace_module(parent, name, made, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ParamWrapper) or isinstance(new_module, ParamWrapper):  # PEFT would look for a `weight`
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _prepare_adapter_config(self, peft_config: SSVDOConfig, model_config: dict[str, Any]) -> SSVDOConfig:
         return peft_config  # `_prepare_model` knows the model, whatever its type
 
@@ -76,11 +105,12 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
             ValueError: the model has no feed-forward layers of a known name.
         """
         if peft_config.target_modules is None:
-            names = default_names(model)
-            if not names:
+            names, parameters = default_names(model), default_parameters(model)
+            if not names and not parameters:
                 raise ValueError("Please specify `target_modules` in `peft_config`: no layer of the model has the name "
                                  "of a feed-forward layer")
             peft_config.target_modules = list(names)
+            peft_config.target_parameters = peft_config.target_parameters or parameters or None
         elif peft_config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
             names = cast("list[str]", peft_config.target_modules)
@@ -94,12 +124,12 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter to the layers that its configuration names; on an error the model is as it was."""
-        before = {id(layer): set(layer.ssvdo_adapters) for _, layer in hosts(model) if isinstance(layer, Linear)}
+        before = {id(layer): set(layer.ssvdo_adapters) for _, layer in hosts(model) if isinstance(layer, TunerLayer)}
         trained = [(p, p.requires_grad) for p in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            made = {id(m): m for m in model.modules() if isinstance(m, Linear)}
+            made = {id(m): m for m in model.modules() if isinstance(m, TunerLayer)}
             for key, layer in made.items():
                 if key in before and adapter_name not in before[key] and adapter_name in layer.ssvdo_adapters:
                     del layer.ssvdo_adapters[adapter_name]
@@ -111,9 +141,9 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         if not before:
             model.register_load_state_dict_pre_hook(_check_bases)  # type: ignore[no-untyped-call]
         config = cast(SSVDOConfig, self.peft_config[adapter_name])
-        own = [(name, layer.ssvdo_adapters[adapter_name], config.core(name).outer_rank) for name, layer in hosts(model)
-               if isinstance(layer, Linear) and adapter_name in layer.ssvdo_adapters]  # fmt: skip
-        lowered = [(name, cast(Adapter, a).shape.l) for name, a, asked in own if cast(Adapter, a).shape.l < asked]
+        own = [adapter for _, layer in hosts(model) if isinstance(layer, TunerLayer)
+               for name, adapter in layer.named_adapters() if name.split(".")[1] == adapter_name]  # fmt: skip
+        lowered = [(a.name, a.shape.l) for a in own if a.shape.l < config.core(a.name).outer_rank]
         warn_of_lowered(config.outer_rank, lowered, stacklevel=3)
 
     @contextmanager
@@ -138,5 +168,5 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
 
     def _check_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         for _, layer in hosts(self.model):
-            if isinstance(layer, Linear):
+            if isinstance(layer, TunerLayer):
                 layer.check_mergeable(safe_merge, adapter_names)

@@ -1,0 +1,176 @@
+"""What PEFT's hosts share: adapters by name, and what a state_dict holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ...adapter import Adapter
+from ...config import LayerShape
+from ...factorize import Factors, factorize
+from ...fingerprint import Bases, CheckpointError, Fingerprint
+from ...host import Host
+from .config import SSVDOConfig
+
+_BASES = ("basis", "null_basis")
+
+
+def new_adapter(weight: Tensor, config: SSVDOConfig, key: str) -> Adapter:
+    """An adapter of W0 (out_features x in_features) as `config` means it for the layer called `key`.
+
+    That of a weight on the meta device has no factors until `TunerLayer.arrive` makes them.
+
+    Raises:
+        ValueError: the sizes do not fit, or the weight is not finite.
+    """
+    rows, columns = weight.shape
+    own = config.core(key).fitting(rows, columns)
+    shape = LayerShape.of(rows, columns, own)
+    late = weight.is_meta
+    factors = None if late else factorize(weight, shape, name=f"{key}.weight", cache_dir=config.factor_cache)
+    adapter = Adapter(shape, own, factors, weight, buffers=True)
+    adapter.name = key
+    if not config.init_weights and not adapter.inner_scale.is_meta:  # PEFT fills in what it loads
+        _randomise(adapter)
+    return adapter
+
+
+class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
+    """A layer of PEFT's with SSVD-O adapters by name, below ``ssvdo_adapters``."""
+
+    adapter_layer_names = ("ssvdo_adapters",)
+    other_param_names = ()
+
+    ssvdo_adapters: nn.ModuleDict
+    ssvdo_original: Tensor | None
+    base_layer: nn.Module
+    if TYPE_CHECKING:  # what BaseTunerLayer has
+        merged: bool
+        disable_adapters: bool
+        active_adapters: list[str]
+        get_base_layer: Callable[[], nn.Module]
+        quantization_backend: Any
+        set_adapter: Callable[..., None]
+        _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.ssvdo_adapters = nn.ModuleDict()
+        self._with_basis: set[str] = set()
+        self._waiting: dict[str, Bases | None] = {}  # adapters without factors, with the bases that a file brought
+        self._brought: set[str] = set()  # those of them that a file has brought numbers for
+        self.register_buffer("ssvdo_original", None, persistent=False)  # the weight, while adapters are merged
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter = adapter_name
+
+    def added(self, adapter_name: str, config: SSVDOConfig) -> None:
+        """What follows where an adapter has been added."""
+        self._waiting.update({name: None for name, adapter in self.named_adapters() if adapter.basis is None})
+        (self._with_basis.add if config.include_basis else self._with_basis.discard)(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def arrive(self) -> None:
+        """Makes the factors of adapters that were added while the base weight was on the meta device.
+
+        Raises:
+            RuntimeError: the weight is there no more than before. BaseMismatchError: it is not the one trained on.
+        """
+        for name, adapter in self.named_adapters() if self._waiting else ():
+            if adapter.basis is not None:
+                continue
+            weight = self.base(adapter).dense()
+            if weight.is_meta:
+                raise RuntimeError(f"{adapter.name}: weight is on the meta device; load the base model first")
+            if adapter.inner_scale.is_meta and name in self._brought:
+                raise RuntimeError(f"{adapter.name}: the adapter was loaded while its base was on the meta device, "
+                                   "where PEFT put it too; load it again (load_adapter) now that the base is there")
+            if adapter.inner_scale.is_meta:
+                adapter.to_empty(device=weight.device)
+                adapter.reset_parameters()
+                for place in adapter.buffers():
+                    place.zero_()
+                adapter.formula.copy_(adapter.config.digest())
+            factors = factorize(weight, adapter.shape, name=f"{adapter.name}.weight")
+            if (trained := adapter.trained_on()) is not None:
+                trained.check(weight, adapter.name)
+                factors = trained.adopt(factors, weight, adapter.shape, self._waiting.get(name), adapter.name)
+            adapter.set_factors(factors, weight)
+        self._waiting.clear()
+
+    def named_adapters(self) -> Iterator[tuple[str, Adapter]]:
+        """(the name in a state_dict below the layer's, adapter) of each."""
+        raise NotImplementedError
+
+    def check_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Raises what `merge` would raise, and changes nothing."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, adapter in self.named_adapters():  # in one order in every process
+            weight = self.base(adapter).dense()
+            if name.split(".")[1] in self._with_basis and adapter.basis is not None and not weight.is_meta:
+                bases = Bases.of(weight, adapter.factors, adapter.shape)
+                for part, vectors in zip(_BASES, (bases.V, bases.N), strict=True):
+                    if vectors is not None:
+                        destination[f"{prefix}{name}.{part}"] = vectors.detach().to(weight.dtype)
+
+    def factors_for(self, state_dict: Mapping[str, Tensor], prefix: str) -> list[tuple[Adapter, Factors]]:
+        """The factors in which what `state_dict` holds of an adapter is meant, where those at hand are others.
+
+        Raises:
+            CheckpointError: it was trained with another formula.
+            BaseMismatchError: it was trained on another weight, or in another basis that it does not bring.
+        """
+        found = []
+        for name, adapter in self.named_adapters():
+            own = f"{prefix}{name}."
+            places = {n: state_dict.get(own + n) for n in Fingerprint.places(adapter.shape)}
+            if any(t is None for t in places.values()) or adapter.basis is None:
+                continue
+            trained = Fingerprint.read(cast("dict[str, Tensor]", places), adapter.shape)
+            if trained is None:
+                continue
+            formula = state_dict.get(own + "formula")
+            if formula is not None and not torch.equal(formula.cpu(), adapter.config.digest()):
+                raise CheckpointError(f"{adapter.name}: {name!r} was trained with another formula (rotation, outer, "
+                                      "outer_scale, tau, ...) than it is configured with here")  # fmt: skip
+            weight, V = self.base(adapter).dense(), state_dict.get(own + "basis")
+            trained.check(weight, adapter.name)
+            bases = None if V is None else Bases(V, state_dict.get(own + "null_basis"))
+            at_hand = adapter.factors
+            used = trained.adopt(at_hand, weight, adapter.shape, bases, adapter.name)
+            if used is not at_hand:
+                found.append((adapter, used))
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in self._waiting:
+            self._brought |= {name} if f"{prefix}{name}.inner_scale" in state_dict else set()
+            if (V := state_dict.get(f"{prefix}{name}.basis")) is not None:
+                self._waiting[name] = Bases(V, state_dict.get(f"{prefix}{name}.null_basis"))
+        for adapter, factors in self.factors_for(state_dict, prefix):
+            adapter.set_factors(factors, self.base(adapter).dense())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __repr__(self) -> str:
+        return "ssvdo." + super().__repr__()
+
+
+@torch.no_grad()
+def _randomise(adapter: Adapter) -> None:
+    """Draws an adapter that departs from the base model, for tests."""
+    assert adapter.singular_values is not None
+    if adapter.inner_rotation is not None:
+        adapter.inner_rotation.normal_(0, 0.3 / adapter.shape.k**0.5)
+    adapter.inner_scale.normal_(0, 0.05 * float(adapter.singular_values[0]))
+    if adapter.outer is not None:
+        adapter.outer.normal_(0, adapter.shape.outer_deviation(replace(adapter.config, init_angle=0.3)))

@@ -1,0 +1,1 @@
+"""Tiny models of the families of Transformers, and what adapters do on each: `nox -s families`."""

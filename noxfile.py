@@ -65,10 +65,9 @@ def onnx(session: nox.Session) -> None:
 
 @nox.session
 def families(session: nox.Session) -> None:
-    """Every family of Transformers, with the packages that some of them need."""
+    """Every family of Transformers; some need packages that are not installed, and are skipped."""
     session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0")
-    session.install("--no-build-isolation", "-e", ".[dev,peft]", "transformers>=5", "timm", "torchaudio",
-                    env=ENVIRONMENT)  # fmt: skip
+    session.install("--no-build-isolation", "-e", ".[dev,peft]", "transformers>=5", env=ENVIRONMENT)
     session.run("python", "-m", "pytest", "-q", "-n", "2", "-m", "families", "tests/families", *session.posargs)
 
 

@@ -33,12 +33,13 @@ class _Ahead(Tensor):
     """Stands in .grad while gradients are summed elsewhere: whoever uses it is told; what comes another way is kept."""
 
     layer: str
+    before: Tensor | None  # what stood there
     other: Tensor | None
 
     @staticmethod
     def __new__(cls, p: Tensor, layer: str) -> _Ahead:
         made: Any = Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
-        made.layer, made.other = layer, None
+        made.layer, made.before, made.other = layer, p.grad, None
         return made  # type: ignore[no-any-return]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -69,7 +70,7 @@ class Sums:
         self._reached = one_node() and all(p.is_leaf and not _hooked(p) for p in self._trained)
         self._totals: list[Tensor | None] = [None, None]
         self._pair: Pair | None = None
-        self._watched: list[tuple[Tensor, _Ahead, Tensor | None]] = []  # what stands in .grad now, and stood there
+        self._watched: list[tuple[Tensor, _Ahead]] = []  # what stands in .grad
 
     def pair(self) -> Pair:
         """The stand-ins."""
@@ -101,15 +102,19 @@ class Sums:
 
     def _watch(self) -> None:
         """Lets go of what was summed before a zero_grad. Raises RuntimeError where `.grad` was replaced otherwise."""
-        if self._watched and all(p.grad is None for p, _, _ in self._watched):
+        if self._watched and all(
+            p.grad is None or (p.grad is not ahead and isinstance(p.grad, _Ahead)) for p, ahead in self._watched
+        ):
             self._totals, self._watched = [None, None], []
-        if any(p.grad is not ahead for p, ahead, _ in self._watched):
+        if any(p.grad is not ahead for p, ahead in self._watched):
             raise RuntimeError(f"{self.prepared.name}: .grad of some parameters was replaced {_INSIDE}; allowed: "
                                "zero_grad of all of a layer")  # fmt: skip
         if self._reached and not self._watched:
-            self._watched = [(p, _Ahead(p, self.prepared.name), p.grad) for p in self._trained]
-            for p, ahead, _ in self._watched:
-                p.grad = ahead
+            for p in self._trained:
+                if not isinstance(p.grad, _Ahead):  # it may be shared with another layer
+                    p.grad = _Ahead(p, self.prepared.name)
+                assert isinstance(p.grad, _Ahead)
+                self._watched.append((p, p.grad))
 
     def check(self, prepared: Prepared, parameters: Parameters) -> None:
         """Raises RuntimeError where the layer is no longer what it was when the first gradient was summed."""
@@ -134,11 +139,11 @@ class Sums:
 
     def clear(self) -> None:
         """Puts back into `.grad` what stood there, with what another graph has brought since."""
-        for p, ahead, before in self._watched:
+        for p, ahead in self._watched:
             if p.grad is ahead:
-                p.grad = before
+                p.grad = ahead.before
                 if ahead.other is not None:
-                    p.grad = ahead.other if before is None else before.add_(ahead.other)
+                    p.grad = ahead.other if p.grad is None else p.grad.add_(ahead.other)
 
     def brought(self, attached: Pair) -> list[tuple[Tensor, Tensor]]:
         """M and F in the graph, each with the gradient that was summed on it."""

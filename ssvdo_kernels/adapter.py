@@ -80,7 +80,7 @@ class Adapter(nn.Module):
     outer_basis: Tensor | None
     null_basis: Tensor | None
     base_digest: Tensor
-    formula: Tensor
+    formula: Tensor  # a digest of the configuration's formula, as base_digest where there are buffers
 
     def __init__(
         self,
@@ -98,7 +98,8 @@ class Adapter(nn.Module):
         self._buffered = buffers
         for name, place in Fingerprint.places(shape).items() if buffers else ():
             self.register_buffer(name, place.to(weight.device))
-        self.register_buffer("formula", config.digest().to(weight.device))
+        if buffers:
+            self.register_buffer("formula", config.digest().to(weight.device))
         self.origin: Origin | None = Origin()
         self.cache = Cache()
         self.accumulator = Accumulator(self.cache)
@@ -304,9 +305,14 @@ class Adapter(nn.Module):
         """W' (out_features x in_features) for the current parameters, in the weight's dtype; a new tensor."""
         return self.cache.current(self.source(base)).merged(base).clone()
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # beside the module's version; where there are buffers they have it
+            destination._metadata[prefix[:-1]]["formula"] = self.config.digest()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        formula = state_dict.get(prefix + "formula")
-        if formula is not None and not torch.equal(formula.cpu(), self.config.digest()):
+        formula = state_dict.get(prefix + "formula") if self._buffered else args[0].get("formula")
+        if formula is not None and formula.tolist() != self.config.digest().tolist():
             errors: list[str] = args[-1]
             errors.append(f"{prefix[:-1]}: saved with another formula (rotation, outer, outer_scale, tau, ...) than "
                           "this model is adapted with")  # fmt: skip

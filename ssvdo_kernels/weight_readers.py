@@ -26,16 +26,32 @@ _HARMLESS = ("TransformerEncoderLayer",)  # its fast path, which reads weights, 
 def readings(source: str) -> Iterator[tuple[str, str]]:
     """(class, layer) for every layer whose weight a method of a class takes for more than its dtype and size."""
     for cls in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)):
-        for method in cls.body:
-            if not isinstance(method, ast.FunctionDef) or method.name in _PREPARES:
-                continue
-            above = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
-            for node in above:
-                if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
-                    layer = node.value
-                    own = isinstance(layer, ast.Attribute) and ast.unparse(layer.value) == "self"
-                    if own and not _is_question(above[node]):
-                        yield cls.name, layer.attr  # type: ignore[attr-defined]
+        methods = {m.name: m for m in cls.body if isinstance(m, ast.FunctionDef) and m.name not in _PREPARES}
+        taken = {name: list(_taken(method)) for name, method in methods.items()}
+        for layer in (layer for layers in taken.values() for layer in layers):
+            if _of_self(layer):
+                yield cls.name, layer.attr  # type: ignore[attr-defined]
+        for call in (node for m in methods.values() for node in ast.walk(m) if isinstance(node, ast.Call)):
+            called: str = call.func.attr if _of_self(call.func) else ""  # type: ignore[attr-defined]
+            if called in methods:  # it may take the weight of a layer that it is given
+                names = [a.arg for a in methods[called].args.args if a.arg != "self"]
+                read = {ast.unparse(layer) for layer in taken[called]}
+                for name, given in zip(names, call.args, strict=False):
+                    if name in read and _of_self(given):
+                        yield cls.name, given.attr  # type: ignore[attr-defined]
+
+
+def _of_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
+
+
+def _taken(method: ast.FunctionDef) -> Iterator[ast.AST]:
+    """Whose weights the method takes for more than their dtype and size."""
+    above = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+    for node in above:
+        taken = isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)
+        if taken and not _is_question(above[node]):
+            yield node.value  # type: ignore[attr-defined]
 
 
 def _is_question(user: ast.AST) -> bool:

@@ -119,6 +119,19 @@ def penalised(model, context):
                 (model(x).square().sum() + sum(p.square().sum() for p in trained(model))).backward()
 
 
+def shared_and_zeroed(model, context):
+    """Two layers of one trained parameter."""
+    model[3].adapter.outer = model[0].adapter.outer
+    back(model)
+    with context(model):
+        back(model)
+    with context(model):
+        back(model)
+        model.zero_grad()
+        for x in (X, X[:3]):
+            back(model, x)
+
+
 def thawed_for_a_while(model, context):
     for p in trained(model[0].adapter):
         p.requires_grad_(False)
@@ -162,8 +175,8 @@ def hooked(model, context):
 
 @pytest.mark.parametrize("run", [
     backward_later, backward_in_the_next, twice, checkpointed, checkpointed_reentrant, inputs, inputs_of_a_layer,
-    of_x_alone, zeroed, zeroed_at_the_end, penalised, thawed_for_a_while, without_gradients_around, inference_around,
-    left_by_a_generator, hooked], ids=lambda f: f.__name__)  # fmt: skip
+    of_x_alone, zeroed, zeroed_at_the_end, penalised, shared_and_zeroed, thawed_for_a_while, without_gradients_around,
+    inference_around, left_by_a_generator, hooked], ids=lambda f: f.__name__)  # fmt: skip
 def test_the_gradients_are_those_without_the_context(run):
     both(run)
 

@@ -11,8 +11,7 @@ import torch.multiprocessing as multiprocessing
 from helpers import require_fully_shard
 from torch import nn
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, load_ssvdo, save_ssvdo
-from ssvdo_kernels import model as model_module
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, load_ssvdo, save_ssvdo, sites
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.host import hosts
 
@@ -64,11 +63,11 @@ def start(rank, folder):
     """A fresh adapter, drawn as everywhere: each process has the same seed."""
     model = base()
     calls = []
-    original = model_module.factorize
-    model_module.factorize = lambda *a, **k: calls.append(k["name"]) or original(*a, **k)
+    original = sites.factorize
+    sites.factorize = lambda *a, **k: calls.append(k["name"]) or original(*a, **k)
     torch.manual_seed(2)
     apply_ssvdo(model, CONFIG, process_group=dist.group.WORLD)
-    model_module.factorize = original
+    sites.factorize = original
     assert len(calls) == 3, calls  # six layers, two processes
     return model
 
@@ -111,17 +110,17 @@ def ddp(rank, folder, alone, want):
 
 def ddp_failure(rank, folder, alone, want):
     """One process fails: all say so, none is left waiting."""
-    model, original = base(), model_module.factorize
+    model, original = base(), sites.factorize
 
     def failing(*a, **k):
         if rank == 1:
             raise ValueError("disk full")
         return original(*a, **k)
 
-    model_module.factorize = failing
+    sites.factorize = failing
     with pytest.raises(RuntimeError, match="process 1: ValueError: disk full"):
         apply_ssvdo(model, CONFIG, process_group=dist.group.WORLD)
-    model_module.factorize = original
+    sites.factorize = original
     assert not any(True for _ in hosts(model))
     other = nn.ModuleDict({"fc1": nn.Linear(4, 8 + rank)})
     with pytest.raises(RuntimeError, match="do not hold the same layers"):

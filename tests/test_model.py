@@ -9,7 +9,7 @@ from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, merge_ssvdo, remove_ssvdo, unmerge_ssvdo
 from ssvdo_kernels.host import hosts
-from ssvdo_kernels.targets import FEED_FORWARD, find_targets
+from ssvdo_kernels.targets import FEED_FORWARD, default_names, find_targets
 
 SMALL = SSVDOConfig(inner_ratio=0.5, outer_rank=2)
 
@@ -84,6 +84,25 @@ def test_all_linear_leaves_tied_output_embeddings_alone():
     model = nn.ModuleDict({"embed": nn.Embedding(20, 6), "body": nn.Linear(6, 12), "head": nn.Linear(6, 20)})
     model["head"].weight = model["embed"].weight
     assert list(find_targets(model, SSVDOConfig(target_modules="all-linear"))) == ["body"]
+
+
+@pytest.mark.filterwarnings("ignore:outer_rank=2 is lowered")
+def test_all_linear_leaves_layers_out_that_share_a_weight_and_says_so():
+    model = nn.ModuleDict({"body": nn.Linear(6, 12), "out": nn.Linear(12, 6), "head": nn.Linear(12, 6)})
+    model["head"].weight = model["out"].weight
+    with pytest.warns(UserWarning, match="left out: out shares its weight with another layer; head shares"):
+        apply_ssvdo(model, SSVDOConfig(outer_rank=2, target_modules="all-linear"))
+    assert [n for n, _ in hosts(model)] == ["body"]
+
+
+def test_fc1_and_fc2_of_a_whole_model_of_transformers_are_projections():
+    """As in audio codecs; those of its blocks, and of any other module, are feed-forward layers."""
+    model = net(1)
+    model.add_module("fc1", nn.Linear(6, 12))
+    assert list(find_targets(model, SMALL)) == ["0.fc1", "0.fc2", "fc1"]
+    model.base_model_prefix = "model"  # PreTrainedModel has it
+    assert list(find_targets(model, SMALL)) == default_names(model) == ["0.fc1", "0.fc2"]
+    assert list(find_targets(model, replace(SMALL, target_modules=("fc1",)))) == ["0.fc1", "fc1"]
 
 
 def test_nothing_matched_lists_close_names_and_changes_nothing():

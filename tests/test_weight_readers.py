@@ -13,6 +13,9 @@ from ssvdo_kernels.weight_readers import reader_of, readings
 def test_the_scan_finds_a_reader_and_leaves_questions_and_initialisations_alone():
     source = "class A:\n def f(self, x):\n  return x @ self.a.weight"
     assert set(readings(source)) == {("A", "a")}
+    passed = "class A:\n def f(self, x, one):\n  return x @ one.weight\n def g(self, x):\n  return self.f(x, self.a)"
+    assert set(readings(passed)) == {("A", "a")}
+    assert not set(readings(passed.replace("one.weight", "one.weight.dtype")))
     for harmless in (f"{source}.dtype", source.replace("x @ self.a.weight", "isinstance(self.a.weight, int)"),
                      source.replace("x @", "nn.init.zeros_(").replace("weight", "weight)"),
                      source.replace(" f(", " reset_parameters(")):  # fmt: skip

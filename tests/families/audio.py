@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from .family import WIDTHS, Family
+from .family import Family
 from .inputs import (
     PLACEHOLDER,
     around,
@@ -28,7 +28,7 @@ dia csm glmasr vibevoice vibevoice_asr vibevoice_acoustic_tokenizer moshi xcodec
 omniasr omniasr_ctc fun_asr_nano audioflamingo3 musicflamingo fastspeech2_conformer vits pe_audio pe_audio_video
 higgs_audio_v2 higgs_audio_v2_tokenizer nemotron_asr_streaming nemotron3_5_asr nemotron3_diarization nemo_speechlm
 moss_transcribe_diarize muse_spark inkling_mm_model dots3_note apertus1p5 pocket_tts pocket_tts_audio_tokenizer
-gradium_phonon_tts neucodec wavtokenizer univnet embedding_gemma2 nemotron_h_omni speech-encoder-decoder""".split()
+gradium_phonon_tts neucodec wavtokenizer univnet embedding_gemma2 nemotron_h_omni speech-encoder-decoder"""
 
 _AUDIO = "audio_config"
 _HEARD = {"audio_token_id": PLACEHOLDER}
@@ -144,8 +144,10 @@ SPECIAL = {
                      "depth_decoder_config": {"ffn_dim": 168, "num_codebooks": 4}}, cls="MoshiForConditionalGeneration",
                     inputs=lambda m: {"input_ids": ids(m.config, 6), "user_audio_codes": codes(2, 4, 6),
                                       "moshi_audio_codes": codes(2, 4, 6)}),
-    "xcodec": Family({"acoustic_model_config": _DAC, "target_bandwidths": [24], "codebook_dim": OMIT, "semantic_model_config": {
-        "conv_dim": [36, 36], "num_feat_extract_layers": 2, "conv_stride": [4, 2], "conv_kernel": [4, 2]}}, inputs=wave(800)),
+    "xcodec": Family({
+        "acoustic_model_config": _DAC, "target_bandwidths": [24], "codebook_dim": OMIT, "semantic_model_config": {
+            "conv_dim": [36, 36], "num_feat_extract_layers": 2, "conv_stride": [4, 2], "conv_kernel": [4, 2]}},
+        inputs=wave(800)),
     "xcodec2": Family({"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2,
                        "encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "quantization_dim": 100},
                       inputs=lambda m: {**wave(400)(m), **mel(1, 50, 36)(m)}),
@@ -173,10 +175,10 @@ SPECIAL = {
                           _AUDIO: {"adapter_input_size": 36, "adapter_out_dim": 36},
                           "text_config": {"num_hidden_layers": 3}}),
     "apertus1p5": Family({
-        _AUDIO: {**_WAVTOKENIZER, "codebook_size": 30}, "vision_config": {
-            "codebook_size": 30, "base_channels": 32, "num_res_blocks": 1, "channel_multiplier": [1, 1], "resolution": 32, "embed_dim": 32,
-            "latent_channels": 32}, "image_token_id": PLACEHOLDER, "audio_token_id": 91, "image_token_offset": 20,
-        "audio_token_offset": 50}),
+        _AUDIO: {**_WAVTOKENIZER, "codebook_size": 30},
+        "vision_config": {"codebook_size": 30, "base_channels": 32, "num_res_blocks": 1, "channel_multiplier": [1, 1],
+                          "resolution": 32, "embed_dim": 32, "latent_channels": 32},
+        "image_token_id": PLACEHOLDER, "audio_token_id": 91, "image_token_offset": 20, "audio_token_offset": 50}),
     "pocket_tts": Family({**_FLOW, "audio_prompt_token_id": 93, "audio_latent_token_id": 94,
                           "audio_prompt_bos_token_id": 95, "audio_bos_token_id": 96}),
     "pocket_tts_audio_tokenizer": Family({"num_filters": 4, "upsampling_ratios": [4, 2], "upsample_groups": 36},
@@ -190,4 +192,4 @@ SPECIAL = {
     "speech-encoder-decoder": Family(build=_speech_encoder_decoder, inputs=lambda m: {
         "input_values": draw(2, 2000), "decoder_input_ids": ids(m.config.decoder, 6)}),
 }  # fmt: skip
-FAMILIES = {name: SPECIAL.get(name, Family()) for name in NAMES}
+FAMILIES = {name: SPECIAL.get(name, Family()) for name in NAMES.split()}

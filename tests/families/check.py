@@ -75,7 +75,7 @@ def base_gradients(model, inputs):
     trained = copy.deepcopy(model).requires_grad_(True)
     _backward(trained, inputs)
     found = {name: p.grad for name, p in trained.named_parameters(remove_duplicate=False) if p.grad is not None}
-    return {name: g for name, g in found.items() if torch.isfinite(g).all()}
+    return {name: g for name, g in found.items() if g.numel() and torch.isfinite(g).all()}
 
 
 def _adapters(model):

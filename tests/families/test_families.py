@@ -35,13 +35,13 @@ class Subject:
         inputs, base = self._ready
         return way(self.model, inputs, targets, base, **options)
 
-    def where_lora_works(self, way):
-        """Adapts "all-linear"; skips where this fails and LoRA fails too."""
+    def where_lora_works(self, way, targets):
+        """Adapts; skips where this fails, and PEFT's LoRA fails too on the same layers."""
         try:
-            return self.through(way, "all-linear")
+            return self.through(way, targets)
         except Exception as error:
             try:
-                self.through(check.through_peft, "all-linear", lora=True)
+                self.through(check.through_peft, targets or sorted(self.expected), lora=True)
             except Exception as theirs:
                 pytest.skip(f"LoRA fails too: {' '.join(str(theirs).split())[:200]}")
             raise error
@@ -75,13 +75,13 @@ def test_apply_ssvdo_by_default_names(subject):
 
 
 def test_apply_ssvdo_to_all_linear(subject):
-    assert subject.where_lora_works(check.through_core)
+    assert subject.where_lora_works(check.through_core, "all-linear")
 
 
 def test_peft_by_default_names(subject):
     holds_some(subject)
-    assert subject.through(check.through_peft, None) == subject.expected
+    assert subject.where_lora_works(check.through_peft, None) == subject.expected
 
 
 def test_peft_to_all_linear(subject):
-    assert subject.where_lora_works(check.through_peft)
+    assert subject.where_lora_works(check.through_peft, "all-linear")

@@ -10,7 +10,7 @@ nllb-moe bert roberta xlm-roberta distilbert deberta deberta-v2 electra albert c
 xlnet longformer big_bird funnel roformer squeezebert nomic_bert xglm blenderbot prophetnet led olmo olmo2 olmo3 mamba
 mamba2 falcon_mamba bamba zamba2 rwkv starcoder2 stablelm cohere cohere2 persimmon nemotron smollm3 exaone4
 hunyuan_v1_dense ernie4_5 seed_oss arcee lfm2 lfm2_moe minimax minimax_m2 llama4_text recurrent_gemma bitnet esm xlstm
-glm glm4 helium diffllama doge longcat_flash""".split()
+glm glm4 helium diffllama doge longcat_flash"""
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _CONV_AND_ATTENTION = {"layer_types": ["conv", "full_attention"]}
@@ -48,8 +48,9 @@ SPECIAL = {
                            "no_rope_layers": [1, 1], "moe_layers": [1], "num_hidden_layers": 2}),
     "recurrent_gemma": Family({"lru_width": 36, "intermediate_size": 168}),
     "esm": Family({"vocab_size": 33, "pad_token_id": 1}),
-    "xlstm": Family({"ffn_round_up_to_multiple_of": 4, "ffn_proj_factor": 2.3, "embedding_dim": OMIT}, widths=frozenset({84})),
+    "xlstm": Family({"ffn_round_up_to_multiple_of": 4, "ffn_proj_factor": 2.3, "embedding_dim": OMIT},
+                    widths=frozenset({84})),
     "longcat_flash": Family({"head_dim": 12, "qk_rope_head_dim": 12, "qk_nope_head_dim": 12, "v_head_dim": 12,
                              "qk_head_dim": 24}),
 }  # fmt: skip
-FAMILIES = {name: SPECIAL.get(name, Family()) for name in NAMES}
+FAMILIES = {name: SPECIAL.get(name, Family()) for name in NAMES.split()}

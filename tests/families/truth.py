@@ -7,9 +7,8 @@ from torch import nn
 from .models import FAMILIES
 
 _OTHERS = re.compile("|".join((
-    r"bias$",
-    r"projector(?!\.qformer)|merger|connector|adapter|aligner|flow_head|patch_embedder|input_projections",  # between towers
-    r"mlp\.gate$",
+    r"bias$|mlp\.gate$",  # gate: a router
+    r"projector(?!\.qformer)|merger|connector|adapter|aligner|flow_head|patch_embedder|input_projections",
     r"attention\.[qkvo]_proj|attention\.(self|output)|qkv|linear_attn|lstm",
     r"\.mamba\.|\.mixer\.(?!up_proj|down_proj|shared_experts|experts)|snake|per_dim|layer_norm_|grn",
     r"\.conv\.|conv_module|pointwise|dwconv|conv_layers|feature_extractor|reduction|(up|down)sampl|dac_encoder",

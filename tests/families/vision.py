@@ -2,14 +2,14 @@
 
 import torch
 
-from .family import WIDTHS, Family
+from .family import Family
 from .inputs import PLACEHOLDER, around, draw, ids, text_and_image, video
 from .shrink import OMIT
 
 NAMES = """vit deit beit swin swinv2 dinov2 dinov2_with_registers dinov3_vit clip siglip siglip2 convnext convnextv2
 vit_mae vit_msn segformer pvt hiera yolos detr ijepa vjepa2 videomae timesformer sam sam2 blip blip-2 llava llava_next
 qwen2_vl qwen2_5_vl qwen3_vl gemma3 idefics3 smolvlm internvl paligemma florence2 trocr layoutlmv3 dpt mask2former
-owlvit pixtral mllama janus altclip git metaclip_2""".split()
+owlvit pixtral mllama janus altclip git metaclip_2"""
 
 _NO_STAGES = dict.fromkeys(("out_features", "out_indices", "_out_features", "_out_indices", "stage_names"), OMIT)
 _SWIN = {"embed_dim": 36, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4, **_NO_STAGES}
@@ -38,7 +38,8 @@ def _blip2(model):
 
 
 def _layout(model):
-    return {"input_ids": ids(model.config), "bbox": torch.randint(0, 99, (2, 12, 4)), "pixel_values": draw(2, 3, 32, 32)}
+    boxes = torch.randint(0, 99, (2, 12, 4))
+    return {"input_ids": ids(model.config), "bbox": boxes, "pixel_values": draw(2, 3, 32, 32)}
 
 
 SPECIAL = {
@@ -65,20 +66,28 @@ SPECIAL = {
                     widths=frozenset({144, 288})),
     "segformer": Family({**_PYRAMID, "sr_ratios": [2, 1], "patch_sizes": [7, 3]}, widths=_BY_FOURS),
     "pvt": Family({**_PYRAMID, "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2]}, widths=_BY_FOURS),
-    "sam": Family({"vision_config": {"num_pos_feats": 18, "output_channels": 36}, "prompt_encoder_config": {"image_embedding_size": OMIT}}),
+    "sam": Family({"vision_config": {"num_pos_feats": 18, "output_channels": 36},
+                   "prompt_encoder_config": {"image_embedding_size": OMIT}}),
     "sam2": Family({"vision_config": {"backbone_config": {
         "embed_dim_per_stage": [36, 72, 144], "num_attention_heads_per_stage": [1, 2, 4], "blocks_per_stage": [1, 1, 1],
         "window_size_per_stage": [2, 2, 2], "global_attention_blocks": [], "num_query_pool_stages": 2,
         "image_size": [32, 32]}, "backbone_channel_list": [144, 72, 36],
         "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]]}, "prompt_encoder_config": {"patch_size": 16}},
-        feed_forward=r"vision_encoder\.backbone\.blocks\.\d+\.mlp\.proj_(in|out)"),
+        widths=frozenset({84}), feed_forward=r"vision_encoder\.backbone\.blocks\.\d+\.mlp\.proj_(in|out)"),
     "blip-2": Family({"image_token_index": PLACEHOLDER}, inputs=_blip2),
     "layoutlmv3": Family({"coordinate_size": 6, "shape_size": 6, "input_size": 32}, inputs=_layout),
+    "detr": Family({"backbone_config": {
+        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4,
+        "out_features": ["stage4"], "out_indices": [4]}, "use_timm_backbone": False, "use_pretrained_backbone": False,
+        "backbone": OMIT}),
+    "yolos": Family({"image_size": [64, 64], "num_detection_tokens": 10}),
     "blip": Family(inputs=text_and_image),
-    "florence2": Family(feed_forward=r".*\.(spatial|channel)_block\.ffn\.fc[12]"),
+    "florence2": Family({"vision_config": {"embed_dim": [16, 16, 32, 32], "num_heads": [2] * 4, "num_groups": [2] * 4,
+                                           "depths": [1, 1, 2, 1], "window_size": 2}},
+                        feed_forward=r".*\.(spatial|channel)_block\.ffn\.fc[12]"),
     "mask2former": Family(widths=frozenset({84, 2048}), feed_forward=r".*\.swin\..*\.mlp\.fc[12]"),
     "owlvit": Family(inputs=text_and_image),
     "altclip": Family(inputs=text_and_image),
     "metaclip_2": Family(cls="MetaClip2Model", inputs=text_and_image),
 }  # fmt: skip
-FAMILIES = {name: SPECIAL.get(name, Family()) for name in NAMES}
+FAMILIES = {name: SPECIAL.get(name, Family()) for name in NAMES.split()}

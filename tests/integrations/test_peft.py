@@ -558,6 +558,13 @@ def test_layers_that_share_a_weight_are_refused():
     assert type(model["fc1"]) is nn.Linear
 
 
+def test_all_linear_leaves_layers_out_that_share_a_weight():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
+    model["b"].weight = model["a"].weight
+    made = get_peft_model(model, SSVDOConfig(target_modules="all-linear", outer_rank=0)).base_model.model
+    assert [name for name, layer in made.named_children() if isinstance(layer, Linear)] == ["c"]
+
+
 def test_a_layer_in_two_places_is_one_adapted_layer():
     layer = nn.Linear(8, 8)
     model = get_peft_model(nn.Sequential(layer, nn.GELU(), layer), SSVDOConfig(target_modules=["0"], outer_rank=0))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...experts import stacks
 from ...host import exchange, hosts, settle, warn_of_lowered
-from ...targets import default_names, default_parameters, reason_against
+from ...targets import default_names, default_parameters, reason_against, shared_weights
 from .config import SSVDOConfig
 from .layer import Linear
 from .parameters import ParamWrapper
@@ -113,14 +113,17 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
             peft_config.target_parameters = peft_config.target_parameters or parameters or None
         elif peft_config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
-            names = cast("list[str]", peft_config.target_modules)
-            peft_config.target_modules = [n for n in names if self._fits(model, n)]
+            names, shared = cast("list[str]", peft_config.target_modules), shared_weights(model)
+            peft_config.target_modules = [n for n in names if self._fits(model, n, shared)]
 
     @staticmethod
-    def _fits(model: nn.Module, name: str) -> bool:
+    def _fits(model: nn.Module, name: str, shared: set[int]) -> bool:
         parent, _, child = name.rpartition(".")
         module = model.get_submodule(name)
-        return isinstance(module, Linear) or not reason_against(module, model.get_submodule(parent), child)
+        if isinstance(module, Linear):
+            return True
+        alone = id(module._parameters.get("weight")) not in shared
+        return alone and not reason_against(module, model.get_submodule(parent), child)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter to the layers that its configuration names; on an error the model is as it was."""

@@ -140,7 +140,7 @@ class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
             if trained is None:
                 continue
             formula = state_dict.get(own + "formula")
-            if formula is not None and not torch.equal(formula.cpu(), adapter.config.digest()):
+            if formula is not None and formula.tolist() != adapter.config.digest().tolist():
                 raise CheckpointError(f"{adapter.name}: {name!r} was trained with another formula (rotation, outer, "
                                       "outer_scale, tau, ...) than it is configured with here")  # fmt: skip
             weight, V = self.base(adapter).dense(), state_dict.get(own + "basis")

@@ -164,10 +164,10 @@ def test_compiled_models_with_a_quantised_layer_agree():
 def test_a_layer_that_is_not_quantised_yet_is_refused():
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = nn.ModuleDict({"fc1": bnb.nn.Linear4bit(64, 192)})
-    with pytest.raises(TypeError, match="fc1.*not quantised yet"):
+    with pytest.raises(TypeError, match=r"fc1.*not quantised yet"):
         apply_ssvdo(model, CONFIG)
     model = nn.ModuleDict({"fc1": bnb.nn.Linear8bitLt(64, 192, has_fp16_weights=True)})
-    with pytest.raises(TypeError, match="fc1.*trains its weight"):
+    with pytest.raises(TypeError, match=r"fc1.*trains its weight"):
         apply_ssvdo(model, CONFIG)
 
 

@@ -66,9 +66,10 @@ def _word(row, way):
     said, default = row.get(way, "-"), way.endswith("default")
     if said in ("ok", "-"):
         return said
-    if (default and not row["layers"]) or "no linear layer" in said or "NoMatchingPeftModule" in said:
-        return "none"
-    return "known miss" if default and FAMILIES[row["family"]].missed else "fails"
+    if default and FAMILIES[row["family"]].missed:
+        return "known miss"
+    none = (default and not row["layers"]) or "no linear layer" in said or "NoMatchingPeftModule" in said
+    return "none" if none else "fails"
 
 
 def _default(row):
@@ -92,6 +93,7 @@ def table(rows):
         "the default names against the layers",
         "that are feed-forward ones, told by widths that no other layer has; then identity at the start, gradients, "
         "merge, unmerge, save, load and removal.",
+        "`none`: the model has no such layer. `known miss`: below the table, as are the errors of `fails`.",
         "",
         f"- {len(built)} built and run; {len(holding)} of them hold feed-forward layers.",
         f"- Default names exactly right: {len(right)} of {len(holding)}. Wrong takes: {len(wrong)}"

@@ -572,11 +572,37 @@ def test_a_layer_in_two_places_is_one_adapted_layer():
     assert inner[0] is inner[2] and isinstance(inner[0], Linear)
 
 
-def test_mixed_batches_are_refused_and_not_ignored():
-    model = adapt(base(), target_modules=["lin0"], outer_rank=2)
-    with pytest.raises(ValueError, match="adapter_names is given"):
-        model(x_of(), adapter_names=["default", "__base__"])
-    torch.testing.assert_close(model(x_of()), base()(x_of()))
+def test_mixed_batches_take_each_input_by_its_own_adapter():
+    model = adapt(base(), target_modules=["lin0"], outer_rank=2, init_weights=False).eval()
+    model.add_adapter("second", SSVDOConfig(target_modules=["lin0", "lin1"], outer_rank=1, init_weights=False))
+    model.eval()
+    x, wanted = x_of(), {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        wanted[name] = model(x)
+    with model.disable_adapter():
+        wanted["__base__"] = model(x)
+    names = (["second", "__base__", "default"] * len(x))[: len(x)]
+    y = model(x, adapter_names=names)
+    torch.testing.assert_close(y, torch.stack([wanted[name][i] for i, name in enumerate(names)]))
+    with pytest.raises(ValueError, match=r"non-existing adapter.*: third"):
+        model(x, adapter_names=["third"] * len(x))
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(x, adapter_names=names[:-1])
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(x, adapter_names=names)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="merged adapters"):
+        model(x, adapter_names=names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_keep_the_dtype_of_the_base_where_that_is_asked_for(dtype):
+    config = SSVDOConfig(target_modules=["lin0"], outer_rank=2, init_weights=False)
+    model = get_peft_model(base(dtype), config, autocast_adapter_dtype=False)
+    assert {p.dtype for _, p in model.named_parameters() if p.requires_grad} == {dtype}
+    model(x_of(dtype)).float().square().sum().backward()
+    assert all(p.grad.dtype == dtype and bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
 
 
 def test_a_base_that_is_loaded_while_merged_is_not_thrown_away():

@@ -78,7 +78,7 @@ def test_a_layer_that_is_compiled_by_itself_is_refused(how, when, tmp_path):
     else:
         model[0] = torch.compile(model[0], backend="eager")
     kept, before = model[0], model(X)
-    with pytest.raises((TypeError, CheckpointError), match="compiled by (itself|themselves)"):
+    with pytest.raises((TypeError, CheckpointError), match=r"compiled by (itself|themselves)"):
         {"apply": lambda: apply_ssvdo(model, CONFIG), "load": lambda: load_ssvdo(model, folder),
          "remove": lambda: remove_ssvdo(model)}[when]()  # fmt: skip
     assert model[0] is kept
@@ -155,7 +155,7 @@ def test_layers_that_their_parent_multiplies_by_are_refused_on_loading_too(tmp_p
     model = FairseqAttention()
     donor["q_proj"].load_state_dict(model.q_proj.state_dict())
     folder = save_ssvdo(apply_ssvdo(donor, SSVDOConfig(outer_rank=4, target_modules=("q_proj",))), tmp_path)
-    with pytest.raises(CheckpointError, match="q_proj.*is multiplied by in FairseqAttention"):
+    with pytest.raises(CheckpointError, match=r"q_proj.*is multiplied by in FairseqAttention"):
         load_ssvdo(model, folder)
     assert type(model.q_proj) is nn.Linear
 

@@ -75,7 +75,8 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        named = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if named and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform cannot be used when target_modules is a str; "
                              "put the layers into the regular expression")  # fmt: skip
         if self.layers_pattern and self.layers_to_transform is None:

@@ -18,7 +18,7 @@ from ...linear_maps import LinearMap, linear_map
 from ...ops.base import Base
 from ...origin import alike, coarser, weight_sketch
 from .config import SSVDOConfig
-from .tuner import TunerLayer, new_adapter
+from .tuner import TunerLayer, new_adapter, not_finite_as_value_error
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALLING = threading.RLock()  # a layer with hooks is called by one thread at a time
@@ -88,10 +88,11 @@ class Linear(TunerLayer):
             raise TypeError(f"{self._adapter(names[0]).name}: its weight is quantised in a way that PEFT cannot "
                             "quantise anew, so that nothing can be merged into it; allowed: bitsandbytes, HQQ, torchao "
                             "applied by Transformers")  # fmt: skip
-        if safe_merge:
-            self._merged_with(names, safe_merge)
-        for name in names:
-            self._adapter(name).prepared(self.base())
+        with not_finite_as_value_error(names, safe_merge):
+            if safe_merge:
+                self._merged_with(names, safe_merge)
+            for name in names:
+                self._adapter(name).prepared(self.base())
 
     def _merged_with(self, names: list[str], safe_merge: bool) -> Tensor:
         """The weight with these adapters' changes added."""
@@ -146,6 +147,8 @@ class Linear(TunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y = x W'^T + b."""
+        if (batch := kwargs.pop("adapter_names", None)) is not None and not self.disable_adapters:
+            return self._mixed(x, batch, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self._waiting and not self.disable_adapters:
@@ -170,6 +173,21 @@ class Linear(TunerLayer):
                 here.pop(place)
                 if plain is not None:
                     here[place] = plain
+
+    def _mixed(self, x: Tensor, batch: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each input of the batch by an adapter of its own; "__base__": by none."""
+        if len(x) != len(batch):
+            raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
+                             f"{len(batch)} and {len(x)} respectively.")
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call "
+                             "`unmerge_adapter` first.")
+        self.arrive()
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in set(batch) & set(self.ssvdo_adapters):
+            rows = torch.tensor([own == name for own in batch], device=y.device)
+            y[rows] = self._adapted(x[rows], [name]).to(y.dtype)
+        return y
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
         made, given = self.map, x.dtype

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
 from ...experts import stacks
@@ -33,6 +36,22 @@ def _check_bases(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
     for name, layer in model.named_modules():
         if isinstance(layer, TunerLayer):
             layer.factors_for(state_dict, f"{prefix}{name}.")
+
+
+def _in_layers(names: Iterable[str], config: SSVDOConfig) -> list[str]:
+    """The names in the layers that layers_to_transform asks for; PEFT does not look at names that are given whole."""
+    if config.layers_to_transform is None:
+        return list(names)
+    found, own = [], copy.copy(config)
+    for name in names:
+        own.target_modules = [re.sub(r"^.*\.\d+\.", "", name)]
+        if check_target_module_exists(own, name):
+            found.append(name)
+    return found
+
+
+def _with_names(names: list[str], layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
 
 
 class SSVDOModel(BaseTuner):  # type: ignore[misc]
@@ -109,12 +128,12 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
             if not names and not parameters:
                 raise ValueError("Please specify `target_modules` in `peft_config`: no layer of the model has the name "
                                  "of a feed-forward layer")
-            peft_config.target_modules = list(names)
+            peft_config.target_modules = _in_layers(names, peft_config)
             peft_config.target_parameters = peft_config.target_parameters or parameters or None
         elif peft_config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
             names, shared = cast("list[str]", peft_config.target_modules), shared_weights(model)
-            peft_config.target_modules = [n for n in names if self._fits(model, n, shared)]
+            peft_config.target_modules = _in_layers([n for n in names if self._fits(model, n, shared)], peft_config)
 
     @staticmethod
     def _fits(model: nn.Module, name: str, shared: set[int]) -> bool:
@@ -151,10 +170,34 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("adapter_names is given, but SSVD-O has no mixed batches; allowed: one adapter for a "
-                             "batch (set_adapter)")
-        yield kwargs
+        """Gives each layer `adapter_names`, an adapter for each input of the batch, as LoRA's model does."""
+        names, beams = kwargs.pop("adapter_names", None), kwargs.get("num_beams") or 1
+        if names is None:
+            yield kwargs
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [layer for layer in self.modules() if isinstance(layer, TunerLayer)]
+        known = {name for layer in layers for name in layer.ssvdo_adapters} | {"__base__"}
+        if unknown := sorted(set(names) - known):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        encoder = set(self.model.get_encoder().modules()) if beams > 1 and hasattr(self.model, "get_encoder") else set()
+        repeated = [name for name in names for _ in range(beams)]  # beam search repeats its inputs, but an encoder's
+        handles = [layer.register_forward_pre_hook(partial(_with_names, names if layer in encoder else repeated),
+                                                   with_kwargs=True) for layer in layers]  # fmt: skip
+        try:
+            yield kwargs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for _, layer in hosts(self.model) if not autocast_adapter_dtype else ():
+            for name, adapter in layer.named_adapters() if isinstance(layer, TunerLayer) else ():
+                if name.split(".")[1] == adapter_name:
+                    for p in adapter.trained:
+                        p.data = p.data.to(layer.base(adapter).dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's; every layer is checked before the first changes."""

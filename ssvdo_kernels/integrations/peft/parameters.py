@@ -15,7 +15,7 @@ from ...experts import stacks
 from ...host import outside_of_graphs
 from ...ops.base import Base, DenseBase
 from .config import SSVDOConfig
-from .tuner import TunerLayer, new_adapter
+from .tuner import TunerLayer, new_adapter, not_finite_as_value_error
 
 
 class ParamWrapper(TunerLayer):
@@ -69,6 +69,8 @@ class ParamWrapper(TunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes with its experts adapted."""
+        if kwargs.pop("adapter_names", None) is not None and not self.disable_adapters:
+            raise ValueError(f"{self.parameter_name} does not support mixed batch inference (adapter_names)")
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self._waiting and not self.disable_adapters:
@@ -86,11 +88,12 @@ class ParamWrapper(TunerLayer):
         self.arrive()
         given = self.active_adapters if adapter_names is None else adapter_names
         names = [n for n in given if n in self.ssvdo_adapters and n not in self.merged_adapters]
-        for name in names:
-            for adapter in self._of(name):
-                adapter.prepared(self.base(adapter))
-        if safe_merge and names:
-            self._merged_with(names, safe_merge)
+        with not_finite_as_value_error(names, safe_merge):
+            for name in names:
+                for adapter in self._of(name):
+                    adapter.prepared(self.base(adapter))
+            if safe_merge and names:
+                self._merged_with(names, safe_merge)
 
     @torch.no_grad()
     def _merged_with(self, names: list[str], safe_merge: bool) -> Tensor:

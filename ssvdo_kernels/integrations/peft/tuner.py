@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +39,18 @@ def new_adapter(weight: Tensor, config: SSVDOConfig, key: str) -> Adapter:
     if not config.init_weights and not adapter.inner_scale.is_meta:  # PEFT fills in what it loads
         _randomise(adapter)
     return adapter
+
+
+@contextmanager
+def not_finite_as_value_error(names: list[str], safe_merge: bool) -> Iterator[None]:
+    """PEFT's error, where a safe merge meets parameters that nothing can be prepared from."""
+    try:
+        yield
+    except ArithmeticError as error:
+        if not safe_merge:
+            raise
+        said = f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken ({error})"
+        raise ValueError(said) from None
 
 
 class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]

@@ -78,3 +78,23 @@ def quant(session: nox.Session) -> None:
     session.install("--no-build-isolation", "-e", ".[dev,peft,quant,asr]", env=ENVIRONMENT)
     session.install("--no-build-isolation", "--no-deps", "hqq", "termcolor")
     session.run("python", "-m", "pytest", "-q", "tests/test_quantized.py")
+
+
+@nox.session(name="peft-suite")
+def peft_suite(session: nox.Session) -> None:
+    """PEFT's own tests, from the source archive of the tested version, with SSVD-O in their tables."""
+    version, folder, home = "0.21.2", Path(session.create_tmp()), Path.cwd()
+    session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0", "wheel")
+    session.install("--no-build-isolation", "-e", ".[dev,asr]", f"peft=={version}", "parameterized", "datasets",
+                    "diffusers", env=ENVIRONMENT)  # fmt: skip
+    session.run("pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest",
+                str(folder), f"peft=={version}")  # fmt: skip
+    shutil.unpack_archive(folder / f"peft-{version}.tar.gz", folder)
+    original, target = folder / f"peft-{version}" / "tests", folder / "peft_tests"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(original, target)
+    where = {"HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(home), "METHOD": "ssvdo"}
+    session.run("python", "-m", "tests.peft_suite.hub", env=where)
+    session.run("python", "-m", "tests.peft_suite.rows", str(original), str(target), env=where)
+    session.run("python", "-m", "tests.peft_suite.report", str(target), str(folder / "result.md"), *session.posargs,
+                env=where)  # fmt: skip

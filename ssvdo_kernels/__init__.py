@@ -8,6 +8,7 @@ from .config import SSVDOConfig
 from .diagnostics import diagnose, orthogonality, trainable_summary
 from .fingerprint import BaseMismatchError, CheckpointError
 from .linear import SSVDOLinear
+from .lora import Lora, save_lora, to_lora
 from .merging import merge_ssvdo, remove_ssvdo, unmerge_ssvdo
 from .model import apply_ssvdo, group_layers, refactorize_ssvdo
 from .monitor import DiagnosticsMonitor, ForgettingMonitor
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "DiagnosticsMonitor",
     "ForgettingMonitor",
+    "Lora",
     "SSVDOConfig",
     "SSVDOLinear",
     "apply_ssvdo",
@@ -30,8 +32,10 @@ __all__ = [
     "orthogonality",
     "refactorize_ssvdo",
     "remove_ssvdo",
+    "save_lora",
     "save_ssvdo",
     "suggest_budget",
+    "to_lora",
     "trainable_summary",
     "unmerge_ssvdo",
 ]

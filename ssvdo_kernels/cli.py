@@ -1,4 +1,4 @@
-"""The `ssvdo` command: plan an adapter for a model file, look into an adapter, merge one into a model file."""
+"""The `ssvdo` command: plan an adapter for a model file, look into one, merge one into a model file, make it a LoRA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import budget
 from .checkpoint import read_adapter
 from .config import SSVDOConfig
 from .console import print_anything, show
-from .export import merge_files, own_adapter
+from .export import export_lora, merge_files, own_adapter
 
 TOKENS = [1, 128, 1024, 16384]
 
@@ -86,7 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("adapter", type=Path)
     merging.add_argument("--out", type=Path, required=True, help="a new folder")
     merging.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    lora = commands.add_parser("export-lora", help="write an adapter as a LoRA of PEFT's format")
+    lora.add_argument("base", type=Path, help="a model's folder, index or .safetensors, .bin, .pt or .pth file")
+    lora.add_argument("adapter", type=Path)
+    lora.add_argument("--out", type=Path, required=True, help="the LoRA's folder")
+    lora.add_argument("--rank", type=int, help="of the best LoRA; without it the exact one, max(k, l)")
     return parser
+
+
+def lora(base: Path, adapter: Path, out: Path, rank: int | None, console: Console) -> None:
+    """Exports, and prints each layer's rank and error."""
+    table = Table("layer", "rank", "error", title=str(out))
+    for name, one in export_lora(base, adapter, out, rank).items():
+        table.add_row(name, str(one.rank), "exact" if one.error == 0 else f"{one.error:.2%} of the change")
+    console.print(table)
 
 
 def merge(base: Path, adapter: Path, out: Path, overwrite: bool, console: Console) -> None:
@@ -113,9 +126,11 @@ def main(arguments: list[str] | None = None) -> int:
             show_plan(options.model, config, options.lora_rank, console)
         elif options.command == "inspect":
             show_adapter(options.adapter, console)
+        elif options.command == "export-lora":
+            lora(options.base, options.adapter, options.out, options.rank, console)
         else:
             merge(options.base, options.adapter, options.out, options.overwrite, console)
-        written = f"; {options.out} is written all the same" if options.command == "merge" else ""
+        written = f"; {options.out} is written all the same" if options.command in ("merge", "export-lora") else ""
         said.seek(0)
         return show(said.read(), "ssvdo", written)
     except (ValueError, TypeError, OSError, ArithmeticError, MemoryError) as error:

@@ -20,10 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .adapter import Adapter
 from .budget import read_header
 from .checkpoint import MODEL_FILE, Entry, adapter_file, checked, fill, read_adapter
 from .factorize import check_weight
 from .files import as_bytes, beside, check_places, move_all
+from .lora import Lora, check_rank, lora_of, write_lora
+from .ops.base import Base
 from .sites import Plan, Site, adapted
 
 TORCH = (".bin", ".pt", ".pth")  # read by torch.load(weights_only=True)
@@ -189,21 +192,7 @@ def merge_files(base: Path, adapter: Path, out: Path, *, overwrite: bool = False
     made = [] if index or len(files) == 1 else [f"{WHOLE[_is_torch(files[0])]}.index.json"]
     _check_out(out, folder, made + [str(f.relative_to(folder)) for f in files + copied], overwrite)
     file = own_adapter(adapter)
-    entries = read_adapter(file)
-    names: dict[str, Path] = {}
-    for source in files:
-        for name in _names(source):
-            if name in names:
-                raise ValueError(f"{names[name]} and {source} both hold {name}; name the file that counts")
-            names[name] = source
-    for entry in entries:
-        if entry.layout == "quantised":
-            raise TypeError(f"{file}: layer {entry.name} was trained on a quantised weight, and W' cannot take its "
-                            f"place in a file; allowed: to {IN_MEMORY}")  # fmt: skip
-    places = {_where(entry.name, names): entry for entry in entries}
-    if missing := sorted({place.tensor for place in places} - set(names)):
-        raise ValueError(f"{base} has no tensor {missing[:4]}; the adapter's names must be the model file's (of tied "
-                         f"weights a file holds one, which cannot be merged alone); otherwise {IN_MEMORY}")
+    places, names = _places(base, files, file)
     new = not out.exists()
     stage = beside(out if new else out / "merged")
     created = [p for p in (out, *out.parents) if not p.exists()]
@@ -241,6 +230,58 @@ def merge_files(base: Path, adapter: Path, out: Path, *, overwrite: bool = False
                 path.rmdir()
         raise
     return Merged(list(written), left_out)
+
+
+def _places(base: Path, files: list[Path], file: Path) -> tuple[dict[Where, Entry], dict[str, Path]]:
+    """Where the model's files keep the weight of each of the adapter's entries; and the file of each tensor."""
+    names: dict[str, Path] = {}
+    for source in files:
+        for name in _names(source):
+            if name in names:
+                raise ValueError(f"{names[name]} and {source} both hold {name}; name the file that counts")
+            names[name] = source
+    entries = read_adapter(file)
+    for entry in entries:
+        if entry.layout == "quantised":
+            raise TypeError(f"{file}: layer {entry.name} was trained on a quantised weight, and W' cannot take its "
+                            f"place in a file; allowed: to {IN_MEMORY}")  # fmt: skip
+    places = {_where(entry.name, names): entry for entry in entries}
+    if missing := sorted({place.tensor for place in places} - set(names)):
+        raise ValueError(f"{base} has no tensor {missing[:4]}; the adapter's names must be the model file's (of tied "
+                         f"weights a file holds one, which cannot be merged alone); otherwise {IN_MEMORY}")
+    return places, names
+
+
+def export_lora(base: Path, adapter: Path, out: Path, rank: int | None = None) -> dict[str, Lora]:
+    """Writes the adapter as a LoRA of PEFT's format into the folder `out`: see `save_lora`. One weight in memory at a
+    time. Returns what was written, by layer.
+
+    Args:
+        base: see `weight_files`; the weights are read, and must be those that the adapter was trained on.
+        adapter: made by save_ssvdo. rank: None: exact.
+
+    Raises:
+        as `merge_files`; ValueError where rank < 1. TypeError: the adapter has experts or convolutions.
+    """
+    check_rank(rank)
+    files, _ = weight_files(base)
+    file = own_adapter(adapter)
+    places, names = _places(base, files, file)
+    for place, entry in places.items():
+        if place.index is not None or entry.layout == "flattened":
+            raise TypeError(f"{file}: layer {entry.name} is an expert or a convolution, whose LoRA is of another form; "
+                            "allowed: linear layers")
+    found: dict[str, Lora] = {}
+    for place, entry in places.items():
+        source = names[place.tensor]
+        with contextlib.ExitStack() as stack:
+            read = _loaded(source).__getitem__ if _is_torch(source) else None
+            read = stack.enter_context(safe_open(source, "pt")).get_tensor if read is None else read
+            found[entry.name] = lora_of(*_adapted(_matrix(read(place.tensor), entry, str(source)), entry, file), rank)
+    config = base / "config.json" if base.is_dir() else base.parent / "config.json"
+    write_lora(found, out, str(base.absolute()) if config.is_file() else None,
+               all(entry.layout == "transposed" for entry in places.values()))  # fmt: skip
+    return found
 
 
 def _company(folder: Path, weights: set[Path | None], out: Path) -> tuple[list[Path], list[str]]:
@@ -335,16 +376,18 @@ def _check_index(place: Where, shape: list[int], source: Path) -> None:
         raise ValueError(f"{source}: {place.tensor} has shape {tuple(shape)}, and no matrix of index {place.index}")
 
 
-@torch.no_grad()
-def _merged(weight: Tensor, entry: Entry, name: str, file: Path, tied: str | None) -> Tensor:
-    """W' as the file keeps W0, in its dtype. tied: another name of the same weight."""
+def _matrix(weight: Tensor, entry: Entry, name: str) -> Tensor:
+    """W0, out_features x in_features, of a weight as a file keeps it."""
     if weight.layout != torch.strided:
         raise TypeError(f"{name} has layout {weight.layout}; allowed: torch.strided, an ordinary tensor")
     matrix = weight.mT if entry.layout == "transposed" and weight.ndim == 2 else weight
     matrix = matrix.flatten(1) if entry.layout == "flattened" and weight.ndim > 2 else matrix
     check_weight(matrix, name)
-    if tied:
-        raise ValueError(f"{name} is tied to {tied}, which must not change with it; store the two apart first")
+    return matrix
+
+
+def _adapted(matrix: Tensor, entry: Entry, file: Path) -> tuple[Adapter, Base]:
+    """The entry's adapter of W0, checked against it."""
     linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(matrix, requires_grad=False)
     site = Site(entry.name, linear)
@@ -353,5 +396,15 @@ def _merged(weight: Tensor, entry: Entry, name: str, file: Path, tied: str | Non
     (layer,) = adapted([(Plan(site, entry.shape, entry.config), factors)]).values()
     (adapter,) = layer.adapters()
     fill(adapter, entry)
-    made = adapter.adapted_weight(layer.base())
+    return adapter, layer.base()
+
+
+@torch.no_grad()
+def _merged(weight: Tensor, entry: Entry, name: str, file: Path, tied: str | None) -> Tensor:
+    """W' as the file keeps W0, in its dtype. tied: another name of the same weight."""
+    matrix = _matrix(weight, entry, name)
+    if tied:
+        raise ValueError(f"{name} is tied to {tied}, which must not change with it; store the two apart first")
+    adapter, base = _adapted(matrix, entry, file)
+    made = adapter.adapted_weight(base)
     return (made.mT.contiguous() if matrix is not weight and weight.ndim == 2 else made).reshape(weight.shape)

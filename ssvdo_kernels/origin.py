@@ -71,7 +71,7 @@ class Origin:
         self._known: tuple[list[list[float]], float] | None = None  # its sketch, and the eps of its dtype
         self._rounded = 0.0  # the largest eps of the dtypes that it has been in since
         self._seen: tuple[object, ...] | None = None
-        self._held: tuple[Tensor, ...] = ()  # what was seen, so that nothing else comes to lie there
+        self._held: tuple[torch.UntypedStorage, ...] = ()  # of what was seen, so that nothing else comes to lie there
         self._loaded = False
 
     def loaded(self) -> None:
@@ -114,7 +114,7 @@ class Origin:
                 "weight with them, or call refactorize_ssvdo(model)")
         if self._known is None or self._rounded or self._known[1] != coarser(weight.dtype):
             self.record(weight)
-        self._seen, self._held = now, tuple(t.detach() for t in base.tensors)
+        self._seen, self._held = now, tuple(t.untyped_storage() for t in base.tensors)
 
     def _is_known(self, weight: Tensor) -> bool:
         assert self._known is not None

@@ -54,7 +54,7 @@ def randomise_all(model, spread=0.3):
 
 
 def three(layer):
-    """(inner_rotation, inner_scale, outer) of a layer or adapter as the reference takes them, empty where there is none.
+    """(inner_rotation, inner_scale, outer) of a layer or adapter, as the reference takes them: empty where it has none.
     """
     adapter = getattr(layer, "adapter", layer)
     shape, like = adapter.shape, adapter.inner_scale.detach()

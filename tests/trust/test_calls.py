@@ -37,6 +37,7 @@ def by_hand(model):
 
 def through_peft(model):
     peft = pytest.importorskip("peft", reason="peft is not installed")
+    import ssvdo_kernels.integrations.peft  # noqa: F401
 
     return peft.get_peft_model(model, peft.SSVDOConfig(target_modules=["linear1", "linear2"], outer_rank=4))
 

@@ -145,6 +145,16 @@ class Linear(TunerLayer):
             layer.weight.data, self.ssvdo_original, self._merged_as = self.ssvdo_original, None, None
         self.merged_adapters.clear()
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """W' - W0 has rank max(k, l): `convert_to_lora` and `save_as_lora` are exact at that rank."""
+        return True
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """W' - W0, laid out as the layer's weight."""
+        base = self.base()
+        return self.map.as_kept(self._adapter(adapter).adapted_weight(base) - base.dense())
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y = x W'^T + b."""
         if (batch := kwargs.pop("adapter_names", None)) is not None and not self.disable_adapters:

@@ -58,7 +58,8 @@ class SSVDOConfig:
             ``"input"`` / ``"output"`` are accepted where that side is the smaller one, or the layer is square.
         neumann_terms: s >= 1, used by ``rotation="neumann"`` alone.
         target_modules: names of the linear layers to adapt: a list of name suffixes, one regular expression that
-            matches whole names, or ``"all-linear"``. None: the feed-forward layers known by name (see model.py).
+            matches whole names, or ``"all-linear"``. None: the feed-forward layers
+            known by name (targets.py), experts too.
         exclude_modules: suffixes, or one regular expression, of layers to leave alone.
         path: the form in which a forward is computed; ``"auto"`` lets the planner choose per call.
         backend: what computes the per-token work: ``"reference"`` (plain PyTorch), ``"triton"`` (fused kernels for

@@ -27,7 +27,7 @@ from ssvdo_kernels import SSVDOConfig, apply_ssvdo
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.linear_maps import linear_map
 
-from .memory import Meter, alone, held
+from .memory import Meter, alone, held, storages
 from .record import facts, stem
 from .runner import interleave
 
@@ -118,13 +118,11 @@ def measure(kind: str, m: int, n: int, tokens: int, rounds: int) -> dict[str, ob
 
 def kept(module: nn.Module) -> int:
     """Bytes in memory between steps: parameters, buffers, gradients, what packed weights are made of, and prepared."""
-    of_bases = [t for m in module.modules() if (found := linear_map(m)) is not None for t in found.base().tensors]
-    own = [t for t in (*module.parameters(), *module.buffers()) if type(t.data) is Tensor]  # others are of_bases
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in (*own, *gradients, *of_bases))}
-    prepared = held(module) - sum(s.nbytes() for s in {id(t): t.untyped_storage() for t in of_bases}.values()
-                                  if s.data_ptr() not in {p.untyped_storage().data_ptr() for p in own})  # fmt: skip
-    return sum(storages.values()) + max(0, prepared)
+    packed = [t for m in module.modules() if (found := linear_map(m)) is not None for t in found.base().tensors]
+    known = storages([*module.parameters(), *module.buffers(), *gradients])
+    scales = {at: size for at, size in storages(packed).items() if at not in known}  # bitsandbytes keeps these apart
+    return sum(known.values()) + max(held(module), sum(scales.values()))
 
 
 # -- a whole model -----------------------------------------------------------------------------------------------------
@@ -134,18 +132,18 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 def quantised_llama() -> nn.Module:
-    """A LLaMA of random weights whose linear layers but the head are in NF4."""
+    """A LLaMA of random bfloat16 weights whose linear layers but the head are in NF4."""
     import bitsandbytes as bnb
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA)).bfloat16()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head":
                 layer = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False, quant_type="nf4",
-                                          compute_dtype=torch.float32)  # fmt: skip
-                layer.load_state_dict(child.state_dict())
+                                          compute_dtype=torch.bfloat16)  # fmt: skip
+                layer.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
                 setattr(parent, name, layer.to("cpu"))
     return model.requires_grad_(False)
 
@@ -212,12 +210,12 @@ def main() -> None:
     """Prints the tables and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="0 leaves the layers out")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     results: dict[str, Any] = facts("cpu")
-    results["layers"] = [measure(kind, m, n, tokens, options.rounds) for kind in KINDS
+    results["layers"] = [measure(kind, m, n, tokens, options.rounds) for kind in KINDS if options.rounds
                          for m, n in ((OUT, IN), (IN, OUT)) for tokens in options.tokens]  # fmt: skip
     methods = ("frozen", "QLoRA, r = 64", "SSVD-O, p = 0.25", "SSVD-O, p = 0.5")
     results["model"] = {method: alone(one_model, method) for method in methods}
@@ -225,7 +223,7 @@ def main() -> None:
         f"{results['date']}, {results['device']}, {results['threads']} threads, torch {results['torch']}.",
         "Ratios to the same layer, frozen; kept: multiples of the weight in bfloat16.", markdown(results["layers"]),
         f"LLaMA of {LLAMA['num_hidden_layers']} layers, d = {LLAMA['hidden_size']}, feed-forward "
-        f"{LLAMA['intermediate_size']}, in NF4; adapters on the feed-forward layers, 2 x 256 tokens, AdamW.",
+        f"{LLAMA['intermediate_size']}, in NF4 and bfloat16, adapted; 2 x 256 tokens, AdamW.",
         model_markdown(results["model"])))  # fmt: skip
     path = stem(options.out, results, "bases")
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 STEPS = 2  # after which the peak is known: the first makes gradients and the optimiser's state
 
@@ -114,9 +115,17 @@ def _answer(sender: Connection, threads: int, function: Callable[..., Any], argu
     sender.send(function(*arguments))
 
 
-def _bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Storage -> bytes, each storage once."""
-    return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Storage -> bytes, each storage once; of a wrapper (torchao's) those of what it wraps."""
+    return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for one in tensors for t in _inside(one))}
+
+
+def _inside(tensor: Tensor) -> Iterator[Tensor]:
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _inside(getattr(tensor, name))
 
 
 def beside(modules: Mapping[str, nn.Module], pretrained: nn.Module, adapted: int) -> dict[str, dict[str, float]]:
@@ -135,14 +144,14 @@ def peaks(names: Iterable[str], peak: Callable[[str], float | None]) -> dict[str
 def frozen_state(module: nn.Module, pretrained: nn.Module) -> int:
     """Bytes that are not trained, beyond `pretrained`'s own."""
     own, base = ([*m.parameters(), *m.buffers()] for m in (module, pretrained))
-    return max(0, sum(_bytes(t for t in own if not t.requires_grad).values()) - sum(_bytes(base).values()))
+    return max(0, sum(storages(t for t in own if not t.requires_grad).values()) - sum(storages(base).values()))
 
 
 def held(module: nn.Module) -> int:
     """Bytes kept beyond parameters, buffers and gradients. Takes whole models: layers may share what they keep."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    known = _bytes([*module.parameters(), *module.buffers(), *gradients])
-    found = _bytes(_tensors(v for m in module.modules() for n, v in vars(m).items() if n not in _OWN))
+    known = storages([*module.parameters(), *module.buffers(), *gradients])
+    found = storages(_tensors(v for m in module.modules() for n, v in vars(m).items() if n not in _OWN))
     return sum(n for at, n in found.items() if at not in known)
 
 

@@ -279,12 +279,14 @@ def read_adapter(file: Path) -> list[Entry]:
         raise CheckpointError(f"{file}: no whole safetensors file ({error})") from None
     try:
         header = json.loads(metadata["ssvdo"])
-        if header["format"] != FORMAT or not isinstance(header["version"], int):
+        if header["format"] != FORMAT or type(header["version"]) is not int or header["version"] < 1:
             raise KeyError("format")
         if header["version"] > VERSION:
             raise CheckpointError(f"{file}: format {header['version']} is newer than {VERSION}; upgrade ssvdo_kernels")
         own = bool(header["include_basis"])
         entries = [_entry(name, values, own, tensors, file) for name, values in dict(header["layers"]).items()]
+        if not entries:
+            raise CheckpointError(f"{file}: holds no layer")
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
@@ -311,9 +313,10 @@ def _entry(name: str, values: dict[str, Any], with_basis: bool, tensors: dict[st
         tensor = tensors.pop(f"{name}.{part}", None)
         if tensor is None:
             raise CheckpointError(f"{file}: tensor {name}.{part} is missing")
-        if tuple(tensor.shape) != size or not tensor.is_floating_point():
+        if tuple(tensor.shape) != size or str(tensor.dtype) not in DTYPES:
             found_one = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise CheckpointError(f"{file}: tensor {name}.{part} is {found_one}, expected {size} of a floating dtype")
+            raise CheckpointError(f"{file}: tensor {name}.{part} is {found_one}, expected {size} of a floating dtype "
+                                  f"({', '.join(d.removeprefix('torch.') for d in DTYPES)})")  # fmt: skip
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{file}: tensor {name}.{part} has non-finite entries")
         found[part] = tensor

@@ -29,7 +29,10 @@ def _number(name: str, value: object, allowed: str, ok: bool) -> None:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that is no float
+        return False
 
 
 def _is_int(value: object) -> bool:
@@ -137,6 +140,14 @@ class SSVDOConfig:
         if unknown:
             raise ValueError(f"unknown config keys {unknown}; allowed: {sorted(known)}")
         return cls(**values)
+
+
+def checked_config(config: SSVDOConfig | None) -> SSVDOConfig:
+    """The configuration; None: the default one. Raises TypeError for anything else."""
+    if config is not None and not isinstance(config, SSVDOConfig):
+        raise TypeError(f"config={config!r} is a {type(config).__qualname__}; allowed: None or an SSVDOConfig "
+                        "(SSVDOConfig.from_dict takes a dict)")  # fmt: skip
+    return SSVDOConfig() if config is None else config
 
 
 @dataclass(frozen=True)

@@ -172,8 +172,15 @@ class Place(NamedTuple):
     child: str
 
 
+def check_module(model: object) -> None:
+    """TypeError where `model` is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} is a {type(model).__qualname__}; allowed: a torch.nn.Module")
+
+
 def places(model: nn.Module) -> Iterator[Place]:
     """Every module of the model, each once; the model itself first, as "", and in its own place."""
+    check_module(model)
     names, modules = {"": ""}, {"": model}
     for path, module in model.named_modules():
         before, _, child = path.rpartition(".")

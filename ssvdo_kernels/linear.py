@@ -7,7 +7,7 @@ import os
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .config import LayerShape, SSVDOConfig
+from .config import LayerShape, SSVDOConfig, checked_config
 from .factorize import Factors, factorize
 from .host import Host, OwnHost, carry_over
 from .linear_maps import kind_of, refusal
@@ -66,7 +66,7 @@ class SSVDOLinear(OwnHost):
             TypeError: linear is no plain nn.Linear (quantised, adapted, a subclass), or its weight is not floating.
             ValueError: the weight is on the meta device, not finite, or config does not fit its shape.
         """
-        config = SSVDOConfig() if config is None else config
+        config = checked_config(config)
         if isinstance(linear, Host):
             raise TypeError(f"linear ({name}) is adapted already; remove_ssvdo restores the original layer")
         if type(linear) is not nn.Linear:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .config import LayerShape, SSVDOConfig
+from .config import LayerShape, SSVDOConfig, checked_config
 from .distributed import factorize_together
 from .factorize import check_weight, factorize
 from .host import Host, exchange, hosts, onloaded, settle, warn_of_lowered
@@ -58,7 +58,7 @@ def apply_ssvdo(
         ValueError: nothing matches, a size does not fit, or a weight is on the meta device or not finite.
         TypeError: a named layer is adapted already, or no plain nn.Linear.
     """
-    config = SSVDOConfig() if config is None else config
+    config = checked_config(config)
     plans = _plan(model, config)
     if process_group is None:
         steps = tqdm(plans, desc="factorising", unit="layer", delay=2, leave=False)

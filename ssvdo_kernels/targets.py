@@ -6,13 +6,13 @@ import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
 from .config import SSVDOConfig
 from .experts import stacks
-from .host import Host, Place, places
+from .host import Host, Place, check_module, places
 from .linear_maps import is_linear, kind_of, linear_map, refusal
 from .sites import Site
 from .weight_readers import reader_of
@@ -104,6 +104,7 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
         ValueError: nothing matches (the message lists close names), or target_modules is no regular expression.
         TypeError: a named layer is adapted already, or cannot be.
     """
+    check_module(model)
     check_patterns(config)
     everything = config.target_modules == "all-linear"
     named = config.target_modules is not None and not everything
@@ -157,7 +158,18 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
     if not found:
         raise ValueError(_nothing_found(config, linear_names))
     check_ties(found)
+    _warn_of_idle(config, [*found, *linear_names])
     return found
+
+
+def _warn_of_idle(config: SSVDOConfig, names: Collection[str]) -> None:
+    """Says which entries of the lists of names mean no linear layer of the model: a typing error, perhaps."""
+    for field in ("target_modules", "exclude_modules"):
+        given = getattr(config, field)
+        idle = [p for p in given if not any(matches(n, (p,)) or matches(n.rpartition(".")[0], (p,)) for n in names)
+                ] if isinstance(given, tuple) else []  # fmt: skip
+        if idle:
+            warnings.warn(f"{field}: {idle} match no linear layer of the model", stacklevel=6)
 
 
 def _experts(place: Place, config: SSVDOConfig) -> dict[str, Site]:

@@ -69,7 +69,10 @@ class DenseBase(Base):
 
     @property
     def trains(self) -> bool:  # FSDP1's views of a flat parameter require gradients, and mean nothing by it
-        return self.weight.requires_grad and self.weight.is_leaf
+        if not self.weight.requires_grad:
+            return False
+        flat = self.weight._base if self.weight._is_view() else None
+        return not getattr(flat, "_is_flat_param", False)
 
     def dense(self) -> Tensor:
         return self.weight

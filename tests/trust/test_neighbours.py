@@ -286,3 +286,48 @@ def test_nested_tensors_come_back_to_an_encoder_that_is_adapted_no_more():
     assert not model.use_nested_tensor
     remove_ssvdo(model)
     assert model.use_nested_tensor
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("call", [apply_ssvdo, lambda m: save_ssvdo(m, "unused"), remove_ssvdo, refactorize_ssvdo,
+                                  lambda m: load_ssvdo(m, "tests/data/adapter_v1")])  # fmt: skip
+@pytest.mark.parametrize("model", [None, "model", []])
+def test_what_is_no_module_is_refused_by_name(call, model):
+    with pytest.raises(TypeError, match=r"model=.* is a .*; allowed: a torch\.nn\.Module"):
+        call(model)
+
+
+@pytest.mark.parametrize("config", [{"outer_rank": 3}, SSVDOConfig, "default"])
+def test_what_is_no_configuration_is_refused_by_name(config):
+    for call in (lambda: apply_ssvdo(net(), config), lambda: SSVDOLinear.from_linear(nn.Linear(16, 48), config)):
+        with pytest.raises(TypeError, match=r"config=.*; allowed: None or an SSVDOConfig"):
+            call()
+
+
+def test_numbers_beyond_floats_are_out_of_range():
+    with pytest.raises(ValueError, match=r"tau=1000.* is out of range"):
+        SSVDOConfig(tau=10**400)
+
+
+def test_names_that_mean_no_layer_are_said():
+    with pytest.warns(UserWarning, match=r"target_modules: \['fc9'\] match no linear layer"):
+        apply_ssvdo(net(), SSVDOConfig(outer_rank=4, target_modules=("0", "fc9")))
+    with pytest.warns(UserWarning, match=r"exclude_modules: \['1', 'typo'\] match no linear layer"):
+        apply_ssvdo(net(), SSVDOConfig(outer_rank=4, target_modules=("0",), exclude_modules=("1", "2", "typo")))
+
+
+class Halved(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, weight):
+        return weight * self.factor
+
+
+def test_a_parametrisation_of_the_weight_that_starts_at_it_is_refused():
+    model = adapted()
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Halved())
+    with pytest.raises(RuntimeError, match=r"requires_grad is True, but SSVD-O keeps W0 frozen"):
+        model(X)
+

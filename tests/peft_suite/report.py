@@ -17,8 +17,8 @@ FILES = ("custom_models", "decoder_models", "encoder_decoder_models", "feature_e
 REASONS = {  # of failures, by test
     r"test_loading_model.*requires_grad_set_correctly":
         "makes the base anew with other random weights, and another base is refused",
-    r"test_parameters_after_loading_model\\[.*neumann": "lr 0.5 takes the truncated series out of its range",
-    r"test_training(_gradient_checkpointing|_layer_indexing)?\\[.*(Bert|Roberta)Model":
+    r"test_parameters_after_loading_model\[.*neumann": "lr 0.5 takes the truncated series out of its range",
+    r"test_training(_gradient_checkpointing|_layer_indexing)?\[.*(Bert|Roberta)Model":
         "all-linear adapts the pooler, which the output that is tested does not use",
 }  # fmt: skip
 

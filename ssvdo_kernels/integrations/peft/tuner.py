@@ -134,7 +134,7 @@ class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
                 bases = Bases.of(weight, adapter.factors, adapter.shape)
                 for part, vectors in zip(_BASES, (bases.V, bases.N), strict=True):
                     if vectors is not None:
-                        destination[f"{prefix}{name}.{part}"] = vectors.detach().to(weight.dtype)
+                        destination[f"{prefix}{name}.{part}"] = vectors.detach().to(weight.dtype).contiguous()
 
     def factors_for(self, state_dict: Mapping[str, Tensor], prefix: str) -> list[tuple[Adapter, Factors]]:
         """The factors in which what `state_dict` holds of an adapter is meant, where those at hand are others.

@@ -701,6 +701,17 @@ def test_a_base_on_the_meta_device_is_factorised_when_its_weights_arrive(with_ad
     torch.testing.assert_close(model(x_of()), want(x_of()), atol=1e-4, rtol=1e-4)
 
 
+def test_casts_of_the_input_can_be_switched_off():
+    from peft.helpers import disable_input_dtype_casting
+
+    model = adapt(base(), target_modules=["lin0"], outer_rank=2).eval()
+    layer, x = model.base_model.model.lin0, x_of().double()
+    assert layer(x).dtype == torch.float64  # cast, and cast back
+    with disable_input_dtype_casting(model), pytest.raises(TypeError, match=r"x has dtype torch.float64"):
+        layer(x)
+    layer(x)
+
+
 def test_importing_twice_registers_once():  # last: it makes the classes anew
     import importlib
 

@@ -80,6 +80,7 @@ class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
         self._brought: set[str] = set()  # those of them that a file has brought numbers for
         self.register_buffer("ssvdo_original", None, persistent=False)  # the weight, while adapters are merged
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # what `peft.helpers.disable_input_dtype_casting` switches
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
 

@@ -172,7 +172,7 @@ def test_a_layer_that_is_not_quantised_yet_is_refused():
 
 
 # -- through PEFT ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["nf4", "int8", "hqq"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "torchao int8", "hqq"])
 def test_through_peft(kind, tmp_path):
     peft = pytest.importorskip("peft", minversion="0.21", reason="its quantisation backends came with PEFT 0.21")
     import ssvdo_kernels.integrations.peft  # noqa: F401
@@ -190,6 +190,11 @@ def test_through_peft(kind, tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(FORMATS[kind](*SIZES["tall"]), tmp_path)
     close(again.base_model.model["fc1"](x), y, kind)
+    if kind == "torchao int8":  # nobody knows its configuration, but where Transformers applied it
+        with pytest.raises(TypeError, match="fc1: its weight is quantised in a way that PEFT cannot quantise anew"):
+            model.merge_adapter()
+        assert torch.equal(layer(x), y)
+        return
     model.merge_adapter()  # PEFT's rule: the merged weight is quantised again
     assert type(layer.base_layer) is type(FORMATS[kind](*SIZES["tall"])["fc1"])
     merged = layer(x).detach()

@@ -87,7 +87,8 @@ def custom_models(text: str) -> str:
     start = text.index("    def test_requires_grad_oft_different_targets")
     end = text.index("    def test_requires_grad_hra")
     block = text[start:end].replace("requires_grad_oft", "requires_grad_ssvdo")
-    block = block.replace(", r=2, oft_block_size=0", ", outer_rank=2").replace("OFTConfig", "SSVDOConfig")
+    block = block.replace(", r=2, oft_block_size=0", ", outer_rank=2, inner_ratio=1.0")
+    block = block.replace("OFTConfig", "SSVDOConfig")
 
     def three(found: re.Match[str]) -> str:
         indent, base, adapter = found.groups()

@@ -712,6 +712,19 @@ def test_casts_of_the_input_can_be_switched_off():
     layer(x)
 
 
+def test_an_adapter_that_is_loaded_while_merged_is_merged(tmp_path):
+    other = adapt(base(), target_modules=["lin0", "lin1"], outer_rank=2, init_weights=False).eval()
+    other.save_pretrained(tmp_path)
+    model = adapt(base(), target_modules=["lin0", "lin1"], outer_rank=2).eval()
+    model.merge_adapter()
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(model(x_of()), other(x_of()), rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x_of()), other(x_of()))
+    with model.disable_adapter():
+        assert torch.equal(model(x_of()), base().eval()(x_of()))
+
+
 def test_importing_twice_registers_once():  # last: it makes the classes anew
     import importlib
 

@@ -128,6 +128,11 @@ class Linear(TunerLayer):
             self.base_layer.state = copy.copy(self.base_layer.state)
         backend.set_base_weight(self, weight)
 
+    def merge_again(self) -> None:
+        names, self._merged_as = list(self.merged_adapters), None
+        self.unmerge()
+        self.merge(adapter_names=names)
+
     def unmerge(self) -> None:
         """Gives the base layer the bits of W0 back."""
         if not self.merged:

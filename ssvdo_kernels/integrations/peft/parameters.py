@@ -126,6 +126,11 @@ class ParamWrapper(TunerLayer):
             return self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         return self.base_layer
 
+    def merge_again(self) -> None:
+        names = list(self.merged_adapters)
+        self.unmerge()
+        self.merge(adapter_names=names)
+
     def unmerge(self) -> None:
         """Gives the parameter the bits of W0 back."""
         if not self.merged:

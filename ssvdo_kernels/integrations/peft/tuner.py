@@ -83,6 +83,8 @@ class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
         self.cast_input_dtype_enabled = True  # what `peft.helpers.disable_input_dtype_casting` switches
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
+        self._loaded_while_merged = False
+        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
 
     def added(self, adapter_name: str, config: SSVDOConfig) -> None:
         """What follows where an adapter has been added."""
@@ -121,6 +123,10 @@ class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
 
     def named_adapters(self) -> Iterator[tuple[str, Adapter]]:
         """(the name in a state_dict below the layer's, adapter) of each."""
+        raise NotImplementedError
+
+    def merge_again(self) -> None:
+        """Merges what is merged from W0 anew, as the adapters have been loaded meanwhile."""
         raise NotImplementedError
 
     def check_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -167,6 +173,8 @@ class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        own = tuple(f"{prefix}ssvdo_adapters.{name}." for name in self.merged_adapters)
+        self._loaded_while_merged = bool(own) and any(key.startswith(own) for key in state_dict)
         for name in self._waiting:
             self._brought |= {name} if f"{prefix}{name}.inner_scale" in state_dict else set()
             if (V := state_dict.get(f"{prefix}{name}.basis")) is not None:
@@ -177,6 +185,12 @@ class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return "ssvdo." + super().__repr__()
+
+
+def _merge_again(layer: nn.Module, _: Any) -> None:
+    if isinstance(layer, TunerLayer) and layer._loaded_while_merged:
+        layer._loaded_while_merged = False
+        layer.merge_again()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ and save.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import logging
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, compute_dtype, content_key, factorize, without_inverse
+from ..files import as_bytes
 from ..host import Host, exchange, places, settle, warn_of_lowered
 from ..linear import SSVDOLinear
 from ..linear_maps import kind_of
@@ -80,6 +82,7 @@ class DeferredSSVDOLinear(Host):
         self._cache_dir, self._key = cache_dir, ""
         self._made_for: tuple[object, ...] | None = None
         self._cast = False  # whether the weight has been cast since its factors were made
+        self._start = self._outer_digest()
 
     def base(self, adapter: Adapter | None = None) -> DenseBase:
         self._factorise()
@@ -136,6 +139,13 @@ class DeferredSSVDOLinear(Host):
         self._cast = self._cast or (cast and self.lora_adapter.trained_on() is not None)
         return self
 
+    def _outer_digest(self) -> tuple[torch.dtype | None, str]:
+        """The dtype of `outer` and a hash of its numbers, which training changes."""
+        outer = self.lora_adapter.outer
+        if outer is None or outer.is_meta:
+            return None, ""
+        return outer.dtype, hashlib.sha256(as_bytes(outer.detach())).hexdigest()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_made_for": None})  # type: ignore[no-untyped-call]  # it lies elsewhere
 
@@ -144,7 +154,10 @@ class DeferredSSVDOLinear(Host):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._made_for, self._cast = None, False
         inner = (self.lora_adapter.inner_rotation, self.lora_adapter.inner_scale)
-        if base and not known and not any(bool(p.any()) for p in inner if p is not None):
+        dtype, digest = self._outer_digest()
+        moved = dtype == self._start[0] and digest != self._start[1]
+        trained = moved or any(bool(p.any()) for p in inner if p is not None)
+        if base and not known and not trained:
             self.lora_adapter.base_digest.zero_()  # nothing has been trained on the weight before
             _log.info("%s: the checkpoint holds a weight and no SSVD-O adapter; the adapter stays as it is",
                       self.lora_adapter.name)  # fmt: skip

@@ -434,3 +434,20 @@ def test_a_copy_does_not_trust_an_address():
             twin.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(weight, requires_grad=False)
         with pytest.raises(BaseMismatchError, match="other base weights"):
             run(twin)
+
+
+def test_an_adapter_of_which_the_outer_part_alone_is_trained_belongs_to_its_base():
+    model = adapted()
+    with torch.no_grad():
+        run(model)
+    other = {k: v for k, v in saved(adapted(seed=2).state_dict()).items() if "lora_" not in k}
+    fresh = copy.deepcopy(model)
+    fresh.load_state_dict(other, strict=False)  # nothing has been trained: any base will do
+    run(fresh)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, DeferredSSVDOLinear):
+                layer.lora_adapter.outer.add_(0.01)
+    model.load_state_dict(other, strict=False)
+    with pytest.raises(BaseMismatchError, match="other base weights"):
+        run(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors
-from .host import OwnHost, outside_of_graphs
+from .host import WrappingHost, outside_of_graphs
 from .ops.base import Base, DenseBase
 
 Given = tuple[Factors, LayerShape, SSVDOConfig, str]  # the name is how errors call the expert
@@ -31,7 +31,7 @@ def matrix_at(module: nn.Module, part: str) -> Base | None:
     return None if stack is None or int(index) >= len(stack) else DenseBase(stack[int(index)])
 
 
-class SSVDOExperts(OwnHost):
+class SSVDOExperts(WrappingHost):
     """The module of the experts, below as ``base_layer``, called with W' of each expert in place of W0.
 
     An expert's matrix is adapted as it lies; for one that multiplies from the other side (in_features first) the
@@ -43,11 +43,8 @@ class SSVDOExperts(OwnHost):
             that are adapted.
     """
 
-    base_layer: nn.Module
-
     def __init__(self, base_layer: nn.Module, given: Mapping[str, Given]) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.adapted = nn.ModuleDict()
         for part, (factors, shape, config, name) in given.items():
             base = matrix_at(base_layer, part)
@@ -97,11 +94,3 @@ class SSVDOExperts(OwnHost):
             for name, stack in self.weights().items():
                 self.base_layer._parameters[name] = nn.Parameter(stack, requires_grad=False)
         return self.base_layer.train(self.training)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)

@@ -51,6 +51,24 @@ class OwnHost(Host):
         return list(self.parts().values())
 
 
+class WrappingHost(OwnHost):
+    """A host that keeps the module it adapts whole, below as ``base_layer``, and shows its attributes."""
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
 def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, as a break in a graph that is being compiled."""
     disable: Any = torch.compiler.disable

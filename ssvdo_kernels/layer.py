@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from .adapter import Adapter
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors
-from .host import OwnHost, outside_of_graphs
+from .host import WrappingHost, outside_of_graphs
 from .linear_maps import LinearMap, linear_map, refusal
 from .ops.base import Base
 
 
-class SSVDOLayer(OwnHost):
+class SSVDOLayer(WrappingHost):
     """y = x W'^T + b in place of any layer of linear_maps.py, which stays whole below it, as ``base_layer``.
 
     What the layer has, this one has too (``weight``, ``bias``, ``nf``, ...). A quantised weight stays quantised: tokens
@@ -26,11 +24,8 @@ class SSVDOLayer(OwnHost):
         base_layer: the layer, checked before (`linear_maps.refusal`). factors: those of W0 as it is dequantised.
     """
 
-    base_layer: nn.Module
-
     def __init__(self, base_layer: nn.Module, factors: Factors, shape: LayerShape, config: SSVDOConfig) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         if (weight := base_layer._parameters.get("weight")) is not None:
             weight.requires_grad_(False)
         base = self.base()
@@ -77,11 +72,3 @@ class SSVDOLayer(OwnHost):
         """The layer itself or, with merge, one with W'; in place of a quantised one, nn.Linear."""
         made = self.map.with_weight(self.adapted_weight()) if merge else self.base_layer
         return made.train(self.training)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)

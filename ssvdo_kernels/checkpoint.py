@@ -45,7 +45,7 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
             factorisation comes out otherwise, on a base in another dtype above all. Without it the file is smaller.
 
     Raises:
-        ValueError: the model has no SSVDOLinear, or FSDP1 has sharded a weight.
+        ValueError: the model has no adapted layer, or FSDP1 has sharded a weight.
         RuntimeError: a weight is no longer the one that was factorised.
         OSError: the folder cannot be written; an old file stays whole.
     """

@@ -56,7 +56,7 @@ def apply_ssvdo(
 
     Raises:
         ValueError: nothing matches, a size does not fit, or a weight is on the meta device or not finite.
-        TypeError: a named layer is adapted already, or no plain nn.Linear.
+        TypeError: a named layer is adapted already, or of a kind that no adapter fits.
     """
     config = checked_config(config)
     plans = _plan(model, config)

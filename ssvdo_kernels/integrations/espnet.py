@@ -181,7 +181,7 @@ def create_ssvdo_adapter(
 
     Raises:
         ValueError: nothing matches, a value is out of range, or a layer is adapted already; nothing is changed.
-        TypeError: a named layer is no plain nn.Linear.
+        TypeError: a named layer is of a kind that no adapter fits.
     """
     if bias_type not in ("none", "all", "lora_only", None):
         raise ValueError(f"bias_type={bias_type!r} is unknown; allowed: 'none', 'all', 'lora_only'")

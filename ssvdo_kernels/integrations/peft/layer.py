@@ -57,7 +57,7 @@ class Linear(TunerLayer):
         """Adds an adapter.
 
         Raises:
-            ValueError: the sizes do not fit this layer, or its weight is on the meta device or not finite.
+            ValueError: the sizes do not fit this layer, or its weight is not finite.
         """
         self.ssvdo_adapters[adapter_name] = new_adapter(self.base().dense(), config, key)
         self.added(adapter_name, config)

@@ -233,6 +233,12 @@ def gradient_accumulation(module: nn.Module) -> Iterator[None]:
         TypeError: module is no nn.Module.
         RuntimeError: the context is open already, or an optimiser steps or a parameter, its ``requires_grad`` or its
             ``.grad`` changes inside, or autograd.grad or backward(inputs=) asks for some of a layer's gradients.
+
+    Examples:
+        >>> with gradient_accumulation(model):
+        ...     for rows in x.chunk(4):
+        ...         model(rows).square().mean().backward()
+        >>> optimiser.step()
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; allowed: torch.nn.Module")

@@ -70,6 +70,11 @@ class Adapter(nn.Module):
         weight: W0, for its dtype, its device and to be known again; the adapter does not keep it.
         buffers: whether the factors are buffers that no state_dict holds, instead of frozen parameters; it holds the
             weight's fingerprint then.
+
+    Examples:
+        >>> adapter = SSVDOLinear.from_linear(nn.Linear(64, 256), SSVDOConfig(outer_rank=16)).adapter
+        >>> {name: tuple(p.shape) for name, p in adapter.named_parameters() if p.requires_grad}
+        {'inner_rotation': (496,), 'inner_scale': (32,), 'outer': (192, 16)}
     """
 
     inner_rotation: nn.Parameter | None

@@ -229,6 +229,14 @@ def suggest_budget(model: nn.Module, parameters: int, config: SSVDOConfig | None
 
     Raises:
         ValueError: parameters < 1, or no layer matches.
+
+    Examples:
+        >>> for s in suggest_budget(plain, 4_000, SSVDOConfig(target_modules="all-linear")):
+        ...     print(s.config.inner_ratio, s.config.outer_rank, s.trained)
+        0.25 10 4112
+        0.5 8 4128
+        0.75 4 3888
+        0.9921875 0 4032
     """
     if not isinstance(parameters, int) or isinstance(parameters, bool) or parameters < 1:
         raise ValueError(f"parameters={parameters!r} is out of range; allowed: an integer >= 1")

@@ -48,6 +48,11 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
         ValueError: the model has no adapted layer, or FSDP1 has sharded a weight.
         RuntimeError: a weight is no longer the one that was factorised.
         OSError: the folder cannot be written; an old file stays whole.
+
+    Examples:
+        >>> folder = save_ssvdo(model, "adapter")
+        >>> sorted(file.name for file in folder.iterdir())
+        ['ssvdo_config.json', 'ssvdo_model.safetensors']
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
@@ -155,6 +160,11 @@ def load_ssvdo(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         CheckpointError: the file is damaged, foreign or of a newer format, or names layers or sizes that the model
             does not have, or the model is adapted otherwise.
         BaseMismatchError: it was trained on other base weights or in another singular basis.
+
+    Examples:
+        >>> folder = save_ssvdo(model, "adapter")
+        >>> torch.allclose(load_ssvdo(plain, folder)(x), model(x), atol=1e-5)
+        True
     """
     file = adapter_file(path)
     entries = read_adapter(file)

@@ -70,6 +70,11 @@ class SSVDOConfig:
 
     Raises:
         ValueError: a value is out of range or unknown; the message names the argument, the value and what is allowed.
+
+    Examples:
+        >>> config = SSVDOConfig(inner_ratio=0.25, outer_rank=16, target_modules=["fc1", "fc2"])
+        >>> config.fitting(512, 512).outer_rank  # a square weight has no complement to turn towards
+        0
     """
 
     inner_ratio: float = 0.5

@@ -125,6 +125,10 @@ def orthogonality(model: nn.Module, *, limit: float | None = None) -> list[Layer
 
     Args:
         limit: condition number of Z^T Z + tau I above which to warn; None takes 0.01 / eps of the parameters' dtype.
+
+    Examples:
+        >>> [report.name for report in orthogonality(model) if report.orthonormality < 1e-5]
+        ['0', '2']
     """
     reports = []
     for name, layer in require_adapted(model).items():
@@ -143,7 +147,15 @@ def orthogonality(model: nn.Module, *, limit: float | None = None) -> list[Layer
 def diagnose(
     model: nn.Module, *, csv_path: str | os.PathLike[str] | None = None, console: Console | None = None
 ) -> list[LayerReport]:
-    """Prints a table of `orthogonality(model)` and, with csv_path, writes it as CSV. Returns the reports."""
+    """Prints a table of `orthogonality(model)` and, with csv_path, writes it as CSV. Returns the reports.
+
+    Examples:
+        >>> reports = diagnose(model, csv_path="layers.csv")  # prints the table
+        <BLANKLINE>
+        ...
+        >>> reports[0].inner_angle
+        0.0
+    """
     reports = orthogonality(model)
     table = Table(title="SSVD-O layers", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
@@ -185,7 +197,14 @@ class TrainableSummary:
 
 
 def trainable_summary(model: nn.Module, *, console: Console | None = None, quiet: bool = False) -> TrainableSummary:
-    """Prints the budget (unless quiet) and returns it. Shared parameters count once."""
+    """Prints the budget (unless quiet) and returns it. Shared parameters count once.
+
+    Examples:
+        >>> summary = trainable_summary(model)
+        7,200 trainable of 33,088 parameters (21.76%): 2 layers, inner 1,056, outer 6,144
+        >>> summary.outer
+        6144
+    """
     layers = require_adapted(model)
     adapters = [adapter for layer in layers.values() for adapter in layer.adapters()]
     inner = sum(p.numel() for a in adapters for p in (a.inner_rotation, a.inner_scale) if p is not None)

@@ -27,11 +27,27 @@ BASIS_TOLERANCE = 1e-2  # relative change of one sketched vector; a flip gives a
 
 
 class CheckpointError(ValueError):
-    """An adapter file is damaged, foreign, or does not fit the model."""
+    """An adapter file is damaged, foreign, or does not fit the model.
+
+    Examples:
+        >>> Path("adapter.safetensors").write_bytes(b"cut off")
+        7
+        >>> load_ssvdo(plain, "adapter.safetensors")
+        Traceback (most recent call last):
+        ssvdo_kernels.fingerprint.CheckpointError: adapter.safetensors: no whole safetensors file ...
+    """
 
 
 class BaseMismatchError(CheckpointError):
-    """The adapter was trained on other base weights, or in another singular basis."""
+    """The adapter was trained on other base weights, or in another singular basis.
+
+    Examples:
+        >>> folder = save_ssvdo(model, "adapter")
+        >>> other = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> load_ssvdo(other, folder)
+        Traceback (most recent call last):
+        ssvdo_kernels.fingerprint.BaseMismatchError: ...
+    """
 
 
 @dataclass(frozen=True)

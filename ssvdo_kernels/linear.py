@@ -31,6 +31,13 @@ class SSVDOLinear(OwnHost):
         RuntimeError: ``weight.requires_grad`` was switched on.
         ArithmeticError: Z^T Z + tau I is not positive definite (non-finite or huge parameters). On a GPU, a
             later forward or the backward says so, before there are gradients.
+
+    Examples:
+        >>> layer = SSVDOLinear.from_linear(nn.Linear(64, 256), SSVDOConfig(outer_rank=16))
+        >>> layer(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 256])
+        >>> layer.adapter.shape.parameters  # k(k+1)/2 + c l for k = 32, c = 192, l = 16
+        3600
     """
 
     weight: nn.Parameter

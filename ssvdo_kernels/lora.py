@@ -32,6 +32,11 @@ class Lora:
     """W0 + B A in place of W0. A: r x in_features, B: out_features x r, float32 or float64.
 
     error: |W' - W0 - B A|_F / |W' - W0|_F; 0.0 where nothing was cut off.
+
+    Examples:
+        >>> found = to_lora(model)["0"]
+        >>> found.rank, tuple(found.A.shape), tuple(found.B.shape), found.error
+        (32, (32, 64), (256, 32), 0.0)
     """
 
     A: Tensor
@@ -82,6 +87,11 @@ def to_lora(model: nn.Module, rank: int | None = None) -> dict[str, Lora]:
     Raises:
         ValueError: the model has no such layer, or rank < 1. TypeError: it has experts or convolutions adapted, whose
             LoRA is of another form.
+
+    Examples:
+        >>> change = to_lora(model)["0"]
+        >>> torch.allclose(model[0].weight + change.B @ change.A, model[0].adapted_weight(), atol=1e-6)
+        True
     """
     check_rank(rank)
     return {name: lora_of(*found, rank) for name, found in _linear(model).items()}
@@ -115,6 +125,11 @@ def save_lora(
 
     Raises:
         as `to_lora`. OSError: the folder cannot be written; an old file stays whole.
+
+    Examples:
+        >>> found = save_lora(model, "lora", rank=16)  # the best of rank 16
+        >>> found["0"].rank
+        16
     """
     found = to_lora(model, rank)
     write_lora(found, Path(path), base_model, fan_in_fan_out=_transposed(model))

@@ -57,6 +57,11 @@ def apply_ssvdo(
     Raises:
         ValueError: nothing matches, a size does not fit, or a weight is on the meta device or not finite.
         TypeError: a named layer is adapted already, or of a kind that no adapter fits.
+
+    Examples:
+        >>> model = apply_ssvdo(plain, SSVDOConfig(outer_rank=16, target_modules="all-linear"))
+        >>> print(trainable_summary(model, quiet=True))
+        7,200 trainable of 33,088 parameters (21.76%): 2 layers, inner 1,056, outer 6,144
     """
     config = checked_config(config)
     plans = _plan(model, config)
@@ -78,6 +83,10 @@ def refactorize_ssvdo(model: nn.Module, *, cache_dir: str | os.PathLike[str] | N
 
     What was trained keeps its numbers; they are coordinates in the singular bases, so that they mean another change.
     All weights are factorised before any layer changes. Raises as `apply_ssvdo` does.
+
+    Examples:
+        >>> model[0].weight.data = torch.randn(256, 64)  # another checkpoint
+        >>> y = refactorize_ssvdo(model)(x)
     """
     made = []
     for name, layer in require_adapted(model).items():
@@ -91,7 +100,12 @@ def refactorize_ssvdo(model: nn.Module, *, cache_dir: str | os.PathLike[str] | N
 
 
 def group_layers(model: nn.Module) -> None:
-    """Lets layers of one shape be prepared together. For models that were not made by `apply_ssvdo`, or were copied."""
+    """Lets layers of one shape be prepared together. For models that were not made by `apply_ssvdo`, or were copied.
+
+    Examples:
+        >>> copy = deepcopy(model)
+        >>> group_layers(copy)
+    """
     settle(model)
 
 

@@ -42,6 +42,15 @@ class DiagnosticsMonitor:
 
     Raises:
         ValueError: every < 1.
+
+    Examples:
+        >>> monitor = DiagnosticsMonitor(model, every=2)
+        >>> for step in range(4):
+        ...     loss = model(x).square().mean().backward()
+        ...     optimiser.step()
+        ...     reports = monitor.step()
+        >>> [step for step, reports in monitor.history]
+        [2, 4]
     """
 
     def __init__(
@@ -103,6 +112,11 @@ class ForgettingMonitor:
 
     Raises:
         ValueError: there are no batches, or a loss is not one finite number.
+
+    Examples:
+        >>> monitor = ForgettingMonitor(model, [x], lambda model, x: model(x).square().mean())
+        >>> monitor.measure().increase  # nothing was trained between
+        0.0
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]) -> None:

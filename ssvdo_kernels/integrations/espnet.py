@@ -52,6 +52,12 @@ class DeferredSSVDOLinear(Host):
 
     Raises:
         ValueError: a size does not fit. (Forward) BaseMismatchError: the adapter was trained on another weight.
+
+    Examples:
+        >>> layer = DeferredSSVDOLinear(64, 256, inner_ratio=0.25, outer_rank=16)
+        >>> done = layer.load_state_dict(nn.Linear(64, 256).state_dict(), strict=False)
+        >>> layer(x).shape
+        torch.Size([8, 256])
     """
 
     weight: nn.Parameter
@@ -182,6 +188,11 @@ def create_ssvdo_adapter(
     Raises:
         ValueError: nothing matches, a value is out of range, or a layer is adapted already; nothing is changed.
         TypeError: a named layer is of a kind that no adapter fits.
+
+    Examples:
+        >>> create_ssvdo_adapter(plain, ["0", "2"], inner_ratio=0.25, outer_rank=16)
+        >>> type(plain[0]).__name__
+        'DeferredSSVDOLinear'
     """
     if bias_type not in ("none", "all", "lora_only", None):
         raise ValueError(f"bias_type={bias_type!r} is unknown; allowed: 'none', 'all', 'lora_only'")
@@ -243,6 +254,11 @@ def from_espnet_ssvd(state_dict: Mapping[str, Tensor]) -> dict[str, SSVDOLinear]
 
     Raises:
         ValueError: no such layer, or one that lacks a tensor or was never factorised.
+
+    Examples:
+        >>> layers = from_espnet_ssvd(torch.load("espnet.pth"))
+        >>> layers["encoder.w_1"](x).shape
+        torch.Size([8, 256])
     """
     names = [key.removesuffix("K_vec") for key in state_dict if key == "K_vec" or key.endswith(".K_vec")]
     if not names:

@@ -21,6 +21,11 @@ class SSVDOCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         monitor: its `every` sets how often both look; it counts the Trainer's global steps.
         forgetting: None leaves the source domain out.
+
+    Examples:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> callback = SSVDOCallback(DiagnosticsMonitor(model, every=100))
+        >>> trainer = Trainer(model, TrainingArguments("runs", report_to="none"), callbacks=[callback])
     """
 
     def __init__(self, monitor: DiagnosticsMonitor, forgetting: ForgettingMonitor | None = None) -> None:

@@ -46,6 +46,13 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
 
     Raises:
         ValueError: a value is out of range; the message names the argument, the value and what is allowed.
+
+    Examples:
+        >>> import peft
+        >>> import ssvdo_kernels.integrations.peft
+        >>> config = peft.SSVDOConfig(target_modules="all-linear", outer_rank=16)
+        >>> peft.get_peft_model(plain, config).print_trainable_parameters()
+        trainable params: 7,200 || all params: ...
     """
 
     inner_ratio: float = field(default=0.5, metadata={"help": "share of the singular vectors that G rotates"})

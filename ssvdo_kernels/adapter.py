@@ -308,7 +308,7 @@ class Adapter(nn.Module):
     @own_dtypes()
     def adapted_weight(self, base: Base) -> Tensor:
         """W' (out_features x in_features) for the current parameters, in the weight's dtype; a new tensor."""
-        return self.cache.current(self.source(base)).merged(base).clone()
+        return self.cache.current(self.source(base)).merged(base, keep=False).clone()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

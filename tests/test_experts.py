@@ -155,6 +155,11 @@ def test_the_life_of_experts_in_peft(options, tmp_path):
     torch.testing.assert_close(peft.PeftModel.from_pretrained(mixtral(), tmp_path)(X).logits, y)
     model.merge_adapter()
     torch.testing.assert_close(model(X).logits, y)
+    stack = next(p for n, p in model.named_parameters() if n.endswith("base_layer.down_proj"))
+    stack.data.add_(0.1)
+    with pytest.raises(RuntimeError, match="the merged weight is no longer what was merged"):
+        model.unmerge_adapter()
+    stack.data.sub_(0.1)
     model.unmerge_adapter()
     torch.testing.assert_close(model(X).logits, y)
     plain = model.merge_and_unload()

@@ -218,6 +218,23 @@ def test_safe_merge_of_a_broken_adapter_changes_nothing():
     assert torch.equal(layer.weight, bits) and not layer.merged
 
 
+def test_a_merge_that_fails_leaves_every_layer_as_it_was():
+    model = adapt(base(), target_modules=["lin0", "lin1"], init_weights=False).eval()
+    model.add_adapter("second", SSVDOConfig(target_modules=["lin0", "lin1"], outer_rank=1, init_weights=False))
+    model.merge_adapter()
+    layers = [model.base_model.model.lin0, model.base_model.model.lin1]
+    x, bits = x_of(), [layer.weight.clone() for layer in layers]
+    want = model(x)
+    with torch.no_grad():
+        layers[1].ssvdo_adapters["second"].inner_scale[0] = float("nan")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter second"):
+            merge(adapter_names=["second"], safe_merge=True)
+        assert [layer.merged_adapters for layer in layers] == [["default"]] * 2
+        assert all(torch.equal(layer.weight, w) for layer, w in zip(layers, bits, strict=True))
+        assert torch.equal(model(x), want)
+
+
 @cases
 def test_disabled_adapters_are_the_base_model(options):
     plain, model, x = base()(x_of()), adapt(base(), init_weights=False, **options), x_of()

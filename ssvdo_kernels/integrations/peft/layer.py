@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...adapter import Adapter
 from ...host import outside_of_graphs, patched
 from ...linear_maps import LinearMap, linear_map
 from ...ops.base import Base
-from ...origin import alike, coarser, weight_sketch
 from .config import SSVDOConfig
-from .tuner import TunerLayer, new_adapter, not_finite_as_value_error
+from .tuner import TunerLayer, new_adapter
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALLING = threading.RLock()  # a layer with hooks is called by one thread at a time
@@ -29,7 +26,6 @@ class Linear(TunerLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SSVDOConfig, key: str) -> None:
         super().__init__(base_layer, adapter_name)
-        self._merged_as: Tensor | None = None  # a sketch of the merged weight
         self._quantized: list[nn.Module] = []  # the layer, while adapters are merged into a quantised copy
         self.out_features, self.in_features = self.map.sizes
         self._dequantises = not self.base().held
@@ -45,10 +41,8 @@ class Linear(TunerLayer):
     def base(self, adapter: Adapter | None = None) -> Base:
         return self.map.base(self.ssvdo_original)
 
-    def adapters(self) -> list[Adapter]:
-        active = self.active_adapters
-        names = sorted(self.ssvdo_adapters, key=lambda name: name not in active)
-        return [self._adapter(name) for name in names]
+    def of(self, name: str) -> list[Adapter]:
+        return [self._adapter(name)]
 
     def _adapter(self, name: str) -> Adapter:
         return cast(Adapter, self.ssvdo_adapters[name])
@@ -66,51 +60,25 @@ class Linear(TunerLayer):
         """(the name in a state_dict below the layer's, adapter) of each."""
         return ((f"ssvdo_adapters.{name}", self._adapter(name)) for name in self.ssvdo_adapters)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts the adapted weight into the base layer; W0 is kept beside it.
+    def check_writable(self) -> None:
+        if not self.base().held and not getattr(self.quantization_backend, "supports_merge", False):
+            raise TypeError(f"{self.adapters()[0].name}: its weight is quantised in a way that PEFT cannot quantise "
+                            "anew, so that nothing can be merged into it; allowed: bitsandbytes, HQQ, torchao applied "
+                            "by Transformers")  # fmt: skip
 
-        Raises:
-            ValueError: safe_merge, and the adapted weight is not finite; nothing is changed.
-        """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.ssvdo_adapters]
-        if not names:
-            return
-        self.check_mergeable(False, names)
-        self._put(self._merged_with(names, safe_merge))
-        self.merged_adapters.extend(names)
-
-    def check_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Raises what `merge` would raise, and changes nothing."""
-        self.arrive()
-        given = self.active_adapters if adapter_names is None else adapter_names
-        names = [n for n in given if n in self.ssvdo_adapters and n not in self.merged_adapters]
-        if names and not self.base().held and not getattr(self.quantization_backend, "supports_merge", False):
-            raise TypeError(f"{self._adapter(names[0]).name}: its weight is quantised in a way that PEFT cannot "
-                            "quantise anew, so that nothing can be merged into it; allowed: bitsandbytes, HQQ, torchao "
-                            "applied by Transformers")  # fmt: skip
-        with not_finite_as_value_error(names, safe_merge):
-            if safe_merge:
-                self._merged_with(names, safe_merge)
-            for name in names:
-                self._adapter(name).prepared(self.base())
-
-    def _merged_with(self, names: list[str], safe_merge: bool) -> Tensor:
-        """The weight with these adapters' changes added."""
-        base, original, made = self.base(), self.base().dense(), self._now()
-        for name in names:
-            adapted = self._adapter(name).adapted_weight(base)
-            made = made + (adapted - original) if self.merged_adapters or name != names[0] else adapted
-            if safe_merge and not torch.isfinite(made).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+    def adapted(self, names: list[str]) -> Tensor:
+        base = self.base()
+        made = self._adapter(names[0]).adapted_weight(base)
+        for name in names[1:]:
+            made += self._adapter(name).adapted_weight(base) - base.dense()
         return made
 
-    def _now(self) -> Tensor:
-        """The weight that forwards go through, merged or not."""
+    def now(self) -> Tensor:
         here = linear_map(self.get_base_layer())
         assert here is not None
         return here.base().dense().detach()
 
-    def _put(self, weight: Tensor) -> None:
+    def put(self, weight: Tensor) -> None:
         """Makes `weight` the base layer's; a quantised layer is exchanged for one that is quantised anew."""
         layer: Any = self.get_base_layer()
         made, backend = self.map, self.quantization_backend
@@ -118,7 +86,6 @@ class Linear(TunerLayer):
             if self.ssvdo_original is None:
                 self.ssvdo_original = layer.weight.data
             layer.weight.data = made.as_kept(weight)
-            self._merged_as = weight_sketch(weight)
             return
         if not self._quantized:
             self._quantized = [layer]
@@ -128,27 +95,12 @@ class Linear(TunerLayer):
             self.base_layer.state = copy.copy(self.base_layer.state)
         backend.set_base_weight(self, weight)
 
-    def merge_again(self) -> None:
-        names, self._merged_as = list(self.merged_adapters), None
-        self.unmerge()
-        self.merge(adapter_names=names)
-
-    def unmerge(self) -> None:
-        """Gives the base layer the bits of W0 back."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
+    def put_back(self) -> None:
         if self._quantized:
             self.base_layer = self._quantized.pop()
-        else:
-            layer: Any = self.get_base_layer()
-            now = self._now()
-            if self._merged_as is not None and not alike(self._merged_as, now, coarser(now.dtype)):
-                raise RuntimeError(f"{self.adapters()[0].name}: the merged weight is no longer what was merged "
-                                   "(a base was loaded, or it was trained), and unmerging would lose that; load the "
-                                   "base after unmerge_adapter()")  # fmt: skip
-            layer.weight.data, self.ssvdo_original, self._merged_as = self.ssvdo_original, None, None
-        self.merged_adapters.clear()
+            return
+        layer: Any = self.get_base_layer()
+        layer.weight.data, self.ssvdo_original = self.ssvdo_original, None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """W' - W0 has rank max(k, l): `convert_to_lora` and `save_as_lora` are exact at that rank."""
@@ -164,12 +116,7 @@ class Linear(TunerLayer):
         """y = x W'^T + b."""
         if (batch := kwargs.pop("adapter_names", None)) is not None and not self.disable_adapters:
             return self._mixed(x, batch, *args, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self._waiting and not self.disable_adapters:
-            self.arrive()
-        names = [n for n in self.active_adapters if n in self.ssvdo_adapters]
-        if self.disable_adapters or self.merged or not names:
+        if not (names := self.in_use()):
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         here = vars(self.base_layer)
         if "_hf_hook" not in here and "forward" not in here and not any(map(here.get, _CALL_HOOKS)):

@@ -193,26 +193,33 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for _, layer in hosts(self.model) if not autocast_adapter_dtype else ():
-            for name, adapter in layer.named_adapters() if isinstance(layer, TunerLayer) else ():
+        for layer in self._layers() if not autocast_adapter_dtype else ():
+            for name, adapter in layer.named_adapters():
                 if name.split(".")[1] == adapter_name:
                     for p in adapter.trained:
                         p.data = p.data.to(layer.base(adapter).dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """PEFT's; every layer is checked before the first changes."""
-        self._check_mergeable(safe_merge, adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        """PEFT's; on an error every layer is as it was."""
+        before = [(layer, list(layer.merged_adapters)) for layer in self._layers()]
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except BaseException:
+            for layer, names in before:
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    layer.merge(adapter_names=names)
+            raise
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:  # fmt: skip
-        if merge:
-            self._check_mergeable(safe_merge, adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        """PEFT's; every layer is checked before the first changes. No two W' are held at once, so that a safe merge
+        makes each twice."""
+        for layer in self._layers() if merge else ():
+            layer.check_mergeable(safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
 
-    def _check_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        for _, layer in hosts(self.model):
-            if isinstance(layer, TunerLayer):
-                layer.check_mergeable(safe_merge, adapter_names)
+    def _layers(self) -> list[TunerLayer]:
+        return [layer for _, layer in hosts(self.model) if isinstance(layer, TunerLayer)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...adapter import Adapter
@@ -16,6 +17,7 @@ from ...config import LayerShape
 from ...factorize import Factors, factorize
 from ...fingerprint import Bases, CheckpointError, Fingerprint
 from ...host import Host
+from ...origin import alike, coarser, weight_sketch
 from .config import SSVDOConfig
 
 _BASES = ("basis", "null_basis")
@@ -79,6 +81,7 @@ class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
         self._waiting: dict[str, Bases | None] = {}  # adapters without factors, with the bases that a file brought
         self._brought: set[str] = set()  # those of them that a file has brought numbers for
         self.register_buffer("ssvdo_original", None, persistent=False)  # the weight, while adapters are merged
+        self._merged_as: Tensor | None = None  # a sketch of the merged weight
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True  # what `peft.helpers.disable_input_dtype_casting` switches
         self.merged_adapters: list[str] = []
@@ -125,13 +128,108 @@ class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
         """(the name in a state_dict below the layer's, adapter) of each."""
         raise NotImplementedError
 
-    def merge_again(self) -> None:
-        """Merges what is merged from W0 anew, as the adapters have been loaded meanwhile."""
+    def of(self, name: str) -> list[Adapter]:
+        """The adapters that the adapter called `name` has here."""
         raise NotImplementedError
+
+    def adapters(self) -> list[Adapter]:
+        active = self.active_adapters
+        names = sorted(self.ssvdo_adapters, key=lambda name: name not in active)
+        return [adapter for name in names for adapter in self.of(name)]
+
+    def in_use(self) -> list[str]:
+        """Names of the adapters that a forward computes with: none where they are disabled or merged."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return []
+        if self._waiting:
+            self.arrive()
+        return [] if self.merged else [n for n in self.active_adapters if n in self.ssvdo_adapters]
+
+    def adapted(self, names: list[str]) -> Tensor:
+        """W' of these adapters, whose changes of W0 add."""
+        raise NotImplementedError
+
+    def now(self) -> Tensor:
+        """The weight that the base layer computes with, merged or not."""
+        raise NotImplementedError
+
+    def put(self, weight: Tensor) -> None:
+        """Makes `weight` the base layer's; W0 is kept."""
+        raise NotImplementedError
+
+    def put_back(self) -> None:
+        """Makes W0 the base layer's, with the bits that it had."""
+        raise NotImplementedError
+
+    def check_writable(self) -> None:
+        """Raises where nothing can be merged into the base layer."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts the adapted weight into the base layer; W0 is kept beside it.
+
+        Raises:
+            ValueError: safe_merge, and the adapted weight is not finite; nothing is changed.
+            TypeError: the weight is quantised in a way that PEFT cannot quantise anew.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.ssvdo_adapters]
+        if names:
+            self.check_writable()
+            made = self._merged_with(names, safe_merge)
+            self.put(made)
+            held = self.ssvdo_original is not None  # a quantised layer is exchanged, and W0's is as it was
+            self._merged_as = weight_sketch(made.flatten(0, -2)) if held else None
+            self.merged_adapters.extend(names)
 
     def check_mergeable(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Raises what `merge` would raise, and changes nothing."""
-        raise NotImplementedError
+        given = self.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in given if n in self.ssvdo_adapters and n not in self.merged_adapters]
+        if not names:
+            return
+        self.check_writable()
+        if safe_merge:
+            self._merged_with(names, safe_merge)
+            return
+        self.arrive()
+        for adapter in (a for name in names for a in self.of(name)):
+            adapter.prepared(self.base(adapter))
+
+    @torch.no_grad()
+    def _merged_with(self, names: list[str], safe_merge: bool) -> Tensor:
+        """W' of what is merged and of these adapters."""
+        self.arrive()
+        with not_finite_as_value_error(names, safe_merge):
+            made = self.adapted([*self.merged_adapters, *names])
+        if safe_merge and not torch.isfinite(made).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        return made
+
+    def merge_again(self) -> None:
+        """Merges what is merged from W0 anew, as the adapters have been loaded meanwhile."""
+        names, self._merged_as = list(self.merged_adapters), None
+        self.unmerge()
+        self.merge(adapter_names=names)
+
+    def unmerge(self) -> None:
+        """Gives the base layer the bits of W0 back.
+
+        Raises:
+            RuntimeError: the merged weight has been written to; nothing is changed.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._merged_as is not None:
+            now = self.now().flatten(0, -2)
+            if not alike(self._merged_as, now, coarser(now.dtype)):
+                raise RuntimeError(f"{self.adapters()[0].name}: the merged weight is no longer what was merged "
+                                   "(a base was loaded, or it was trained), and unmerging would lose that; load the "
+                                   "base after unmerge_adapter()")  # fmt: skip
+        self.put_back()
+        self._merged_as = None
+        self.merged_adapters.clear()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,0 +1,39 @@
+"""The benchmark of Python's cost for a layer on a GPU that is not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import require_triton
+
+require_triton()
+from benchmarks.fake_gpu import fake_gpu
+from ssvdo_kernels.triton import kernels
+
+LAUNCHES = {"frozen": 2, "cached": 12, "merged": 15, "one token": 3, "one token, merged": 1,
+            "prepared in a group of 24": 86}  # fmt: skip
+
+
+def test_launches_of_a_layer(tmp_path):
+    """In a process of its own: here, the kernels are interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.bench_host", "--rounds", "1", "--out", str(tmp_path),
+               "--cases", *LAUNCHES]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(next(tmp_path.glob("*-host.json")).read_text())["rows"]
+    assert all(row["us"] > 0 for row in rows)
+    for row in rows:
+        assert row["launches"] <= LAUNCHES[row["case"]], row
+    cached = next(row for row in rows if (row["case"], row["kind"]) == ("cached", "tall"))
+    assert cached["by"]["expand"] == cached["by"]["contract"] == 1 and cached["by"]["reduce_rows"] == 2
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="a GPU is there")
+def test_interpreted_kernels_are_no_gpu():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), fake_gpu():
+        pass

@@ -228,7 +228,7 @@ def test_a_merge_that_fails_leaves_every_layer_as_it_was():
     with torch.no_grad():
         layers[1].ssvdo_adapters["second"].inner_scale[0] = float("nan")
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter second"):
+        with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter second"):
             merge(adapter_names=["second"], safe_merge=True)
         assert [layer.merged_adapters for layer in layers] == [["default"]] * 2
         assert all(torch.equal(layer.weight, w) for layer, w in zip(layers, bits, strict=True))

@@ -1,48 +1,59 @@
-"""`python -m benchmarks [--quick] [--device cuda] [--dtype bfloat16] [--out DIR]`: run, report, write dated results."""
+"""Times layers by every method, and writes dated JSON, tables and a plot.
+
+    python -m benchmarks --quick
+    python -m benchmarks --device cuda --dtype bfloat16 --minutes 8
+    python -m benchmarks --quick --kinds tall --p 0.5 --tokens 128 1024
+
+Every row is on disk once it is measured; the same command goes on where a run was cut. Exit code 75: rows are missing.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from .record import facts, stem
-from .report import markdown, plot, show
+import torch
+
+from .bench_layer import Case, grid, measure_layer
+from .record import Rows
+from .report import label, markdown, plot
 
 
-def main() -> int:
-    """Runs the suite through pytest, so that pytest-benchmark's own options work too (after `--`)."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+def name_of(case: Case) -> str:
+    """The case as tables call it."""
+    return label(dict(zip(("kind", "d", "tokens", "p", "l"), case, strict=True)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="1024 <-> 4096, l = 64 only; some 3 minutes on 2 cores")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    parser.add_argument("--minutes", type=float, help="begin no row after so many")
+    sizes = {"kinds": str, "d": int, "tokens": int, "p": float, "rank": int}
+    for name, kind in sizes.items():
+        parser.add_argument(f"--{name}", type=kind, nargs="+", help="in place of the grid's own")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options, rest = parser.parse_known_args()
+    options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: there is no NVIDIA GPU")
+    given = {name: getattr(options, name) for name in sizes}
+    cases = {name_of(c): c for c in grid(options.quick, options.device.startswith("cuda"), **given)}
+    rows = Rows(options.out, options.device, options.dtype, "quick" if options.quick else "full",
+                dtype=options.dtype, quick=options.quick)
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "raw.json"
-        command = [sys.executable, "-m", "pytest", "benchmarks/bench_layer.py", "-v", "--no-header", "--durations=0",
-                   f"--benchmark-json={raw}", "--benchmark-columns=median", f"--device={options.device}",
-                   f"--dtype={options.dtype}", f"--basetemp={folder}/pytest", *(["--quick"] if options.quick else []),
-                   *(a for a in rest if a != "--")]
-        failed = subprocess.run(command, check=False).returncode
-        if not raw.exists() or not raw.stat().st_size:
-            return failed or 1
-        found = json.loads(raw.read_text(encoding="utf-8"))["benchmarks"]
-    results: dict[str, Any] = {
-        **facts(options.device), "dtype": options.dtype, "quick": options.quick,
-        "rows": [b["extra_info"] for b in found if "case" in b["extra_info"]],
-    }  # fmt: skip
-    path = stem(options.out, results, options.dtype, "quick" if options.quick else "full")
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
-    plot(results, path.with_suffix(".png"))
-    show(results)
-    print(f"wrote {path}.json, .md and .png")
-    return failed
+        missing = rows.fill(cases, lambda key: measure_layer(
+            cases[key], options.quick, torch.device(options.device), getattr(torch, options.dtype), Path(folder)),
+            options.minutes)  # fmt: skip
+    code = rows.finish(markdown, missing)
+    results: dict[str, Any] = {**rows.facts, "rows": rows.good}
+    if rows.good:
+        plot(results, rows.path.parent / (rows.path.name + ".png"))
+    return code
 
 
 if __name__ == "__main__":

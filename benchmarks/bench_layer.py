@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +21,30 @@ from ssvdo_kernels.planner import FORMS
 from . import memory
 from .ceiling import floors, measure
 from .peers import peers
+from .record import attempt
 from .runner import interleave, launches, peak_extra_bytes
 
 EVERY, CACHED, PLAIN = "SSVD-O, prepared every step", "SSVD-O, cached", "SSVD-O, accumulating without the context"
-ROUNDS = {128: 15, 1024: 5, 4096: 4}  # on a CPU; 30 on a GPU
+ROUNDS = {128: 15, 1024: 5, 4096: 4}  # on a CPU
+ROUNDS_ON_A_GPU = 7  # of up to 20 steps
 COMPILED_AT = 16384  # on a GPU, with l = 64: each torch.compile takes seconds
 Case = tuple[str, int, int, float, int]  # kind, d, tokens, p, l
 FULL_AT = (1024, 2048)  # the token counts at which --quick has every peer, for p = 0.5
+
+
+def grid(quick: bool, gpu: bool, **given: Sequence[Any] | None) -> list[Case]:
+    """The cases, the most telling first. given: kinds, d, tokens, p or rank, in place of the grid's own values."""
+    axes: dict[str, Sequence[Any]] = {
+        "rank": (64,) if quick else (64, 256, 0) if gpu else (64, 128, 0),
+        "p": (0.5, 0.25) if quick else (0.25, 0.5, 1.0),
+        "kinds": ("tall", "wide") if quick or gpu else ("tall", "wide", "square"),
+        "d": (1024,) if quick or gpu else (256, 512, 1024),
+        "tokens": (128, 1024, 4096) if not gpu else (16384, 2048) if quick else (16384, 2048, 65536, 256, 16),
+    }  # fmt: skip
+    axes |= {name: values for name, values in given.items() if values}
+    cases = [(kind, d, tokens, p, 0 if kind == "square" else rank)
+             for rank, p, kind, d, tokens in product(*axes.values())]  # fmt: skip
+    return list(dict.fromkeys(cases))
 
 
 def kept(p: float, tokens: int, quick: bool) -> tuple[frozenset[str], bool]:
@@ -99,7 +116,6 @@ def peak_of(case: Case, cache: Path, device: str, dtype: torch.dtype, name: str)
 
 
 peaks = lru_cache(maxsize=1)(measure)
-BEGAN = time.monotonic()
 
 
 def training_step(
@@ -116,60 +132,80 @@ def training_step(
     return step
 
 
-def test_layer(case: Case, benchmark: Any, request: pytest.FixtureRequest, tmp_path_factory: Any) -> None:
-    """One point of the grid; its rows land in the JSON's extra_info."""
-    minutes = request.config.getoption("--minutes")
-    if minutes is not None and time.monotonic() - BEGAN > 60 * minutes:
-        pytest.skip(f"{minutes:g} minutes are over")
+@contextmanager
+def contenders(
+    case: Case, quick: bool, device: torch.device, dtype: torch.dtype, cache: Path
+) -> Iterator[tuple[dict[str, Callable[[], None]], dict[str, nn.Module]]]:
+    """(steps, modules) by name; those cached are inside `gradient_accumulation` until this is left."""
     kind, d, tokens, p, rank = case
-    quick = request.config.getoption("--quick")
-    device = torch.device(request.config.getoption("--device"))
-    dtype = getattr(torch, request.config.getoption("--dtype"))
     linear, make = make_peers(kind, d, p, rank, str(device), dtype)
     left_out, by_form = kept(p, tokens, quick)
     modules = {name: make(name) for name in peers(p, rank) if name not in left_out}
     x = torch.randn(tokens, linear.in_features, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(tokens, linear.out_features, device=device, dtype=dtype)
-    cache = Path(tmp_path_factory.getbasetemp()) / "factors"
     ours = partial(adapted, linear, p, rank, cache)
-    gpu = device.type == "cuda"
-    if gpu and not quick and tokens == COMPILED_AT and rank == 64:
+    if device.type == "cuda" and not quick and tokens == COMPILED_AT and rank == 64:
         for name in ("LoRA", "dense SSVD-O"):
             modules[f"{name}, compiled"] = torch.compile(make(name))  # type: ignore[assignment]
         modules["SSVD-O, compiled"] = torch.compile(ours())  # type: ignore[assignment]
     steps = {name: training_step(module, x, dy) for name, module in modules.items()}
-    fresh = ours()
+    modules[EVERY] = fresh = ours()
     steps[EVERY] = training_step(fresh, x, dy, fresh.refresh)
     if not quick or tokens < 4096:
         steps[PLAIN] = training_step(ours(), x, dy)
-    cached = ours()
+    modules[CACHED] = ours()
     served = token_path("auto", device, dtype)[0]
     forms = (("folded", "merged") if served == "triton" else FORMS) if by_form else ()
     with ExitStack() as stack:
-        for name, layer in {CACHED: cached, **{f"form: {form}": ours(path=form) for form in forms}}.items():
+        for name, layer in {CACHED: modules[CACHED], **{f"form: {form}": ours(path=form) for form in forms}}.items():
             stack.enter_context(gradient_accumulation(layer))
             steps[name] = training_step(layer, x, dy)
-        for _ in range(2):  # the planner sees a few batches before it is timed, as it would in accumulation
-            steps[CACHED]()
-        timings = interleave(steps, 30 if gpu else ROUNDS[tokens], "frozen", device)
-        measured = (*modules, EVERY, CACHED) if not quick or (p == 0.5 and tokens in FULL_AT) else ()
+        yield steps, modules
+
+
+def warm(steps: dict[str, Callable[[], None]]) -> dict[str, str]:
+    """Runs every step twice, takes out those that fail, and says why: a peer's error costs no other's numbers.
+
+    The planner sees a few batches before it is timed, as it would in accumulation.
+    """
+    failed = {}
+    for name in list(steps):
+        found = attempt(lambda step=steps[name]: dict.fromkeys((step(), step())))  # type: ignore[misc]
+        if "error" in found:
+            failed[name] = found["error"]
+            del steps[name]
+    return failed
+
+
+def measure_layer(case: Case, quick: bool, device: torch.device, dtype: torch.dtype, cache: Path) -> dict[str, Any]:
+    """The row of one point of the grid."""
+    kind, d, tokens, p, rank = case
+    gpu = device.type == "cuda"
+    linear, _ = make_peers(kind, d, p, rank, str(device), dtype)
+    with contenders(case, quick, device, dtype, cache) as (steps, modules):
+        failed = warm(steps)
+        timings = interleave(steps, ROUNDS_ON_A_GPU if gpu else ROUNDS.get(tokens, 5), "frozen", device)
+        measured = [n for n in modules if n in steps and (not quick or (p == 0.5 and tokens in FULL_AT))]
         extra = {name: peak_extra_bytes(steps[name], device) / 1e6 for name in measured}
-        started = {name: launches(steps[name]) for name in (*modules, EVERY, CACHED)} if gpu else {}
-        benchmark.pedantic(steps[CACHED], rounds=1)
-    chosen = cached.adapter.plan(tokens, cached.base())
-    shape = fresh.adapter.shape
-    floor, least = floors(shape, fresh.adapter.prepared(fresh.base()).extra, tokens, dtype.itemsize,
+        started = {name: launches(steps[name]) for name in modules if name in steps} if gpu else {}
+    cached, fresh = modules.pop(CACHED), modules[EVERY]
+    assert isinstance(cached, SSVDOLinear) and isinstance(fresh, SSVDOLinear)
+    floor, least = floors(fresh.adapter.shape, fresh.adapter.prepared(fresh.base()).extra, tokens, dtype.itemsize,
                           peaks(device, dtype))
-    kept_beside = memory.beside({**modules, EVERY: fresh}, linear, linear.weight.nbytes)
+    kept_beside = memory.beside(modules, linear, linear.weight.nbytes)
+    chosen = cached.adapter.plan(tokens, cached.base())
+    del steps, modules, fresh, cached
+    gc.collect()
     most = memory.peaks(kept_beside, partial(peak_of, case, cache, str(device), dtype)) if peaked(
         case, quick, gpu) else {}
-    form_ms = {form: timings[f"form: {form}"].median_ms for form in forms}
-    benchmark.extra_info.update(
-        case={"kind": kind, "d": d, "tokens": tokens, "p": p, "l": rank},
-        methods={name: {**asdict(t), "peak_extra_mb": extra.get(name), "launches": started.get(name),
-                        "tokens_per_second": 1e3 * tokens / t.median_ms, **kept_beside.get(name, {}),
-                        "peak_mib": most.get(name)} for name, t in timings.items()},
-        planner={"chosen": chosen, "fastest": min(form_ms, key=form_ms.__getitem__) if forms else None,
-                 "loss": form_ms[chosen] / min(form_ms.values()) - 1 if forms else None},
-        floor={"frozen_ms": 1e3 * floor, "ratio": least / floor},
-    )  # fmt: skip
+    forms = {name.removeprefix("form: "): t.median_ms for name, t in timings.items() if name.startswith("form: ")}
+    return {
+        "case": {"kind": kind, "d": d, "tokens": tokens, "p": p, "l": rank},
+        "methods": {name: {**asdict(t), "peak_extra_mb": extra.get(name), "launches": started.get(name),
+                           "tokens_per_second": 1e3 * tokens / t.median_ms, **kept_beside.get(name, {}),
+                           "peak_mib": most.get(name)} for name, t in timings.items()},
+        "failed": failed,
+        "planner": {"chosen": chosen, "fastest": min(forms, key=forms.__getitem__) if forms else None,
+                    "loss": forms[chosen] / min(forms.values()) - 1 if forms else None},
+        "floor": {"frozen_ms": 1e3 * floor, "ratio": least / floor},
+    }  # fmt: skip

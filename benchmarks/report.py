@@ -24,7 +24,7 @@ def table(results: dict[str, Any]) -> tuple[Row, list[Row]]:
     """(header, rows): ratios to frozen, the least ratio that the traffic model allows SSVD-O at this machine's measured
     peaks (and how near the frozen layer is to its own floor), extra memory, and the planner's choice."""
     names = list(dict.fromkeys(n for r in results["rows"] for n in r["methods"] if not n.startswith("form")))
-    header = ["layer", "frozen, ms", *names[1:], "floor (frozen at)", "MB: SSVD-O / ESPnet-style",
+    header = ["layer", "frozen, ms", *names[1:], *HOST, "floor (frozen at)", "MB: SSVD-O / ESPnet-style",
               "planner (slower than best)"]
     rows = []
     for r in results["rows"]:
@@ -35,9 +35,20 @@ def table(results: dict[str, Any]) -> tuple[Row, list[Row]]:
         least = f"{floor['ratio']:.2f} ({floor['frozen_ms'] / m['frozen']['median_ms']:.0%})" if floor else "-"
         loss = "" if plan["loss"] is None else f" ({100 * plan['loss']:.0f}%)"
         rows.append([label(r["case"]), f"{m['frozen']['median_ms']:.1f}",
-                     *(f"{m[n]['ratio']:.2f}" if n in m else "-" for n in names[1:]),
+                     *(f"{m[n]['ratio']:.2f}" if n in m else "-" for n in names[1:]), *host_cells(m),
                      least, " / ".join(memory), plan["chosen"] + loss])
     return header, rows
+
+
+HOST = ("host, ms: frozen / SSVD-O prepared / cached",)
+
+
+def host_cells(methods: dict[str, Any]) -> Row:
+    """What the host takes to start a step on a GPU; a star: the GPU waited for it while it was timed."""
+    shown = [methods.get(n) or {} for n in ("frozen", "SSVD-O, prepared every step", "SSVD-O, cached")]
+    if not any(m.get("host_ms") for m in shown):
+        return ["-"]
+    return [" / ".join(f"{m['host_ms']:.2f}{'' if m['queued'] else '*'}" if m.get("host_ms") else "-" for m in shown)]
 
 
 MEMORY = ("frozen state / W0", "held / W0", "peak beyond frozen, MiB")
@@ -76,6 +87,8 @@ def markdown(results: dict[str, Any]) -> str:
     if losses:
         near = sum(loss <= 0.05 for loss in losses)
         lines += ["", f"The planner's form is within 5% of the fastest at {near} of {len(losses)} points."]
+    lines += [f"\nnot measured: {label(r['case'])}, {name}: {error}" for r in results["rows"]
+              for name, error in r.get("failed", {}).items()]  # fmt: skip
     header, rows = memory_table(results)
     if rows:
         lines += ["", "Memory: what is not trained beside W0, what is kept between steps, and the most that "
@@ -89,8 +102,13 @@ def describe(results: dict[str, Any]) -> str:
             f"{results['commit']}, {results['date']}. Forward + backward, ratio to a frozen nn.Linear in the same run.")
 
 
+TICKS = (1, 1.2, 1.5, 2, 3, 4, 5, 7, 10, 15)
+SHOWN = ("full", "LoRA", "DoRA", "PiSSA", "OFT", "ESPnet-style SSVD", "dense SSVD-O", "SSVD-O, prepared every step",
+         "SSVD-O, cached")  # fmt: skip
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Ratio to frozen against tokens, a line a method, a panel a layer."""
+    """Ratio to frozen against tokens, a panel a layer, a line a method with its name at its end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,24 +117,47 @@ def plot(results: dict[str, Any], path: Path) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:
         groups.setdefault(label({**row["case"], "tokens": "any"}), []).append(row)
-    methods = dict.fromkeys(m for r in results["rows"] for m in r["methods"] if not m.startswith("form"))
-    colours = {method: f"C{i}" if i < 10 else "black" for i, method in enumerate(methods)}
-    columns = min(4, len(groups))
+    columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.5 * columns, 3.6 * lines), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.2 * lines), squeeze=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
     for axis, (name, rows) in zip(axes.flat, groups.items(), strict=False):
-        for method in [m for m in colours if m in rows[0]["methods"]]:
+        ends = []
+        for index, method in enumerate(m for m in SHOWN if any(m in r["methods"] for r in rows)):
             known = [r for r in rows if method in r["methods"]]
             points = sorted((r["case"]["tokens"], r["methods"][method]["ratio"]) for r in known)
-            axis.plot(*zip(*points, strict=True), marker="o", label=method, color=colours[method])
-        axis.set(xscale="log", yscale="log", title=name.replace(" T=any", ""), xlabel="tokens")
-        ticks = sorted({r["case"]["tokens"] for r in rows})
-        axis.set_xticks(ticks, [str(t) for t in ticks])
+            ours = method.startswith("SSVD-O")
+            axis.plot(*zip(*points, strict=True), color=f"C{index}", lw=2.4 if ours else 1.2,
+                      marker="o" if ours or len(points) == 1 else None, ms=4)
+            ends.append((points[-1], method, f"C{index}"))
+        axis.set(xscale="log", yscale="log", title=name.replace(" T=any", ""), xlabel="tokens",
+                 ylabel="time / frozen nn.Linear")
+        counts = sorted({r["case"]["tokens"] for r in rows})
+        axis.set_xticks(counts, [f"{t:,}" for t in counts])
+        low, high = axis.get_ylim()
+        ticks = [t for t in TICKS if low <= t <= high]
+        axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
-    axes[0][0].set_ylabel("time / frozen nn.Linear")
-    axes[0][0].legend(fontsize=6)
+        axis.grid(axis="y", lw=0.4, alpha=0.5)
+        _name_lines(axis, ends)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _name_lines(axis: Any, ends: list[tuple[tuple[float, float], str, str]]) -> None:
+    """Writes each name beside its last point, one above the other in their order, none over another."""
+    from math import log
+
+    left, right = axis.get_xlim()
+    axis.set_xlim(left, right * (right / left) ** 0.6)
+    low, high = map(log, axis.get_ylim())
+    step, at = 0.062 * (high - low), low
+    for (x, y), method, colour in sorted(ends, key=lambda end: end[0][1]):
+        at = max(log(y), at + step)
+        axis.annotate(method, (x, y), (right * (right / left) ** 0.02, 2.718281828**at), color=colour, fontsize=8,
+                      va="center", arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4})
 
 
 def show(results: dict[str, Any]) -> None:

@@ -154,7 +154,7 @@ def test_report(tmp_path):
     }  # fmt: skip
     results = {"device": "x", "threads": 2, "dtype": "float32", "torch": "2", "commit": "c", "date": "d", "rows": [row]}
     text = markdown(json.loads(json.dumps(results)))
-    assert "| 8->32 T=4 p=0.5 l=2 | 2.0 | 1.50 | 1.25 (50%) |  | folded (3%) |" in text
+    assert "| 8->32 T=4 p=0.5 l=2 | 2.0 | 1.50 | - | 1.25 (50%) |  | folded (3%) |" in text
     assert text.endswith("within 5% of the fastest at 1 of 1 points.\n")
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     plot(results, tmp_path / "p.png")

@@ -10,7 +10,7 @@ from .fingerprint import BaseMismatchError, CheckpointError
 from .linear import SSVDOLinear
 from .lora import Lora, save_lora, to_lora
 from .merging import merge_ssvdo, remove_ssvdo, unmerge_ssvdo
-from .model import apply_ssvdo, group_layers, refactorize_ssvdo
+from .model import apply_ssvdo, group_layers, refactorize_ssvdo, set_scale
 from .monitor import DiagnosticsMonitor, ForgettingMonitor
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "remove_ssvdo",
     "save_lora",
     "save_ssvdo",
+    "set_scale",
     "suggest_budget",
     "to_lora",
     "trainable_summary",

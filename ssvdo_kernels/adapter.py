@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from . import reference
 from .accumulation import Accumulator
 from .cache import Cache
-from .config import LayerShape, SSVDOConfig
+from .config import LayerShape, SSVDOConfig, checked_scale
 from .factorize import FACTOR_NAMES, Factors, compute_dtype
 from .fingerprint import Bases, Fingerprint
 from .ops import lasting, own_dtypes
@@ -97,7 +97,7 @@ class Adapter(nn.Module):
         buffers: bool = False,
     ) -> None:
         super().__init__()
-        self.shape, self.config, self.spec = shape, config, encode(shape, config)
+        self.shape, self.config, self.scale = shape, config, 1.0
         self.name = "layer"  # how errors call it
         self.merged = False
         self._buffered = buffers
@@ -153,6 +153,21 @@ class Adapter(nn.Module):
         return self.inner_rotation, self.inner_scale, self.outer
 
     @property
+    def scale(self) -> float:
+        """s: K, dS and L are taken s times, so that W' is W0 at 0, and in between the adapter turns part of the way.
+
+        The Cayley form turns by 2 atan(s tan(a / 2)) in place of an angle a; orthonormal columns stay so at every s,
+        unlike those of W0 + s (W' - W0). The next forward has it, in training too; no state_dict and no file does. A
+        compiled model is compiled again, a captured CUDA graph keeps the scale of its capture.
+        """
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._scale = checked_scale(scale)
+        self.spec = encode(self.shape, self.config, self._scale)
+
+    @property
     def trained(self) -> list[nn.Parameter]:
         """The parameters that there are."""
         return [p for p in (self.inner_rotation, self.inner_scale, self.outer) if p is not None]
@@ -169,7 +184,7 @@ class Adapter(nn.Module):
 
     def source(self, base: Base) -> Source:
         """What a preparation is made from."""
-        return Source(self.parts, self.factors, base, self.shape, self.config, self.name, self.origin)
+        return Source(self.parts, self.factors, base, self.shape, self.config, self.name, self.origin, self._scale)
 
     @lasting
     @own_dtypes()
@@ -253,7 +268,8 @@ class Adapter(nn.Module):
             self.origin.check(base, self.name, factors=self.factors)
         with own_dtypes():
             try:
-                return reference.weight_in_factors(base.dense(), self.parts, self.factors, self.shape, self.config)
+                return reference.weight_in_factors(
+                    base.dense(), self.parts, self.factors, self.shape, self.config, self._scale)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise ArithmeticError(f"{self.name}: {error}; a parameter is not finite or too large: use a larger tau "
                                       "or a smaller learning rate") from None  # fmt: skip
@@ -382,4 +398,5 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         s, c = self.shape, self.config
         held = "" if self.basis is None else f", basis={str(self.basis.dtype).removeprefix('torch.')}"
-        return f"inner={s.k}, outer_rank={s.l}, rotation={c.rotation!r}{held}, merged={self.merged}"
+        scaled = "" if self.scale == 1 else f", scale={self.scale:g}"
+        return f"inner={s.k}, outer_rank={s.l}, rotation={c.rotation!r}{held}{scaled}, merged={self.merged}"

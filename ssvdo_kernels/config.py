@@ -155,6 +155,13 @@ def checked_config(config: SSVDOConfig | None) -> SSVDOConfig:
     return SSVDOConfig() if config is None else config
 
 
+def checked_scale(scale: float) -> float:
+    """The scale as a float; ValueError where it is no finite number."""
+    if not _is_real(scale):
+        raise ValueError(f"scale={scale!r} is out of range; allowed: a finite number")
+    return float(scale)
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """The sizes of one adapted layer, in the symbols of docs/method.md.

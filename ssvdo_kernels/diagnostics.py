@@ -95,7 +95,7 @@ def layer_report(layer: Host, name: str = "", adapter: Adapter | None = None) ->
         outer_angle = math.asin(sine)
         condition = float(torch.linalg.cond(prepared.X)) ** 2  # R R^T = Z^T Z + tau I, X = R^-T
     S = prepared.singular[: shape.k]
-    ratio = float((adapter.inner_scale.abs() / S.clamp_min(torch.finfo(S.dtype).tiny)).max())
+    ratio = float((prepared.shift.abs() / S.clamp_min(torch.finfo(S.dtype).tiny)).max())
     kept = str(prepared.basis.dtype).removeprefix("torch.")
     passes = f" x{prepared.outer.projector.passes}" if prepared.outer is not None else ""
     return LayerReport(name, outer_departure, inner_departure, inner_angle, outer_angle,

@@ -30,6 +30,11 @@ class Host(nn.Module):
         """The adapters, those in use first."""
         raise NotImplementedError
 
+    def rescale(self, scale: float) -> None:
+        """Sets `Adapter.scale` of all adapters."""
+        for adapter in self.adapters():
+            adapter.scale = scale
+
     @property
     def adapter_parameters(self) -> list[nn.Parameter]:
         """What is trained, of all adapters: for an optimiser or for clipping."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .config import LayerShape, SSVDOConfig, checked_config
+from .config import LayerShape, SSVDOConfig, checked_config, checked_scale
 from .distributed import factorize_together
 from .factorize import check_weight, factorize
 from .host import Host, exchange, hosts, onloaded, settle, warn_of_lowered
@@ -96,6 +96,25 @@ def refactorize_ssvdo(model: nn.Module, *, cache_dir: str | os.PathLike[str] | N
             made.append((adapter, factors, weight))
     for adapter, factors, weight in made:
         adapter.set_factors(factors, weight)
+    return model
+
+
+def set_scale(model: nn.Module, scale: float) -> nn.Module:
+    """Lets every adapter turn part of the way: K, dS and L are taken `scale` times (`Adapter.scale`). Returns the model.
+
+    0 is the base model, 1 the trained one; merged layers follow. Saved files hold what was trained, and no scale.
+
+    Raises:
+        ValueError: scale is no finite number, or the model has no adapted layer.
+
+    Examples:
+        >>> y = set_scale(model, 0.5)(x)
+        >>> torch.allclose(set_scale(model, 0)(x), plain(x), atol=1e-5)
+        True
+    """
+    checked_scale(scale)
+    for layer in require_adapted(model).values():
+        layer.rescale(scale)
     return model
 
 

@@ -99,13 +99,15 @@ def weight_in_factors(
     factors: Factors,
     shape: LayerShape,
     config: SSVDOConfig,
+    scale: float = 1.0,
 ) -> Tensor:
-    """W' in the dtype of `weight`, with gradients to (inner_rotation, inner_scale, outer), from the factors at hand.
+    """W' in the dtype of `weight`, with gradients to (inner_rotation, inner_scale, outer), from the factors at hand;
+    scale: what these are multiplied by.
 
     U = W0 V S^-1 and the null columns; what V leaves out is W0 less what it holds.
     """
     dtype = compute_dtype(parameters[1].dtype)
-    packed, shift, outer = (parameters[1].new_zeros(0) if p is None else p.to(dtype) for p in parameters)
+    packed, shift, outer = (parameters[1].new_zeros(0) if p is None else p.to(dtype) * scale for p in parameters)
     S, width = factors.singular_values.to(dtype), shape.width
     A = (weight.mT if shape.transposed else weight).to(dtype)
     V = factors.basis.to(dtype)

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, wraps
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -88,17 +88,25 @@ def _prepared(source: Source) -> Prepared:
     return owner.cache.current(replace(source, name=owner.name, origin=owner.origin))
 
 
-def encode(shape: LayerShape, config: SSVDOConfig) -> str:
-    """A layer's sizes and formula as the string that every operation takes as `spec`."""
+class Spec(NamedTuple):
+    """What a layer is beside its tensors; scale: what the parameters are multiplied by."""
+
+    shape: LayerShape
+    config: SSVDOConfig
+    scale: float
+
+
+def encode(shape: LayerShape, config: SSVDOConfig, scale: float) -> str:
+    """A layer's `Spec` as the string that every operation takes."""
     sizes = {name: getattr(shape, name) for name in ("out_features", "in_features", "transposed", "k", "l")}
-    return json.dumps({"shape": sizes, "config": config.to_dict()})
+    return json.dumps({"shape": sizes, "config": config.to_dict(), "scale": scale})
 
 
 @lru_cache(maxsize=256)
-def decode(spec: str) -> tuple[LayerShape, SSVDOConfig]:
+def decode(spec: str) -> Spec:
     """The inverse of `encode`."""
     read = json.loads(spec)
-    return LayerShape(**read["shape"]), SSVDOConfig.from_dict(read["config"])
+    return Spec(LayerShape(**read["shape"]), SSVDOConfig.from_dict(read["config"]), read["scale"])
 
 
 def _op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -128,9 +136,10 @@ _LAYER = ("Tensor tokens, Tensor weight, Tensor? rotation, Tensor scale, Tensor?
 
 def _source(layer: Sequence[Any], spec: str) -> tuple[DenseBase, Source]:
     tokens, weight, rotation, scale, outer, *factors = layer
-    shape, config = decode(spec)
+    shape, config, times = decode(spec)
     parameters, base = (rotation, scale, outer), DenseBase(weight)
-    return DenseBase(tokens), Source(parameters, Factors(*factors), base, shape, config, "a compiled layer", None)
+    source = Source(parameters, Factors(*factors), base, shape, config, "a compiled layer", None, times)
+    return DenseBase(tokens), source
 
 
 def _extra(layer: Sequence[Tensor | None], shape: LayerShape) -> int:
@@ -147,8 +156,7 @@ def _refuse_onnx() -> None:
 
 def _adapted_fake(x, bias, *rest):  # type: ignore[no-untyped-def]
     _refuse_onnx()
-    shape, _ = decode(rest[-2])
-    return x.new_empty(x.shape[0], shape.out_features)
+    return x.new_empty(x.shape[0], decode(rest[-2]).shape.out_features)
 
 
 @_op("adapted", f"(Tensor x, Tensor? bias, {_LAYER}, str spec, bool merged) -> Tensor", _adapted_fake)
@@ -184,7 +192,7 @@ def _training_form(x: Tensor, prepared: Prepared, backend: str, merged: bool) ->
 
 
 def _saved_shape(x: Tensor, layer: Sequence[Tensor | None], spec: str, merged: bool) -> tuple[Any, int]:
-    shape, config = decode(spec)
+    shape, config, _ = decode(spec)
     form = "merged" if merged else config.path
     backend, _ = token_path(config.backend, x.device, x.dtype)
     if not keeps(form, backend, shape.transposed):
@@ -196,7 +204,7 @@ def _saved_shape(x: Tensor, layer: Sequence[Tensor | None], spec: str, merged: b
 def _train_fake(x, bias, *rest):  # type: ignore[no-untyped-def]
     _refuse_onnx()
     *layer, spec, merged = rest
-    return x.new_empty(x.shape[0], decode(spec)[0].out_features), x.new_empty(_saved_shape(x, layer, spec, merged))
+    return x.new_empty(x.shape[0], decode(spec).shape.out_features), x.new_empty(_saved_shape(x, layer, spec, merged))
 
 
 @_op("adapted_train", f"(Tensor x, Tensor? bias, {_LAYER}, str spec, bool merged) -> (Tensor, Tensor)", _train_fake)

@@ -98,8 +98,14 @@ def adjoint(
         dF = [d[:, :l].to(one.dtype) for d in d_columns]
         d_outer = outer.backward(parts, [p.X for p in many], [p.columns[:, :l] for p in many], dF, product)
     inner = _inner_gradients(many, d_mixer)
-    return [(pair[0] if p.rotation.numel() else None, pair[1], outer)
+    return [(_through(p, pair[0]) if p.rotation.numel() else None, _through(p, pair[1]), outer)
             for p, pair, outer in zip(many, inner, d_outer, strict=True)]  # fmt: skip
+
+
+def _through(prepared: Prepared, gradient: Tensor) -> Tensor:
+    """The gradient of a parameter from that of its multiple; `Outer` has the scale among its own."""
+    scale = prepared.source.scale
+    return gradient if scale == 1 else gradient * scale
 
 
 def _inner_gradients(many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows]) -> list[tuple[Tensor, Tensor]]:

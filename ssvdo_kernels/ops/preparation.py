@@ -38,7 +38,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Source:
-    """What a preparation is made from. name: how errors call the layer; origin: what knows the factors' weight."""
+    """What a preparation is made from. name: how errors call the layer; origin: what knows the factors' weight; scale:
+    what the parameters are multiplied by."""
 
     parameters: Parameters
     factors: Factors
@@ -47,6 +48,7 @@ class Source:
     config: SSVDOConfig
     name: str
     origin: Origin | None
+    scale: float = 1.0
 
     def watched(self) -> tuple[Tensor, ...]:
         """The frozen tensors."""
@@ -121,6 +123,9 @@ class Prepared(Matrices):
         self.dtype = compute_dtype(shift.dtype)
         self.shift = shift.detach().to(self.dtype, copy=True)  # the way back wants dS as it is now
         self.rotation = self.shift.new_zeros(0) if rotation is None else self._worked(rotation)
+        if source.scale != 1:
+            self.shift *= source.scale
+            self.rotation = self.rotation * source.scale
         self.engine = preparation(self.config.backend, shift.device)[0]
         self.factors = source.factors
         # Of the null basis, which has columns up to max(k, l), the first belong to adapted components.
@@ -144,7 +149,7 @@ class Prepared(Matrices):
                               inverse_of(singular, shape.width, factors.null), factors.null_basis,
                               shape.large)  # fmt: skip
         U = factors.outer_basis if self.config.outer == "rotation" else None
-        return Outer(outer, shape.outer_scale(self.config), U, projector, self.config.tau)
+        return Outer(outer, self.source.scale * shape.outer_scale(self.config), U, projector, self.config.tau)
 
     @property
     def scale(self) -> Tensor:

@@ -119,7 +119,8 @@ class Cache:
     def _stamp(source: Source) -> tuple[object, object]:
         """(of sizes, formula, frozen tensors and what the parameters are; of the parameters' contents)"""
         present, on_cpu = [p for p in source.parameters if p is not None], _on_cpu(source)
-        fixed = source.shape, source.config, source.scale, *map(stamp, source.watched()), *((p.dtype, p.device) for p in present)
+        fixed = (source.shape, source.config, source.scale, *map(stamp, source.watched()),
+                 *((p.dtype, p.device) for p in present))  # fmt: skip
         return fixed, (not on_cpu and _optimizer_steps, *map(stamp, present))
 
     def out_of_date(self, source: Source, by_value: bool = True) -> bool:

@@ -100,7 +100,7 @@ def refactorize_ssvdo(model: nn.Module, *, cache_dir: str | os.PathLike[str] | N
 
 
 def set_scale(model: nn.Module, scale: float) -> nn.Module:
-    """Lets every adapter turn part of the way: K, dS and L are taken `scale` times (`Adapter.scale`). Returns the model.
+    """Lets all adapters turn part of the way: K, dS and L are taken `scale` times (`Adapter.scale`). Returns the model.
 
     0 is the base model, 1 the trained one; merged layers follow. Saved files hold what was trained, and no scale.
 

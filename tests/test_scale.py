@@ -12,7 +12,6 @@ from torch.func import functional_call, grad
 from ssvdo_kernels import (
     SSVDOConfig,
     apply_ssvdo,
-    diagnose,
     gradient_accumulation,
     load_ssvdo,
     merge_ssvdo,

@@ -8,14 +8,19 @@ weights.
 """
 
 import peft
+from peft import helpers
+from peft.tuners.lora import LoraLayer
 from peft.utils import register_peft_method
 
 from .config import SSVDOConfig
 from .layer import Linear
 from .model import SSVDOModel
+from .tuner import TunerLayer
 
 if "SSVDO" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="ssvdo", config_cls=SSVDOConfig, model_cls=SSVDOModel, prefix="ssvdo_")
     peft.SSVDOConfig, peft.SSVDOModel = SSVDOConfig, SSVDOModel
+
+helpers.LoraLayer = (LoraLayer, TunerLayer)  # the kinds of layer that `rescale_adapter_scale` looks for
 
 __all__ = ["Linear", "SSVDOConfig", "SSVDOModel"]

@@ -19,6 +19,7 @@ from ...fingerprint import Bases, CheckpointError, Fingerprint
 from ...host import Host
 from ...origin import alike, coarser, weight_sketch
 from .config import SSVDOConfig
+from .scaling import Scaled
 
 _BASES = ("basis", "null_basis")
 
@@ -55,7 +56,7 @@ def not_finite_as_value_error(names: list[str], safe_merge: bool) -> Iterator[No
         raise ValueError(said) from None
 
 
-class TunerLayer(Host, BaseTunerLayer):  # type: ignore[misc]
+class TunerLayer(Scaled, Host, BaseTunerLayer):  # type: ignore[misc]
     """A layer of PEFT's with SSVD-O adapters by name, below ``ssvdo_adapters``."""
 
     adapter_layer_names = ("ssvdo_adapters",)

@@ -179,8 +179,3 @@ def test_several_adapters_of_experts_add_their_changes():
     model.delete_adapter("second")
     model.set_adapter("default")
     torch.testing.assert_close(model(X).logits, ys[0])
-
-
-def test_a_parameter_that_is_no_stack_of_matrices_is_refused():
-    with pytest.raises(ValueError, match=r"target_parameters: .*gate.weight has shape \(3, 12\)"):
-        wrapped(target_modules=[], target_parameters=["mlp.gate.weight"])

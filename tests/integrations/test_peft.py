@@ -742,6 +742,101 @@ def test_an_adapter_that_is_loaded_while_merged_is_merged(tmp_path):
         assert torch.equal(model(x_of()), base().eval()(x_of()))
 
 
+class Free(nn.Module):
+    """A matrix that no linear layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Module()
+        self.inner.weight = nn.Parameter(torch.randn(6, 10))
+        self.inner.forward = lambda x: x @ self.inner.weight.mT
+        self.layer = nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.layer(self.inner(x))
+
+
+@pytest.mark.skipif(not hasattr(peft.LoraConfig, "target_parameters"), reason="target_parameters came with newer PEFT")
+def test_matrices_are_adapted_by_the_names_of_their_parameters(tmp_path):
+    def linear():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 10))
+
+    x, kind = x_of(), {"outer_rank": 3, "target_modules": []}
+    model = get_peft_model(linear(), SSVDOConfig(**kind, target_parameters=["0.weight", "1.weight"]))
+    other = get_peft_model(linear(), SSVDOConfig(outer_rank=3, target_modules=["0", "1"]))
+    assert len(list(model.parameters())) == len(list(other.parameters()))
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            if ours.requires_grad:
+                theirs.copy_(ours.normal_(0, 0.1))
+    want = other(x).detach()
+    assert not torch.allclose(want, linear()(x), atol=1e-3)
+    torch.testing.assert_close(model(x), want)
+    model(x).sum().backward()
+    other(x).sum().backward()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert not ours.requires_grad or torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(linear(), tmp_path)(x), want)
+    bits = linear()[0].weight
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), want)
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model[0].base_layer.weight, bits)
+    torch.testing.assert_close(model.merge_and_unload()(x), want)
+    free = get_peft_model(Free(), SSVDOConfig(**kind, target_parameters=["inner.weight"], init_weights=False))
+    assert not torch.allclose(free(x), Free()(x), atol=1e-3)
+
+
+@pytest.mark.skipif(not hasattr(peft.LoraConfig, "target_parameters"), reason="target_parameters came with newer PEFT")
+def test_parameters_that_cannot_be_adapted_are_refused():
+    kind = {"outer_rank": 0, "target_modules": []}
+    with pytest.raises(ValueError, match=r"target_parameters: lin0.bias has shape \(24,\)"):
+        get_peft_model(MLP(), SSVDOConfig(**kind, target_parameters=["lin0.bias"]))
+    tied = base()
+    tied.other = nn.Linear(24, 8)
+    tied.other.weight = tied.lin1.weight
+    with pytest.raises(ValueError, match=r"target_parameters: lin1\.weight is shared with another module"):
+        get_peft_model(tied, SSVDOConfig(**kind, target_parameters=["lin1.weight"]))
+    reader = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(ValueError, match=r"out_proj\.weight is multiplied by in"):
+        get_peft_model(reader, SSVDOConfig(**kind, target_parameters=["out_proj.weight"]))
+
+
+def test_rows_of_an_embedding_are_trained_beside_the_adapters(tmp_path):
+    def plain():
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(emb=nn.Embedding(12, 10), lin=nn.Linear(10, 24)))
+
+    rows = torch.arange(12)
+    model = get_peft_model(plain(), SSVDOConfig(target_modules=["lin"], outer_rank=2,
+                                                trainable_token_indices={"emb": [1, 3]}))  # fmt: skip
+    train(model, rows)
+    want = model(rows)
+    changed = (want - plain()(rows)).abs().amax(1)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(plain(), tmp_path)(rows), want)
+    merged = model.merge_and_unload()
+    moved = (merged.emb.weight - plain().emb.weight).abs().amax(1) > 0
+    assert moved.nonzero().flatten().tolist() == [1, 3] and bool((changed > 0).all())
+    torch.testing.assert_close(merged(rows), want)
+
+
+def test_layers_are_found_again_from_a_state_dict():
+    trained = adapt(base(), target_modules=["lin0", "lin1"], init_weights=False).eval()
+    state = {k.removeprefix("base_model.model."): t for k, t in get_peft_model_state_dict(trained).items()}
+    for low in (False, True):
+        model = base()
+        with pytest.warns(RuntimeWarning, match="state_dict contained these additional target modules"):
+            peft.inject_adapter_in_model(SSVDOConfig(target_modules=["lin0"], outer_rank=3), model, state_dict=state,
+                                         low_cpu_mem_usage=low)  # fmt: skip
+        assert isinstance(model.lin1, Linear)
+        set_peft_model_state_dict(model, state, low_cpu_mem_usage=low)
+        torch.testing.assert_close(model(x_of()), trained(x_of()))
+
+
 def test_importing_twice_registers_once():  # last: it makes the classes anew
     import importlib
 

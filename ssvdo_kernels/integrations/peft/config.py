@@ -35,9 +35,10 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
             `ssvdo_kernels.SSVDOConfig`. A square layer has no complement and gets outer_rank 0.
         init_angle: radians; the default, 0, starts at the base model exactly, as PEFT's methods do.
         target_modules: list of suffixes, one regular expression or "all-linear"; None: the feed-forward layers.
-        target_parameters: names of parameters that hold a matrix for each expert; None: those of known feed-forward
-            layers, where target_modules is None too.
+        target_parameters: names of parameters that are a matrix, or hold one for each expert; None: those of known
+            feed-forward layers, where target_modules is None too.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in LoraConfig.
+        trainable_token_indices: rows of the embedding that are trained beside the adapters, as in LoraConfig.
         inner_ratio_pattern, outer_rank_pattern: other values for single layers, by suffix or regular expression.
         init_weights: False draws random adapters (for tests).
         factor_cache: a folder in which factorisations are kept by weight content; None: none.
@@ -65,11 +66,13 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
     neumann_terms: int = field(default=4, metadata={"help": "terms of rotation='neumann'"})
     backend: str = field(default="auto", metadata={"help": "auto, reference or triton"})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt"})
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "experts' parameters to adapt"})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "parameters to adapt"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave alone"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained whole"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of layers to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "rows of the embedding to train"})
     inner_ratio_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "by layer"})
     outer_rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "by layer"})
     init_weights: bool = field(default=True, metadata={"help": "start at the base model"})

@@ -12,12 +12,12 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
-from ...experts import stacks
 from ...host import exchange, hosts, settle, warn_of_lowered
 from ...targets import default_names, default_parameters, reason_against, shared_weights
+from ...weight_readers import reader_of
 from .config import SSVDOConfig
 from .layer import Linear
-from .parameters import ParamWrapper
+from .parameters import ParamWrapper, parameter_of
 from .tuner import TunerLayer
 
 
@@ -99,20 +99,23 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         inner: Any = target
         while isinstance(inner, ParamWrapper):
             inner = inner.base_layer
-        if own not in stacks(inner):
-            shape = tuple(getattr(inner, own).shape)
-            raise ValueError(f"target_parameters: {key} has shape {shape}; allowed: a matrix for each expert (3 "
-                             "dimensions, floating)")  # fmt: skip
+        if parameter_of(inner, own) is None:
+            given = getattr(inner, own)
+            raise ValueError(f"target_parameters: {key} has shape {tuple(given.shape)} and dtype {given.dtype}; "
+                             "allowed: a floating matrix, or one for each expert (3 dimensions)")  # fmt: skip
+        if reader := reader_of(parent, name):
+            raise ValueError(f"target_parameters: {key} is multiplied by in {reader}, which never calls its module, "
+                             "so that an adapter would do nothing")  # fmt: skip
+        if id(getattr(inner, own)) in shared_weights(self.model):
+            raise ValueError(f"target_parameters: {key} is shared with another module, where W' would not be; allowed: "
+                             "parameters that are not tied")  # fmt: skip
         made = ParamWrapper(target, own, adapter, config, key)
         if adapter not in self.active_adapters:
             made.requires_grad_(False)
         self._replace_module(parent, name, made, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, ParamWrapper) or isinstance(new_module, ParamWrapper):  # PEFT would look for a `weight`
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        setattr(parent, child_name, new_module)  # which is made on the weight's device
 
     def _prepare_adapter_config(self, peft_config: SSVDOConfig, model_config: dict[str, Any]) -> SSVDOConfig:
         return peft_config  # `_prepare_model` knows the model, whatever its type
@@ -125,15 +128,16 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         """
         if peft_config.target_modules is None:
             names, parameters = default_names(model), default_parameters(model)
-            if not names and not parameters:
+            if not names and not parameters and not peft_config.target_parameters:
                 raise ValueError("Please specify `target_modules` in `peft_config`: no layer of the model has the name "
                                  "of a feed-forward layer")
-            peft_config.target_modules = _in_layers(names, peft_config)
+            peft_config.target_modules = sorted(_in_layers(names, peft_config))
             peft_config.target_parameters = peft_config.target_parameters or parameters or None
         elif peft_config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
             names, shared = cast("list[str]", peft_config.target_modules), shared_weights(model)
-            peft_config.target_modules = _in_layers([n for n in names if self._fits(model, n, shared)], peft_config)
+            found = [n for n in names if self._fits(model, n, shared)]
+            peft_config.target_modules = sorted(_in_layers(found, peft_config))
 
     @staticmethod
     def _fits(model: nn.Module, name: str, shared: set[int]) -> bool:

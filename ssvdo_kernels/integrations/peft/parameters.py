@@ -1,4 +1,4 @@
-"""PEFT's host for `target_parameters`: a parameter that holds a matrix for each expert of a mixture."""
+"""PEFT's host for `target_parameters`: a parameter that is a matrix, or holds one for each expert of a mixture."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from .config import SSVDOConfig
 from .tuner import TunerLayer, new_adapter
 
 
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """The module's own parameter, where it can be adapted: rows x columns, or experts x rows x columns."""
+    own = module._parameters.get(name)
+    matrix = own is not None and own.ndim == 2 and own.is_floating_point()
+    return own if matrix else stacks(module).get(name)
+
+
 class ParamWrapper(TunerLayer):
-    """A module, called with W' in place of W0 in its parameter `parameter_name` (experts x rows x columns).
+    """A module, called with W' in place of W0 in its parameter `parameter_name`, as `parameter_of` takes it.
 
     Two parameters of a module are two wrappers, one inside the other, as PEFT's own methods have it. W' is dense for
     the time of a forward and its backward.
@@ -31,9 +38,15 @@ class ParamWrapper(TunerLayer):
         self.update_layer(adapter_name, config, key)
 
     def stack(self) -> Tensor:
-        """The parameter, as it was trained before: experts x rows x columns."""
-        original = self.ssvdo_original
-        return stacks(self.get_base_layer())[self.parameter_name] if original is None else original
+        """The parameter, as it was trained before: experts x rows x columns; a matrix is that of one expert."""
+        original = self._own if self.ssvdo_original is None else self.ssvdo_original
+        return original if original.ndim == 3 else original[None]
+
+    @property
+    def _own(self) -> Tensor:
+        found = parameter_of(self.get_base_layer(), self.parameter_name)
+        assert found is not None
+        return found
 
     def base(self, adapter: Adapter | None = None) -> Base:
         return DenseBase(self.stack()[0 if adapter is None else int(adapter.name.rpartition(".")[2])])
@@ -58,10 +71,10 @@ class ParamWrapper(TunerLayer):
             base = DenseBase(matrix)
             made = [self.of(name)[i].weight(base) for name in names]
             found.append(sum((w - matrix for w in made[1:]), made[0]))
-        return torch.stack(found)
+        return torch.stack(found).view(self._own.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes with its experts adapted."""
+        """What the module computes with W' in its parameter."""
         if kwargs.pop("adapter_names", None) is not None and not self.disable_adapters:
             raise ValueError(f"{self.parameter_name} does not support mixed batch inference (adapter_names)")
         if not (names := self.in_use()):
@@ -73,17 +86,17 @@ class ParamWrapper(TunerLayer):
         return torch.func.functional_call(self.base_layer, {path: made}, args, kwargs)
 
     def now(self) -> Tensor:
-        return stacks(self.get_base_layer())[self.parameter_name].detach()
+        return self._own.detach()
 
     def put(self, weight: Tensor) -> None:
-        own = stacks(self.get_base_layer())[self.parameter_name]
+        own = self._own
         if self.ssvdo_original is None:
             self.ssvdo_original = own.data
         own.data = weight
 
     def put_back(self) -> None:
         assert self.ssvdo_original is not None
-        stacks(self.get_base_layer())[self.parameter_name].data, self.ssvdo_original = self.ssvdo_original, None
+        self._own.data, self.ssvdo_original = self.ssvdo_original, None
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="1024 <-> 4096, l = 64 only; some 3 minutes on 2 cores")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    parser.add_argument("--threads", type=int, help="1: time of this process, for a machine that others use")
     parser.add_argument("--minutes", type=float, help="begin no row after so many")
     sizes = {"kinds": str, "d": int, "tokens": int, "p": float, "rank": int}
     for name, kind in sizes.items():
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: there is no NVIDIA GPU")
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     given = {name: getattr(options, name) for name in sizes}
     cases = {name_of(c): c for c in grid(options.quick, options.device.startswith("cuda"), **given)}
     rows = Rows(options.out, options.device, options.dtype, "quick" if options.quick else "full",

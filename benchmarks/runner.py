@@ -87,9 +87,12 @@ def interleave(
     """Times every step once a round, in an order that rotates, after one untimed round; ratios are taken per round.
 
     A machine's slow phases then meet all methods alike, and the median drops those that meet one alone.
+    One thread on a CPU is timed by what the process had of it, which others on the machine disturb less.
+
     whole: steps on a GPU are timed by the clock, one by one, and not through a `Queue`: long ones, that fill it.
     """
     device = torch.device("cpu") if device is None else device
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     queue = Queue(device) if device.type == "cuda" and not whole else None
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -102,10 +105,10 @@ def interleave(
                 host[name] += [(own, queued)] if index else []
             else:
                 synchronize(device)
-                start = time.perf_counter()
+                start = clock()
                 steps[name]()
                 synchronize(device)
-                took = time.perf_counter() - start
+                took = clock() - start
             if index:
                 seconds[name].append(took)
     result = {}

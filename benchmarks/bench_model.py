@@ -7,7 +7,8 @@
 A training step is forward, backward, AdamW (fused on a GPU) and the setting of gradients to None; "frozen" is forward
 and backward to the input alone. All methods adapt the feed-forward layers (LoRA's rank is l). Decoding: one utterance,
 its keys and values kept; the time of one token. Memory: see memory.py; `--rounds 0` measures it alone, without times.
-The results file is written after each model.
+On a GPU "host" is a step of a few tokens: what Python and launches take. Only the frozen model and one method are in
+memory at once; each row is on disk once it is measured, and the same command goes on where it was cut.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
+import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,9 @@ from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo
 
 from . import memory
 from .peers import DenseSSVDO, EspnetStyleSSVD, with_lora
-from .record import facts, stem
+from .record import Rows
 from .report import MEMORY, as_markdown, memory_cells
-from .runner import interleave, launches, peak_extra_bytes
+from .runner import interleave, launches, peak_extra_bytes, synchronize
 from .stacks import STACKS, FeedForward, Recogniser, Stack
 
 Make = Callable[[nn.Module], nn.Module]
@@ -109,6 +111,19 @@ def pretrained(stack: Stack, device: str, dtype: torch.dtype) -> nn.Module:
     return Recogniser(stack).to(device, dtype).requires_grad_(False)
 
 
+def host_ms(stack: Stack, model: nn.Module, like: Tensor) -> float:
+    """Milliseconds of a training step of so few tokens that the GPU waits for Python."""
+    step = training_step(model, *inputs(replace(stack, frames=8, labels=4), 1, like))
+    found = []
+    for _ in range(6):
+        synchronize(like.device)
+        start = time.perf_counter()
+        step()
+        synchronize(like.device)
+        found.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found[1:])
+
+
 def train(stack: Stack, models: dict[str, nn.Module], batch: int, rounds: int, weight: Tensor) -> dict[str, Any]:
     """Median step, ratio to the frozen model, tokens a second, allocations and launches, by method."""
     frames, tokens = inputs(stack, batch, weight)
@@ -117,12 +132,13 @@ def train(stack: Stack, models: dict[str, nn.Module], batch: int, rounds: int, w
         for step in steps.values():
             step()  # for what is held afterwards
         return {name: {} for name in steps}
-    timings = interleave(steps, rounds, "frozen", weight.device)
+    timings = interleave(steps, rounds, "frozen", weight.device, whole=True)
     count = batch * (stack.frames + stack.labels)
     return {name: {
         **asdict(timings[name]), "tokens_per_second": 1e3 * count / timings[name].median_ms,
         "peak_extra_mb": peak_extra_bytes(steps[name], weight.device) / 1e6,
         "launches": launches(steps[name]) if weight.is_cuda else None,
+        "host_ms": host_ms(stack, models[name], weight) if weight.is_cuda else None,
     } for name in steps}  # fmt: skip
 
 
@@ -143,6 +159,7 @@ def model_peak(
     return peak(stack, batch)
 
 
+@lru_cache(maxsize=2)  # "frozen" is asked for with each method
 def peak_of(
     stack: Stack, batch: int, rank: int, cache: Path, device: str, dtype: torch.dtype, name: str
 ) -> float | None:
@@ -156,80 +173,94 @@ def peak_of(
 
 
 @torch.no_grad()
-def decode(stack: Stack, base: nn.Module, makers: dict[str, Make], rounds: int, length: int = 16) -> dict[str, Any]:
-    """Milliseconds a token and the ratio to the plain model, for one utterance; unmerged, merged, and LoRA."""
+def decode(stack: Stack, models: dict[str, nn.Module], rounds: int, length: int = 16) -> dict[str, Any]:
+    """Milliseconds a token and the ratio to the model "plain", for one utterance."""
+    base: Any = models["plain"]
     weight = next(base.parameters())
-    wanted = {"LoRA": "LoRA", "unmerged, p=0.25": "SSVD-O, p=0.25", "unmerged, p=0.5": "SSVD-O, p=0.5",
-              "merged, p=0.5": "SSVD-O, p=0.5"}  # fmt: skip
-    models = {"plain": base, **{short: makers[name](copy.deepcopy(base)) for short, name in wanted.items()
-                                if name in makers}}  # fmt: skip
-    if "merged, p=0.5" in models:
-        merge_ssvdo(models["merged, p=0.5"])
     memory = torch.randn(1, stack.frames, stack.width).to(weight)
-    memories = [block.src_attn.keys_and_values(memory) for block in base.decoder]  # type: ignore[operator, union-attr]
+    memories = [block.src_attn.keys_and_values(memory) for block in base.decoder]
     start = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
 
     def speak(model: Any) -> Callable[[], object]:
         recogniser = model.eval().get_base_model() if hasattr(model, "get_base_model") else model.eval()
         return lambda: list(recogniser.decode(memories, start, length))
 
-    timings = interleave({name: speak(model) for name, model in models.items()}, rounds, "plain", weight.device)
+    timings = interleave({n: speak(model) for n, model in models.items()}, rounds, "plain", weight.device, whole=True)
     return {name: {"ms_per_token": t.median_ms / length, "ratio": t.ratio} for name, t in timings.items()}
 
 
+def decoded(stack: Stack, base: nn.Module, method: str, model: nn.Module, rounds: int) -> dict[str, Any]:
+    """`decode` of a method: SSVD-O unmerged and merged, LoRA, "plain" for the frozen model; of others nothing."""
+    if method == "frozen":
+        return decode(stack, {"plain": base}, rounds)
+    if not method.startswith(("LoRA", "SSVD-O")) or method.endswith("compiled"):
+        return {}
+    name = method.replace("SSVD-O", "unmerged")
+    found = {name: decode(stack, {"plain": base, name: model}, rounds)[name]}
+    if method.startswith("SSVD-O"):
+        merge_ssvdo(model)
+        name = method.replace("SSVD-O", "merged")
+        found[name] = decode(stack, {"plain": base, name: model}, rounds)[name]
+    return found
+
+
 def measure(
-    name: str, stack: Stack, batch: int, rank: int, device: str, dtype: torch.dtype, rounds: int, compiled: bool,
-    chosen: list[str] | None = None,
+    model: str, method: str, stack: Stack, batch: int, rank: int, device: str, dtype: torch.dtype, rounds: int,
+    compiled: bool, cache: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """The row of one model; of the methods in `chosen` and "frozen" alone, where given."""
+    """The row of one method on one model, beside the frozen model."""
     base = pretrained(stack, device, dtype)
     weight = next(base.parameters())
-    with tempfile.TemporaryDirectory() as folder:
-        makers = methods(rank, Path(folder), compiled)
-        makers = {n: make for n, make in makers.items() if chosen is None or n in ("frozen", *chosen)}
-        models = {n: make(copy.deepcopy(base)).train() for n, make in makers.items()}
-        trained = train(stack, models, batch, rounds, weight)
-        adapted = sum(w.weight.nbytes for m in base.modules() if isinstance(m, FeedForward) for w in (m.w_1, m.w_2))
-        kept = memory.beside(models, base, adapted)
-        counts = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()}
-        del models
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        peaks = memory.peaks(makers, partial(peak_of, stack, batch, rank, Path(folder), device, dtype))
-        decoded = decode(stack, base, makers, rounds) if rounds else {}
-    return {"model": name, "batch": batch, "tokens": batch * (stack.frames + stack.labels), "l": rank,
-            "parameters": sum(p.numel() for p in base.parameters()),
-            "training": {n: {**trained[n], **kept[n], "peak_mib": peaks[n], "trained": counts[n]} for n in makers},
-            "decoding": decoded}  # fmt: skip
+    adapted = sum(w.weight.nbytes for m in base.modules() if isinstance(m, FeedForward) for w in (m.w_1, m.w_2))
+    make = methods(rank, cache, compiled)[method]
+    models = {"frozen": base} if method == "frozen" else {"frozen": base, method: make(copy.deepcopy(base))}
+    trained = train(stack, {n: m.train() for n, m in models.items()}, batch, rounds, weight)[method]
+    kept = memory.beside(models, base, adapted)[method]
+    count = sum(p.numel() for p in models[method].parameters() if p.requires_grad)
+    said = decoded(stack, base, method, models[method], rounds) if rounds else {}
+    parameters = sum(p.numel() for p in base.parameters())
+    del models, base, weight
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    peaks = memory.peaks((method,), lambda name: peak_of(stack, batch, rank, cache, device, dtype, name))
+    return {"model": model, "method": method, "batch": batch, "tokens": batch * (stack.frames + stack.labels),
+            "l": rank, "parameters": parameters, "decoding": said,
+            "training": {**trained, **kept, "peak_mib": peaks[method], "trained": count}}  # fmt: skip
 
 
-TIMES = ("training step", "ms", "ratio to frozen", "tokens/s", "a step's allocations, MB", "launches")
+TIMES = ("training step", "ms", "ratio to frozen", "tokens/s", "a step's allocations, MB", "launches", "host, ms")
 
 
 def _times(m: dict[str, Any]) -> list[str]:
     if "median_ms" not in m:
-        return ["-"] * 5
+        return ["-"] * 6
     return [f"{m['median_ms']:.1f}", f"{m['ratio']:.2f}", f"{m['tokens_per_second']:.0f}", f"{m['peak_extra_mb']:.0f}",
-            str(m["launches"] or "-")]  # fmt: skip
+            str(m["launches"] or "-"), "-" if m["host_ms"] is None else f"{m['host_ms']:.1f}"]  # fmt: skip
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The rows as Markdown tables."""
     lines = [f"{results['device']}, {results['threads']} threads, {results['dtype']}, torch {results['torch']}, commit "
              f"{results['commit']}, {results['date']}. Random weights; ratios within one run, medians."]  # fmt: skip
+    by_model: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:
-        lines += ["", f"**{row['model']}** ({row['parameters'] / 1e6:.0f} M parameters), {row['tokens']} tokens a "
-                  f"step, l = r = {row['l']}", "",
-                  *as_markdown([*TIMES, *MEMORY, "trained"], [[n, *_times(m), *memory_cells(m), f"{m['trained']:,}"]
-                                                               for n, m in row["training"].items()])]  # fmt: skip
-        if row["decoding"]:
+        by_model.setdefault(row["model"], []).append(row)
+    for name, rows in by_model.items():
+        one = rows[0]
+        lines += ["", f"**{name}** ({one['parameters'] / 1e6:.0f} M parameters), {one['tokens']} tokens a "
+                  f"step, l = r = {one['l']}", "",
+                  *as_markdown([*TIMES, *MEMORY, "trained"],
+                               [[r["method"], *_times(m), *memory_cells(m), f"{m['trained']:,}"]
+                                for r in rows for m in [r["training"]]])]  # fmt: skip
+        said = {n: m for r in rows for n, m in r["decoding"].items()}
+        if said:
             lines += ["", *as_markdown(["decoding", "ms a token", "ratio to plain"], [
-                [n, f"{m['ms_per_token']:.2f}", f"{m['ratio']:.2f}"] for n, m in row["decoding"].items()])]
+                [n, f"{m['ms_per_token']:.2f}", f"{m['ratio']:.2f}"] for n, m in said.items()])]
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=sorted(STACKS))
@@ -241,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="0: memory alone, no times and no decoding")
     parser.add_argument("--methods", nargs="+", help="of those in the tables; frozen is always there")
     parser.add_argument("--compile", action="store_true", help="also under torch.compile: minutes more a model")
-    parser.add_argument("--minutes", type=float, help="start no model after so many minutes")
+    parser.add_argument("--minutes", type=float, help="begin no row after so many")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -249,22 +280,22 @@ def main(arguments: list[str] | None = None) -> None:
     known = methods(options.rank, Path(), options.compile)
     if unknown := sorted(set(options.methods or ()) - set(known)):
         parser.error(f"--methods: {unknown[0]!r} is unknown; allowed: {', '.join(known)}")
-    began = time.monotonic()
-    results = {**facts(options.device), "dtype": options.dtype, "rows": [], "missing": list(options.models)}
-    path = stem(options.out, results, options.dtype, "models")
-    for model in options.models:
-        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
-            break
-        stack = replace(STACKS[model], frames=options.frames or STACKS[model].frames)
-        batch = options.batch or max(1, 16_000 // (stack.frames + stack.labels))
-        results["rows"].append(measure(model, stack, batch, options.rank, options.device,
-                                       getattr(torch, options.dtype), options.rounds, options.compile,
-                                       options.methods))  # fmt: skip
-        results["missing"].remove(model)
-        path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
-    print(markdown(results), *(f"not run: {m}" for m in results["missing"]), f"results: {path}.json and .md", sep="\n")
+    chosen = [n for n in known if options.methods is None or n in ("frozen", *options.methods)]
+    keys = {f"{model}, {method}": (model, method) for model in options.models for method in chosen}
+    sizes = {"frames": options.frames, "batch": options.batch, "l": options.rank, "rounds": options.rounds}
+    rows = Rows(options.out, options.device, options.dtype, "models", dtype=options.dtype, sizes=sizes)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def one(key: str) -> dict[str, Any]:
+            model, method = keys[key]
+            stack = replace(STACKS[model], frames=options.frames or STACKS[model].frames)
+            batch = options.batch or max(1, 16_000 // (stack.frames + stack.labels))
+            return measure(model, method, stack, batch, options.rank, options.device, getattr(torch, options.dtype),
+                           options.rounds, options.compile, Path(folder))
+
+        missing = rows.fill(keys, one, options.minutes)
+    return rows.finish(markdown, missing)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,7 @@ pytest.importorskip("peft", reason="the peers need PEFT")
 from benchmarks import bench_kernels, bench_model, bench_preparation, runner, soak
 from benchmarks.ceiling import floors, measure
 from benchmarks.peers import DenseSSVDO, EspnetStyleSSVD, peers
+from benchmarks.record import TIME_IS_UP
 from benchmarks.report import markdown, plot
 from benchmarks.runner import interleave, peak_extra_bytes
 from benchmarks.stacks import Recogniser, Stack
@@ -172,18 +173,39 @@ def test_models_are_measured_by_every_method(tmp_path, monkeypatch, capsys):
                       "2", "--out", str(tmp_path)])  # fmt: skip
     (file,) = tmp_path.glob("*-float32-models.json")
     results = json.loads(file.read_text())
-    (row,) = results["rows"]
-    assert results["missing"] == [] and row["tokens"] == 2 * (6 + 3)
+    rows = {row["method"]: row for row in results["rows"]}
+    training = {method: row["training"] for method, row in rows.items()}
+    assert "missing" not in results and "errors" not in results and rows["LoRA"]["tokens"] == 2 * (6 + 3)
     feed_forward = 2 * (2 * 2 + 2)  # layers: two in each encoder block, one in each decoder block, of two matrices
-    trained = {name: m["trained"] for name, m in row["training"].items()}
+    trained = {name: m["trained"] for name, m in training.items()}
     assert trained["frozen"] == 0 and trained["LoRA"] == feed_forward * 4 * (16 + 64)
     assert trained["SSVD-O, p=0.5"] == trained["dense SSVD-O, p=0.5"] == feed_forward * (8 * 9 // 2 + 48 * 4)
-    assert row["training"]["frozen"]["ratio"] == row["decoding"]["plain"]["ratio"] == 1.0
-    ours, lora, shown = row["training"]["SSVD-O, p=0.5"], row["training"]["LoRA"], capsys.readouterr().out
+    assert training["frozen"]["ratio"] == rows["frozen"]["decoding"]["plain"]["ratio"] == 1.0
+    assert set(rows["SSVD-O, p=0.5"]["decoding"]) == {"unmerged, p=0.5", "merged, p=0.5"}
+    ours, lora, shown = training["SSVD-O, p=0.5"], training["LoRA"], capsys.readouterr().out
     assert f"| LoRA | {lora['median_ms']:.1f} |" in shown and "| 0.000 | 0.000 | 2.5 |" in shown
     assert ours["held"] > 0 == lora["held"] and ours["peak_mib"] is None
     assert ours["frozen_state"] == pytest.approx((16 * 16 + 16 + 64 * 4) / (16 * 64))  # V, S, U_l
-    assert row["training"]["dense SSVD-O, p=0.5"]["frozen_state"] == pytest.approx((64 * 16 + 16 * 16 + 16) / (16 * 64))
+    assert training["dense SSVD-O, p=0.5"]["frozen_state"] == pytest.approx((64 * 16 + 16 * 16 + 16) / (16 * 64))
+
+
+def test_a_model_that_does_not_fit_is_a_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench_model.STACKS, "owsm-0.1b", TINY)
+    monkeypatch.setattr(bench_model, "peak_of", lambda *about: None)
+    real = bench_model.methods
+
+    def methods(*about):
+        def too_large(model):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+        return {**real(*about), "full": too_large}
+
+    monkeypatch.setattr(bench_model, "methods", methods)
+    done = bench_model.main(["owsm-0.1b", "--device", "cpu", "--dtype", "float32", "--batch", "1", "--rank", "4",
+                             "--rounds", "1", "--methods", "full", "LoRA", "--out", str(tmp_path)])  # fmt: skip
+    shown = capsys.readouterr().out
+    assert done == 1 and "not measured: owsm-0.1b, full: OutOfMemoryError: CUDA out of memory. Tried" in shown
+    assert "| LoRA |" in shown and "| full |" not in shown
 
 
 def test_a_peer_is_made_once_for_each_shape():
@@ -207,8 +229,8 @@ def test_decoding_one_by_one_is_the_whole_sequence():
 
 
 def test_time_that_is_up_leaves_models_out(tmp_path, capsys):
-    bench_model.main(["owsm-1b", "--device", "cpu", "--minutes", "0", "--out", str(tmp_path)])
-    assert "not run: owsm-1b" in capsys.readouterr().out
+    assert bench_model.main(["owsm-1b", "--device", "cpu", "--minutes", "0", "--out", str(tmp_path)]) == TIME_IS_UP
+    assert "not run for want of time: owsm-1b, frozen, owsm-1b, full" in capsys.readouterr().out
 
 
 def test_the_soak_sees_memory_that_grows(tmp_path, monkeypatch, capsys):

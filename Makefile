@@ -34,31 +34,11 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
-SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 SSVDO_AUTOTUNE=0 timeout 100 compute-sanitizer --tool $$tool \
-  --error-exitcode 9 --target-processes all $(PYTHON) -m pytest -q -m gpu tests/gpu -k every
-
-# Runs with the machine's own Python and torch: a GPU box has its build installed. Results go to $OUT.
+# With the machine's own Python and torch, in calls of under nine minutes: the same target again goes on where it was cut.
+# Everything is in build/gpu-run; where OUT is set, in one archive there as well.
 gpu gpu-layers gpu-models gpu-soak: export PYTHONPATH := .
-gpu:
-	SSVDO_BUILD=1 SSVDO_CUDA_ARCHS=$${SSVDO_CUDA_ARCHS:-90a} $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m ssvdo_kernels.info
-	$(PYTHON) -m pytest -q -m gpu tests/gpu
-	for tool in memcheck racecheck; do $(SANITIZE) || exit 1; done
-	$(PYTHON) -m benchmarks.bench_preparation --device cuda --out $${OUT:-benchmarks/results}
-	$(PYTHON) -m benchmarks.bench_kernels --out $${OUT:-benchmarks/results}
-	$(PYTHON) -m benchmarks --quick --device cuda --dtype bfloat16 --out $${OUT:-benchmarks/results}
-
-# Each under 9 minutes, after `make gpu` on the same machine (it builds): what has not begun by then is left out.
-gpu-layers:
-	$(PYTHON) -m benchmarks --device cuda --dtype bfloat16 --minutes 8 --out $${OUT:-benchmarks/results}
-
-gpu-models:
-	$(PYTHON) -m benchmarks.bench_model owsm-0.1b owsm-1b whisper-large owsm-2b --minutes 6 --out $${OUT:-benchmarks/results}
-
-# The other two sanitizers, and training for MINUTES with flat memory.
-gpu-soak:
-	for tool in initcheck synccheck; do $(SANITIZE) || exit 1; done
-	$(PYTHON) -m benchmarks.soak --minutes $${MINUTES:-10} --out $${OUT:-benchmarks/results}
+gpu gpu-layers gpu-models gpu-soak:
+	$(PYTHON) -m benchmarks.gpu_run $@ --minutes $${MINUTES:-8.5} $(if $(OUT),--archive $(OUT)/gpu-run.tar.gz) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info ssvdo_kernels/*.so

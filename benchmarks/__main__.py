@@ -2,7 +2,7 @@
 
     python -m benchmarks --quick
     python -m benchmarks --device cuda --dtype bfloat16 --minutes 8
-    python -m benchmarks --quick --kinds tall --p 0.5 --tokens 128 1024
+    python -m benchmarks --quick --kinds tall --p 0.5 --tokens 128 1024 --peers LoRA
 
 Every row is on disk once it is measured; the same command goes on where a run was cut. Exit code 75: rows are missing.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .bench_layer import Case, grid, measure_layer
+from .peers import peers
 from .record import Rows
 from .report import label, markdown, plot
 
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = {"kinds": str, "d": int, "tokens": int, "p": float, "rank": int}
     for name, kind in sizes.items():
         parser.add_argument(f"--{name}", type=kind, nargs="+", help="in place of the grid's own")
+    parser.add_argument("--peers", nargs="*", help="of the tables' columns, in place of all, and without our forms")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -45,12 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     given = {name: getattr(options, name) for name in sizes}
     cases = {name_of(c): c for c in grid(options.quick, options.device.startswith("cuda"), **given)}
+    if unknown := sorted(set(options.peers or ()) - set(peers(0.5, 64))):
+        parser.error(f"--peers: {unknown[0]!r} is unknown; allowed: {', '.join(peers(0.5, 64))}")
     rows = Rows(options.out, options.device, options.dtype, "quick" if options.quick else "full",
-                dtype=options.dtype, quick=options.quick)
+                dtype=options.dtype, quick=options.quick, peers=options.peers)
     with tempfile.TemporaryDirectory() as folder:
         missing = rows.fill(cases, lambda key: measure_layer(
-            cases[key], options.quick, torch.device(options.device), getattr(torch, options.dtype), Path(folder)),
-            options.minutes)  # fmt: skip
+            cases[key], options.quick, torch.device(options.device), getattr(torch, options.dtype), Path(folder),
+            options.peers), options.minutes)  # fmt: skip
     code = rows.finish(markdown, missing)
     results: dict[str, Any] = {**rows.facts, "rows": rows.good}
     if rows.good:

@@ -47,8 +47,13 @@ def grid(quick: bool, gpu: bool, **given: Sequence[Any] | None) -> list[Case]:
     return list(dict.fromkeys(cases))
 
 
-def kept(p: float, tokens: int, quick: bool) -> tuple[frozenset[str], bool]:
-    """(The peers to leave out, whether our forms are timed one by one): --quick has each once, where it tells most."""
+def kept(p: float, tokens: int, quick: bool, only: Sequence[str] | None = None) -> tuple[frozenset[str], bool]:
+    """(The peers to leave out, whether our forms are timed one by one): --quick has each once, where it tells most.
+
+    only: the peers that are wanted, without our forms.
+    """
+    if only is not None:
+        return frozenset(peers(p, 64)) - {"frozen", *only}, False
     if not quick or (p == 0.5 and tokens in FULL_AT):
         return frozenset(), not quick
     left_out = {"full", "DoRA", "PiSSA", "OFT", "dense SSVD-O"} | (set() if p == 0.5 else {"ESPnet-style SSVD"})
@@ -134,12 +139,12 @@ def training_step(
 
 @contextmanager
 def contenders(
-    case: Case, quick: bool, device: torch.device, dtype: torch.dtype, cache: Path
+    case: Case, quick: bool, device: torch.device, dtype: torch.dtype, cache: Path, only: Sequence[str] | None
 ) -> Iterator[tuple[dict[str, Callable[[], None]], dict[str, nn.Module]]]:
     """(steps, modules) by name; those cached are inside `gradient_accumulation` until this is left."""
     kind, d, tokens, p, rank = case
     linear, make = make_peers(kind, d, p, rank, str(device), dtype)
-    left_out, by_form = kept(p, tokens, quick)
+    left_out, by_form = kept(p, tokens, quick, only)
     modules = {name: make(name) for name in peers(p, rank) if name not in left_out}
     x = torch.randn(tokens, linear.in_features, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(tokens, linear.out_features, device=device, dtype=dtype)
@@ -177,12 +182,14 @@ def warm(steps: dict[str, Callable[[], None]]) -> dict[str, str]:
     return failed
 
 
-def measure_layer(case: Case, quick: bool, device: torch.device, dtype: torch.dtype, cache: Path) -> dict[str, Any]:
-    """The row of one point of the grid."""
+def measure_layer(
+    case: Case, quick: bool, device: torch.device, dtype: torch.dtype, cache: Path, only: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The row of one point of the grid; only: the peers that are wanted."""
     kind, d, tokens, p, rank = case
     gpu = device.type == "cuda"
     linear, _ = make_peers(kind, d, p, rank, str(device), dtype)
-    with contenders(case, quick, device, dtype, cache) as (steps, modules):
+    with contenders(case, quick, device, dtype, cache, only) as (steps, modules):
         failed = warm(steps)
         timings = interleave(steps, ROUNDS_ON_A_GPU if gpu else ROUNDS.get(tokens, 5), "frozen", device)
         measured = [n for n in modules if n in steps and (not quick or (p == 0.5 and tokens in FULL_AT))]

@@ -1,6 +1,6 @@
 """Preparation of a model's layers, forward and backward: the compiled core in one batch against PyTorch.
 
-`python -m benchmarks.bench_preparation [--device cuda] [--out DIR]`; 1024 -> 4096, float32. In each round: plain
+`python -m benchmarks.bench_preparation [--device cuda] [--out DIR]`; d -> 4 d, float32. In each round: plain
 autograd through torch operations (what one writes first), layer by layer and, on a GPU, batched over stacked layers;
 our own hand-written gradients on PyTorch's products (backend="reference"); the compiled core, layer by layer and in one
 batch.
@@ -9,9 +9,7 @@ batch.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +25,9 @@ from ssvdo_kernels.ops.base import DenseBase
 from ssvdo_kernels.ops.engines import adjoint, prepare, prepare_one
 from ssvdo_kernels.ops.preparation import Source
 
-from .record import facts, stem
-from .runner import launches
+from .record import Rows
+from .report import as_markdown
+from .runner import interleave, launches
 
 
 def autograd(
@@ -62,17 +61,17 @@ def autograd(
     return rotation.grad, scale.grad, outer.grad
 
 
-def measure(layers: int, p: float, l: int, rounds: int, device: str) -> dict[str, Any]:  # noqa: E741
+def measure(layers: int, p: float, l: int, rounds: int, device: str, d: int = 1024) -> dict[str, Any]:  # noqa: E741
     """Median milliseconds of each way and the medians, over rounds, of their ratios to the batch."""
     config = SSVDOConfig(inner_ratio=p, outer_rank=l)
-    shape, plain = LayerShape.of(4096, 1024, config), replace(config, backend="reference")
+    shape, plain = LayerShape.of(4 * d, d, config), replace(config, backend="reference")
     torch.manual_seed(0)
 
     def layer() -> tuple[Tensor, Factors]:
         """A and what is kept of it."""
-        U = torch.linalg.qr(torch.randn(4096, 1024, device=device))[0].contiguous()
-        S = torch.rand(1024, device=device).sort(descending=True)[0] + 0.5
-        V = torch.linalg.qr(torch.randn(1024, 1024, device=device))[0].contiguous()
+        U = torch.linalg.qr(torch.randn(4 * d, d, device=device))[0].contiguous()
+        S = torch.rand(d, device=device).sort(descending=True)[0] + 0.5
+        V = torch.linalg.qr(torch.randn(d, d, device=device))[0].contiguous()
         return (U * S) @ V.mT, Factors(V, S, U[:, :l].contiguous(), None)
 
     def draw(*sizes: int, spread: float = 1.0) -> Tensor:
@@ -81,7 +80,7 @@ def measure(layers: int, p: float, l: int, rounds: int, device: str) -> dict[str
     made = [layer() for _ in range(layers)]
     parameters = [(draw(shape.rotated, spread=1e-3), draw(shape.k, spread=1e-3), draw(shape.c, l, spread=1e-2))
                   for _ in range(layers)]  # fmt: skip
-    given = [(draw(shape.width + l, shape.width), draw(4096, l)) for _ in range(layers)]
+    given = [(draw(shape.width + l, shape.width), draw(4 * d, l)) for _ in range(layers)]
 
     def sources(config: SSVDOConfig) -> list[Source]:
         return [Source(three, f, DenseBase(tall), shape, config, "layer", None)
@@ -89,21 +88,21 @@ def measure(layers: int, p: float, l: int, rounds: int, device: str) -> dict[str
 
     def loop(config: SSVDOConfig) -> None:
         prepared = [prepare_one(source) for source in sources(config)]
-        for one, d in zip(prepared, given, strict=True):
-            adjoint([one], [d[0]], [d[1]])
+        for one, (d_mixer, d_columns) in zip(prepared, given, strict=True):
+            adjoint([one], [d_mixer], [d_columns])
 
     def batch() -> None:
         prepared = [m for m in prepare(sources(config)) if m is not None]
         adjoint(prepared, [d for d, _ in given], [d for _, d in given])
 
     def first() -> None:
-        for three, (tall, f), d in zip(parameters, made, given, strict=True):
-            autograd(three, tall, f, shape, config, d)
+        for three, (tall, f), gradients in zip(parameters, made, given, strict=True):
+            autograd(three, tall, f, shape, config, gradients)
 
     def stacked() -> None:
         rotation, scale, outer = (torch.stack(ts) for ts in zip(*parameters, strict=True))
-        d = [torch.stack(ts) for ts in zip(*given, strict=True)]
-        autograd((rotation, scale, outer), talls, frozen, shape, config, (d[0], d[1]))
+        d_mixer, d_columns = (torch.stack(ts) for ts in zip(*given, strict=True))
+        autograd((rotation, scale, outer), talls, frozen, shape, config, (d_mixer, d_columns))
 
     ways: dict[str, Callable[[], None]] = {"torch, autograd": first}
     if device == "cuda":  # what is frozen stacked beforehand, at no cost
@@ -112,49 +111,54 @@ def measure(layers: int, p: float, l: int, rounds: int, device: str) -> dict[str
         ways["torch, autograd, batched"] = stacked
     ways |= {"torch, hand-written": lambda: loop(plain), "compiled, layer by layer": lambda: loop(config),
              "compiled, one batch": batch}  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for index in range(rounds + 1):
-        for name, way in ways.items():
-            wait(device)
-            start = time.perf_counter()
-            way()
-            wait(device)
-            if index:
-                seconds[name].append(time.perf_counter() - start)
-    base = seconds["compiled, one batch"]
-    ratios = {n: statistics.median(a / b for a, b in zip(s, base, strict=True)) for n, s in seconds.items()}
-    return {"layers": layers, "p": p, "l": l, "ms": {n: 1e3 * statistics.median(s) for n, s in seconds.items()},
-            "ratio_to_batch": ratios,
+    found = interleave(ways, rounds, "compiled, one batch", torch.device(device))
+    return {"layers": layers, "d": d, "p": p, "l": l, "ms": {n: t.median_ms for n, t in found.items()},
+            "ratio_to_batch": {n: t.ratio for n, t in found.items()},
+            "host_ms": {n: t.host_ms for n, t in found.items()}, "queued": {n: t.queued for n, t in found.items()},
             "launches": {n: launches(way) for n, way in ways.items()} if device == "cuda" else {}}  # fmt: skip
 
 
-def wait(device: str) -> None:
-    """Until the device has done all that it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+def markdown(results: dict[str, Any]) -> str:
+    """The rows as a table."""
+    lines = [f"{results['device']}, {results['threads']} threads, float32, torch {results['torch']}, commit "
+             f"{results['commit']}, {results['date']}. Forward + backward; a star: the GPU waited for the host."]
+    header = ["layers", "d", "p", "l", "way", "ms", "ratio to one batch", "host, ms", "launches"]
+    rows = []
+    for r in results["rows"]:
+        for way, ms in r["ms"].items():
+            host = r["host_ms"][way]
+            rows.append([*(str(r[n]) for n in ("layers", "d", "p", "l")), way,
+                         f"{ms:.2f}{'*' if r['queued'][way] is False else ''}", f"{r['ratio_to_batch'][way]:.2f}",
+                         "-" if host is None else f"{host:.2f}", str(r["launches"].get(way, "-"))])  # fmt: skip
+    return "\n".join([*lines, "", *as_markdown(header, rows)]) + "\n"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--d", type=int, default=1024)
+    parser.add_argument("--layers", type=int, help="one case of so many, p = 0.25")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--minutes", type=float, help="begin no row after so many")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
-    cases = [(24, p, 64) for p in (0.25, 0.5)]
-    if options.device == "cuda":
-        cases = [(24, p, 64) for p in (0.125, 0.25, 0.5, 1.0)] + [(24, 0.25, n) for n in (32, 128, 256)]
-        cases += [(12, 0.25, 64), (48, 0.25, 64)]
-    rows = [measure(*case, options.rounds, options.device) for case in cases]
-    results = {**facts(options.device), "rows": rows}
-    path = stem(options.out, results, "preparation").with_suffix(".json")
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for row in rows:
-        ratio = row["ratio_to_batch"]
-        print(f"{row['layers']} layers, p = {row['p']}, l = {row['l']}:",
-              *(f"{n} {ms:.2f} ms ({ratio[n]:.2f})" for n, ms in row["ms"].items()), row["launches"], sep="  ")
-    print(f"wrote {path}")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no NVIDIA GPU")
+    l = options.rank  # noqa: E741
+    cases = [(24, p, l) for p in (0.25, 0.5)]
+    if options.layers:
+        cases = [(options.layers, 0.25, l)]
+    elif options.device == "cuda":
+        cases += [(24, p, l) for p in (0.125, 1.0)] + [(24, 0.25, n) for n in (32, 128, 256)]
+        cases += [(12, 0.25, l), (48, 0.25, l)]
+    keys = {f"{layers} layers, p={p}, l={rank}": (layers, p, rank) for layers, p, rank in cases}
+    rows = Rows(options.out, options.device, "preparation", d=options.d)
+    missing = rows.fill(keys, lambda key: measure(*keys[key], options.rounds, options.device, options.d),
+                        options.minutes)  # fmt: skip
+    return rows.finish(markdown, missing)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -12,24 +13,23 @@ from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.planner import launches
 from ssvdo_kernels.traffic import Machine, Traffic, product
 
+from .runner import Queue
 
-def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    """Median seconds of a call after one that is not timed; by events on a GPU."""
+_queue = lru_cache(maxsize=1)(Queue)
+
+
+def sample(call: Callable[[], object], device: torch.device, repeats: int = 7) -> tuple[float, float]:
+    """(median seconds of a call after one that is not timed, those of the host): on a GPU its own time (`Queue`)."""
     call()
+    if device.type == "cuda":
+        seconds, host, _ = _queue(device).sample(call)
+        return seconds, host
     found = []
     for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3)
-        else:
-            begin = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+        begin = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found), statistics.median(found)
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
@@ -38,13 +38,13 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     gpu = device.type == "cuda"
     source = torch.rand((1 << 30 if gpu else 1 << 28) // dtype.itemsize, device=device).to(dtype)
     target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() * dtype.itemsize / seconds_of(lambda: target.copy_(source), device)
+    bandwidth = 2 * source.numel() * dtype.itemsize / sample(lambda: target.copy_(source), device)[0]
 
     def rate(of: torch.dtype) -> float:
         n = 8192 if gpu and of != torch.float64 else 2048
         a, b = (torch.randn(n, n, device=device).to(of) for _ in range(2))
         out = torch.empty_like(a)
-        return 2 * n**3 / seconds_of(lambda: torch.mm(a, b, out=out), device)
+        return 2 * n**3 / sample(lambda: torch.mm(a, b, out=out), device)[0]
 
     return Machine("measured", bandwidth, rate(dtype), rate(torch.float32))
 

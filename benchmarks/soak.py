@@ -18,7 +18,7 @@ import torch
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo, unmerge_ssvdo
 
-from .record import facts, stem
+from .record import append, facts, stem
 from .stacks import STACKS, Recogniser, Stack
 
 GROWTH = 0.02  # of the most that was in use after the warm-up: allocators round sizes and keep pages
@@ -31,9 +31,9 @@ def resident() -> int:
 
 
 def soak(
-    stack: Stack, device: str, dtype: torch.dtype, seconds: float, batch: int, rank: int
+    stack: Stack, device: str, dtype: torch.dtype, seconds: float, batch: int, rank: int, log: Path
 ) -> list[dict[str, float]]:
-    """(loss, bytes allocated on the GPU, bytes resident) after each round."""
+    """(loss, bytes allocated on the GPU, bytes resident) after each round, in `log` at once."""
     torch.manual_seed(0)
     model = apply_ssvdo(Recogniser(stack).to(device, dtype), SSVDOConfig(outer_rank=rank))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5, weight_decay=0.0)
@@ -61,6 +61,7 @@ def soak(
         gc.collect()
         rounds.append({"loss": value, "resident": resident(),
                        "allocated": torch.cuda.memory_allocated() if device == "cuda" else 0})  # fmt: skip
+        append(log, rounds[-1])
     return rounds
 
 
@@ -86,12 +87,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no NVIDIA GPU")
     dtype = getattr(torch, options.dtype)
-    rounds = soak(STACKS[options.model], options.device, dtype, 60 * options.minutes, options.batch, options.rank)
+    about = {**facts(options.device), "dtype": options.dtype, "model": options.model, "minutes": options.minutes}
+    path = stem(options.out, about, options.dtype, "soak")
+    log, path = path.with_suffix(".rounds.jsonl"), path.with_suffix(".json")
+    log.unlink(missing_ok=True)
+    seconds = 60 * options.minutes
+    rounds = soak(STACKS[options.model], options.device, dtype, seconds, options.batch, options.rank, log)
     grown = {what: growth(rounds, what) for what in ("allocated", "resident")}
-    results = {**facts(options.device), "dtype": options.dtype, "model": options.model, "minutes": options.minutes,
-               "growth": grown, "rounds": rounds}  # fmt: skip
-    path = stem(options.out, results, options.dtype, "soak").with_suffix(".json")
-    path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**about, "growth": grown, "rounds": rounds}) + "\n", encoding="utf-8")
+    log.unlink()
     print(f"{len(rounds)} rounds; memory grew by", *(f"{100 * g:.2f}% ({what})" for what, g in grown.items()))
     print(f"wrote {path}")
     return int(any(g > GROWTH for g in grown.values()))

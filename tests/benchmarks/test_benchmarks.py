@@ -87,7 +87,7 @@ def test_the_autograd_loop_prepares_the_same():
 
 
 def test_preparation_is_timed_in_every_way():
-    row = bench_preparation.measure(2, 0.0625, 4, 1, "cpu")
+    row = bench_preparation.measure(2, 0.25, 4, 1, "cpu", d=32)
     compiled = {"compiled, layer by layer", "compiled, one batch"}
     assert set(row["ms"]) == {"torch, autograd", "torch, hand-written", *compiled}
     assert row["ratio_to_batch"]["compiled, one batch"] == 1.0 and all(ms > 0 for ms in row["ms"].values())
@@ -139,11 +139,12 @@ def test_peaks_are_measured():
 def test_kernel_table(monkeypatch):
     require_triton()
     machine = Machine("", 1e12, 1e14, 1e13)
-    monkeypatch.setattr(bench_kernels, "seconds_of", lambda call, device, repeats: (call(), 1e-3)[1])
-    found = bench_kernels.rows(machine, (5,), (16,), 16, 3, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(bench_kernels, "sample", lambda call, device, repeats: (call(), (1e-3, 5e-6))[1])
+    found = bench_kernels.rows(machine, 5, 16, 16, 3, torch.float32, torch.device("cpu"))
     assert len(found) == 4 and all(0 < r["share"] < 1 and r["ms"] == 1.0 for r in found)
-    results = {"device": "x", "dtype": "float32", "date": "d", "machine": {"bandwidth": 1e12, "rate": 1e14}}
-    assert bench_kernels.markdown({**results, "rows": found}).count("\n") == 8
+    row = {"machine": {"bandwidth": 1e12, "rate": 1e14}, "kernels": found}
+    text = bench_kernels.markdown({"device": "x", "dtype": "float32", "date": "d", "rows": [row]})
+    assert text.count("\n") == 9 and text.count("| 5 |\n") == 4
 
 
 def test_report(tmp_path):

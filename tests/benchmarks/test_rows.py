@@ -90,10 +90,14 @@ def test_a_method_that_fails_costs_no_other_its_numbers(tmp_path, monkeypatch, c
 
     monkeypatch.setattr("benchmarks.peers.EspnetStyleSSVD.forward", broken)
     monkeypatch.setattr("benchmarks.bench_layer.peaked", lambda *about: False)
-    assert layers.main([*TINY, "--tokens", "4", "--out", str(tmp_path)]) == 0
+    wanted = ["--peers", "LoRA", "ESPnet-style SSVD"]
+    assert layers.main([*TINY, "--tokens", "4", *wanted, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "not measured: 16->64 T=4 p=0.5 l=2, ESPnet-style SSVD: ValueError: no such kernel" in shown
-    assert "| LoRA |" in shown
+    assert "| LoRA |" in shown and "DoRA" not in shown
+    with pytest.raises(SystemExit):
+        layers.main(["--peers", "lora"])
+    assert "--peers: 'lora' is unknown; allowed: frozen, full, LoRA" in capsys.readouterr().err
 
 
 class FakeStream:

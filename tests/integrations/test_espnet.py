@@ -23,10 +23,10 @@ from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 from espnet2.layers import create_adapter as table
 
 import ssvdo_kernels.integrations.espnet as integration
-from ssvdo_kernels import BaseMismatchError, gradient_accumulation, reference
+from ssvdo_kernels import BaseMismatchError, gradient_accumulation
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.host import Host
-from ssvdo_kernels.integrations.espnet import DeferredSSVDOLinear, create_ssvdo_adapter, from_espnet_ssvd
+from ssvdo_kernels.integrations.espnet import DeferredSSVDOLinear, create_ssvdo_adapter
 
 CONF = {"adapter_type": "ssvdo", "inner_ratio": 0.5, "outer_rank": 4,
         "target_modules": ["feed_forward.w_1", "feed_forward.w_2"]}  # fmt: skip
@@ -162,8 +162,8 @@ def test_an_adapter_alone_finds_its_base_or_is_refused():
     fit(model, adam(model))
     want, alone = run(model), saved(adapter_only(model))
     marks = ("base_digest", "base_sketch", "basis_sketch", "formula")
-    assert len(alone) == 6 * 7
-    assert {k.split(".lora_adapter.")[1] for k in alone} == {*marks, *PARAMETER_NAMES}
+    assert len(alone) == 6 * 8
+    assert {k.rpartition(".")[2] for k in alone} == {"lora_guard", *marks, *PARAMETER_NAMES}
     same_base = adapted()
     assert not same_base.load_state_dict(alone, strict=False).unexpected_keys
     assert torch.allclose(run(same_base), want, atol=1e-5)
@@ -186,8 +186,8 @@ def test_an_adapter_alone_finds_its_base_or_is_refused():
 
 def test_another_base_is_factorised_anew_and_the_same_one_is_not(monkeypatch):
     calls = []
-    original = integration.factorize
-    monkeypatch.setattr(integration, "factorize", lambda *a, **k: calls.append(k["name"]) or original(*a, **k))
+    original = integration.layer.factorize
+    monkeypatch.setattr(integration.layer, "factorize", lambda *a, **k: calls.append(k["name"]) or original(*a, **k))
     model = adapted()
     with torch.no_grad():  # ESPnet's attention keeps its weights, which in a graph could not be copied
         run(model)
@@ -304,27 +304,6 @@ def test_square_layers_whisper_names_and_half_precision():
     assert layer(x).dtype == torch.bfloat16 and layer.lora_adapter.singular_values.dtype == torch.float32
 
 
-def test_newer_espnets_way_of_building():
-    """LINEAR_BACKENDS' classes get r, lora_alpha, lora_dropout and the rest of adapter_conf, then weight and bias."""
-    linear = nn.Linear(8, 24)
-    layer = DeferredSSVDOLinear(8, 24, bias=True, r=8, lora_alpha=8, lora_dropout=0.0, inner_ratio=0.5, outer_rank=3)
-    layer.weight, layer.bias = linear.weight, linear.bias
-    x = torch.randn(4, 8)
-    adapter, wide = layer.lora_adapter, [p.detach().double() for p in layer.lora_adapter.trained]
-    with torch.no_grad():
-        want = reference.linear(x.double(), linear.weight.double(), linear.bias.double(), *wide, config=adapter.config)
-        assert torch.allclose(layer(x).double(), want, atol=1e-5)
-    with pytest.raises(ValueError, match="lora_dropout"):
-        DeferredSSVDOLinear(8, 24, lora_dropout=0.1)
-    fake = types.ModuleType("espnet2.layers.lora")
-    fake.LINEAR_BACKENDS = {}
-    fake.__spec__ = types.SimpleNamespace(name="espnet2.layers.lora")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "espnet2.layers.lora", fake)
-        assert len(integration.register()) == 2
-    assert {"ssvdo": DeferredSSVDOLinear} == fake.LINEAR_BACKENDS
-
-
 def test_lora_is_left_to_espnet():
     pytest.importorskip("loralib", reason="loralib is not installed")
     model = build(ENCODERS["transformer"], 1)
@@ -332,57 +311,7 @@ def test_lora_is_left_to_espnet():
     assert any("lora_A" in n for n, _ in model.named_parameters())
 
 
-# -- trained SSVD checkpoints ------------------------------------------------------------------------------------------
-def ssvd_checkpoint(rows, columns, k, merged, rank=None):
-    """A checkpoint by ESPnet's formula, and the weight that it means."""
-    torch.manual_seed(0)
-    tall = torch.randn(max(rows, columns), min(rows, columns), dtype=torch.float64)
-    if rank is not None:
-        tall = tall[:, :rank] @ torch.randn(rank, tall.shape[1], dtype=torch.float64)
-    u, s, v = torch.linalg.svd(tall, full_matrices=False)
-    delta, gate, packed = torch.randn(k) * 0.3, torch.tensor([0.7]), 0.1 * torch.randn(k * (k - 1) // 2)
-    i, j = torch.triu_indices(k, k, 1)
-    A = torch.eye(k, dtype=torch.float64)
-    A[i, j] -= 2 * packed.double()
-    A[j, i] += 2 * packed.double()
-    sigma = s.clone()
-    sigma[:k] += (delta * torch.sigmoid(gate)).double()
-    turned = torch.cat([A @ v[:k], v[k:]])
-    meant, base = (u * sigma) @ turned, tall
-    if rows < columns:
-        meant, base = meant.mT, base.mT
-    tensors = {"u": u.float(), "v": v.float(), "s_pre": s.float(), "s": delta, "gate": gate, "K_vec": packed,
-               "weight": (meant if merged else base).float().contiguous(), "bias": torch.randn(rows),
-               "svd_initialized": torch.tensor(True), "K_triu_idx": torch.stack([i, j])}  # fmt: skip
-    return {f"encoder.w.{name}": t for name, t in tensors.items()}, meant
-
-
-@pytest.mark.parametrize("rows, columns, k, rank", [
-    (24, 8, 4, None), (8, 24, 4, None), (10, 10, 10, None), (24, 8, 1, None), (24, 8, 5, 3), (8, 24, 8, 6)])
-@pytest.mark.parametrize("merged", [True, False])
-def test_a_trained_ssvd_checkpoint_gives_the_same_outputs(rows, columns, k, rank, merged):
-    state, meant = ssvd_checkpoint(rows, columns, k, merged, rank)
-    made = from_espnet_ssvd(state)
-    assert made["encoder.w"].adapter.factors.null == (0 if rank is None else k - rank)
-    assert set(made) == {"encoder.w"} and made["encoder.w"].adapter.shape.k == k
-    x = torch.randn(5, columns)
-    want = x.double() @ meant.mT + state["encoder.w.bias"].double()
-    assert torch.allclose(made["encoder.w"](x).double(), want, atol=1e-4)
-    made["encoder.w"].merge()
-    assert torch.allclose(made["encoder.w"](x).double(), want, atol=1e-4)
-
-
-def test_what_is_no_ssvd_checkpoint_is_refused():
-    state, _ = ssvd_checkpoint(24, 8, 4, True)
-    with pytest.raises(ValueError, match="no ESPnet SSVD layer"):
-        from_espnet_ssvd({"weight": torch.zeros(2, 2)})
-    with pytest.raises(ValueError, match=r"stands without \['gate'\]"):
-        from_espnet_ssvd({k: v for k, v in state.items() if "gate" not in k})
-    with pytest.raises(ValueError, match="before the layer was factorised"):
-        from_espnet_ssvd({**state, "encoder.w.svd_initialized": torch.tensor(False)})
-
-
-@pytest.mark.parametrize("names", ["feed_forward.w_1", None, [1], iter(["feed_forward.w_1"])])
+@pytest.mark.parametrize("names", ["feed_forward.w_1", 1, [1], iter(["feed_forward.w_1"])])
 def test_target_modules_of_another_type_are_refused(names):
     model = build(ENCODERS["transformer"], 1)
     with pytest.raises(ValueError, match=r"target_modules=.* is of the wrong type; allowed: a list"):
@@ -451,3 +380,36 @@ def test_an_adapter_of_which_the_outer_part_alone_is_trained_belongs_to_its_base
     model.load_state_dict(other, strict=False)
     with pytest.raises(BaseMismatchError, match="other base weights"):
         run(model)
+
+
+def test_the_layers_of_the_myst_recipe():
+    model = build(ENCODERS["e_branchformer"], 1)
+    model.encoder.embed = nn.ModuleDict({"out": nn.Linear(32, 16)})  # what newer ESPnet makes of a list of two
+    create_ssvdo_adapter(model, "myst", inner_ratio=0.5, outer_rank=2)
+    adapted_names = {n for n, m in model.named_modules() if isinstance(m, DeferredSSVDOLinear)}
+    left = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    ends = {".".join(n.split(".")[3:]) for n in adapted_names if n.count(".") > 2}
+    attention = {f"{kind}.linear_{part}" for kind in ("attn", "self_attn", "src_attn") for part in [*"qkv", "out"]}
+    ffn = {f"feed_forward{m}.w_{i}" for m in ("", "_macaron") for i in (1, 2)}
+    assert ends == attention | ffn | {"cgmlp.channel_proj1.0", "cgmlp.channel_proj2", "merge_proj"}
+    assert {n for n in adapted_names if n.count(".") <= 2} == {"encoder.embed.out", "decoder.output_layer"}
+    assert {n.rsplit(".", 1)[-1] for n in left} == {"linear_pos"}
+    with pytest.raises(TypeError, match=r"decoder\.embed\.0 is an embedding, which SSVD-O does not adapt"):
+        create_ssvdo_adapter(build(ENCODERS["transformer"], 1), ["attn.linear_q", "decoder.embed.0"], outer_rank=0)
+
+
+def test_the_recipes_own_keys_are_taken_and_idle_names_are_said():
+    model = build(ENCODERS["transformer"], 1)
+    names = ["attn.linear_q", "feed_forward.w_1", "merge_proj", "cgmlp.channel_proj2"]
+    conf = {"rank": 0, "alpha": 0, "dropout_rate": 0.1, "adapter_type": "ssvdo", "outer_rank": 0}
+    with pytest.warns(UserWarning, match=r"target_modules: \['merge_proj', 'cgmlp.channel_proj2'\] match no layer"):
+        table.create_adapter(model, "lora", {**conf, "target_modules": names})
+    assert {m.lora_dropout.p for m in model.modules() if isinstance(m, DeferredSSVDOLinear)} == {0.1}
+
+
+def test_a_plain_model_decodes_alike():
+    model = adapted()
+    fit(model, adam(model))
+    plain = build(ENCODERS["transformer"], 3)
+    plain.load_state_dict(saved(integration.plain_state_dict(model)))
+    assert torch.allclose(run(plain), run(model), atol=1e-5)

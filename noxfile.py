@@ -64,6 +64,18 @@ def onnx(session: nox.Session) -> None:
 
 
 @nox.session
+def espnet(session: nox.Session) -> None:
+    """ESPnet's own ASR task, with all that it requires but setuptools < 74, which torch 2.13 does not allow."""
+    code = "import importlib.metadata as m; print(*(r for r in m.requires('espnet') if 'extra ==' not in r), sep='\\n')"
+    session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0")
+    session.install("--no-deps", "espnet==202511", "loralib")
+    asked = str(session.run("python", "-c", code, silent=True)).split("\n")
+    session.install("torch==2.13.0", "einops", *(r for r in asked if r and not r.startswith("setuptools")))
+    session.install("--no-build-isolation", "-e", ".[dev]", env=ENVIRONMENT)
+    session.run("python", "-m", "pytest", "-q", *map(str, sorted(Path("tests/integrations").glob("test_espnet*.py"))))
+
+
+@nox.session
 def families(session: nox.Session) -> None:
     """Every family of Transformers; some need packages that are not installed, and are skipped."""
     session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0")

@@ -15,7 +15,7 @@ import ssvdo_kernels
 INTEGRATIONS = {  # module: (names, the package that it needs)
     "peft": (("SSVDOConfig",), "peft"),
     "transformers": (("SSVDOCallback",), "accelerate"),
-    "espnet": (("create_ssvdo_adapter", "DeferredSSVDOLinear", "from_espnet_ssvd"), "espnet"),
+    "espnet": (("create_ssvdo_adapter", "DeferredSSVDOLinear", "from_espnet_ssvd", "plain_state_dict"), "espnet"),
 }  # fmt: skip
 NAMES = [("ssvdo_kernels", name, "torch") for name in ssvdo_kernels.__all__] + [
     (f"ssvdo_kernels.integrations.{module}", name, package)

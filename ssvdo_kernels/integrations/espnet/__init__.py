@@ -34,6 +34,13 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         BaseMismatchError: an adapter was trained on another weight than the one that its layer holds.
+
+    Examples:
+        >>> from ssvdo_kernels.integrations.espnet import create_ssvdo_adapter
+        >>> adapted = deepcopy(plain)
+        >>> create_ssvdo_adapter(adapted, ["0", "2"], inner_ratio=0.25, outer_rank=16)
+        >>> plain.load_state_dict(plain_state_dict(adapted))
+        <All keys matched successfully>
     """
     layers = {f"{name}." if name else "": m for name, m in model.named_modules() if isinstance(m, DeferredSSVDOLinear)}
     found = {key: t for key, t in model.state_dict().items() if not any(f"{p}lora_" in key for p in layers)}

@@ -48,7 +48,7 @@ def wheel(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "build", "pybind11")
     session.install(*map(str, (folder / "dist").glob("*.whl")))
     session.run("python", "-m", "pip", "check")
-    session.install("pytest", "hypothesis")
+    session.install("pytest", "pytest-benchmark", "hypothesis")
     shutil.copytree("tests", folder / "tests", dirs_exist_ok=True)
     session.chdir(folder)  # away from the sources
     session.run("ssvdo", "--help", silent=True)

@@ -1,6 +1,8 @@
 """The benchmarks measure what they say: peers compute their methods, timings and memory are right."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -246,3 +248,9 @@ def test_the_soak_sees_memory_that_grows(tmp_path, monkeypatch, capsys):
     assert "rounds; memory grew by" in capsys.readouterr().out and json.loads(file.read_text())["rounds"]
     monkeypatch.setattr(soak, "growth", lambda rounds, what: 0.5)
     assert soak.main(few) == 1
+
+
+def test_every_method_runs_under_pytest_benchmark():
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "-k", "tall-128", "--benchmark-disable"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout

@@ -168,6 +168,11 @@ class Adapter(nn.Module):
         self.spec = encode(self.shape, self.config, self._scale)
 
     @property
+    def drops(self) -> bool:
+        """Whether a forward drops numbers of the change's input now; a host then goes by way of `changes.changed`."""
+        return self.config.dropout > 0 and self.training and not self.merged
+
+    @property
     def trained(self) -> list[nn.Parameter]:
         """The parameters that there are."""
         return [p for p in (self.inner_rotation, self.inner_scale, self.outer) if p is not None]

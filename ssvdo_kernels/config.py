@@ -57,6 +57,8 @@ class SSVDOConfig:
         outer_scale: L = s * outer. ``"balanced"`` takes s = 2 sqrt(k tau large) / c, so that one learning rate serves
             the inner and the outer part; a float > 0 sets s (1.0 is the literal form).
         init_angle: >= 0, radians by which each outer vector is turned at the start; 0 starts exactly at W0.
+        dropout: p in [0, 1), the share of the numbers of x that the change does not see in training:
+            y = x W0^T + d(x) (W' - W0)^T, at another product with W0. Merged layers drop nothing; experts cannot.
         orientation: the side on which G acts. ``"auto"``: the smaller side (input for square layers).
             ``"input"`` / ``"output"`` are accepted where that side is the smaller one, or the layer is square.
         neumann_terms: s >= 1, used by ``rotation="neumann"`` alone.
@@ -84,6 +86,7 @@ class SSVDOConfig:
     outer: str = "rotation"
     outer_scale: str | float = "balanced"
     init_angle: float = 1e-3
+    dropout: float = 0.0
     orientation: str = "auto"
     neumann_terms: int = 4
     target_modules: str | tuple[str, ...] | None = None
@@ -98,6 +101,7 @@ class SSVDOConfig:
         _number("tau", self.tau, "a finite number > 0", _is_real(self.tau) and self.tau > 0)
         _number("init_angle", self.init_angle, "a finite number >= 0",
                 _is_real(self.init_angle) and self.init_angle >= 0)
+        _number("dropout", self.dropout, "0 <= dropout < 1", _is_real(self.dropout) and 0 <= self.dropout < 1)
         _number("neumann_terms", self.neumann_terms, "an integer >= 1",
                 _is_int(self.neumann_terms) and self.neumann_terms >= 1)
         if self.outer_scale != "balanced":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .changes import Change, changed
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors
 from .host import WrappingHost, outside_of_graphs
@@ -62,6 +63,8 @@ class SSVDOLayer(WrappingHost):
 
     def _adapted(self, x: Tensor) -> Tensor:
         made = self.map
+        if self.adapter.drops:
+            return made.leave(changed(x, [Change(self.adapter)], made.base(), made.bias, made.enter))
         return made.leave(self.adapter(made.enter(x), made.base(), made.bias))
 
     def adapted_weight(self) -> Tensor:

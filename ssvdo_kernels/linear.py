@@ -7,6 +7,7 @@ import os
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .changes import Change, changed
 from .config import LayerShape, SSVDOConfig, checked_config
 from .factorize import Factors, factorize
 from .host import Host, OwnHost, carry_over
@@ -116,6 +117,8 @@ class SSVDOLinear(OwnHost):
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x W'^T + b. input: x, (..., in_features); returns (..., out_features)."""
+        if self.adapter.drops:
+            return changed(input, [Change(self.adapter)], DenseBase(self.weight), self.bias)
         y: Tensor = self.adapter(input, DenseBase(self.weight), self.bias)
         return y
 

@@ -22,6 +22,9 @@ def _plan(model: nn.Module, config: SSVDOConfig) -> list[Plan]:
     plans: list[Plan] = []
     small: list[tuple[str, int]] = []
     for name, site in find_targets(model, config).items():
+        if config.dropout and site.part:
+            raise ValueError(f"dropout={config.dropout} does not fit {name}: the module of its experts takes W' whole; "
+                             "allowed: 0, or exclude_modules without it")  # fmt: skip
         own = config.fitting(*site.sizes)
         if own.outer_rank < config.outer_rank:
             small.append((name, own.outer_rank))

@@ -128,6 +128,13 @@ def test_experts_train_in_one_batch_and_the_loss_falls():
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_experts_cannot_drop_numbers_of_their_input():
+    model = mixtral()
+    with pytest.raises(ValueError, match=r"dropout=0.1 does not fit .*experts\.gate_up_proj\.0"):
+        apply_ssvdo(model, SSVDOConfig(outer_rank=2, dropout=0.1))
+    assert not list(hosts(model))
+
+
 # -- through PEFT ------------------------------------------------------------------------------------------------------
 def wrapped(**options):
     peft = pytest.importorskip("peft", minversion="0.21", reason="target_parameters came with newer PEFT")
@@ -179,3 +186,8 @@ def test_several_adapters_of_experts_add_their_changes():
     model.delete_adapter("second")
     model.set_adapter("default")
     torch.testing.assert_close(model(X).logits, ys[0])
+
+
+def test_through_peft_dropout_is_refused_too():
+    with pytest.raises(ValueError, match=r"dropout=0.1 does not fit .*allowed with target_parameters: 0"):
+        wrapped(dropout=0.1)

@@ -6,10 +6,13 @@ import re
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from ...config import SSVDOConfig as CoreConfig
+
+BIASES = ("none", "all", "ssvdo_only")
 
 
 def _register_type() -> None:
@@ -34,6 +37,9 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
         inner_ratio, outer_rank, tau, rotation, outer, outer_scale, neumann_terms, backend: see
             `ssvdo_kernels.SSVDOConfig`. A square layer has no complement and gets outer_rank 0.
         init_angle: radians; the default, 0, starts at the base model exactly, as PEFT's methods do.
+        dropout: as LoRA's lora_dropout: y = x W0^T + d(x) (W' - W0)^T in training.
+        bias: biases that are trained and saved, too: "none", "all" those of the model, "ssvdo_only" those of adapted
+            layers. Without the adapter the model is no longer the base then. From PEFT 0.21 on.
         target_modules: list of suffixes, one regular expression or "all-linear"; None: the feed-forward layers.
         target_parameters: names of parameters that are a matrix, or hold one for each expert; None: those of known
             feed-forward layers, where target_modules is None too.
@@ -63,6 +69,8 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
     outer: str = field(default="rotation", metadata={"help": "rotation or additive"})
     outer_scale: str | float = field(default="balanced", metadata={"help": "balanced, or a number"})
     init_angle: float = field(default=0.0, metadata={"help": "radians that outer vectors are turned by at first"})
+    dropout: float = field(default=0.0, metadata={"help": "of the input of the adapter's change, in training"})
+    bias: str = field(default="none", metadata={"help": "none, all or ssvdo_only"})
     neumann_terms: int = field(default=4, metadata={"help": "terms of rotation='neumann'"})
     backend: str = field(default="auto", metadata={"help": "auto, reference or triton"})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to adapt"})
@@ -91,6 +99,11 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
                              "put the layers into the regular expression")  # fmt: skip
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias={self.bias!r} is unknown; allowed: {', '.join(map(repr, BIASES))}")
+        if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(f"bias={self.bias!r} needs PEFT 0.21: older ones would not save the biases; allowed here: "
+                             "'none'")  # fmt: skip
         for name in ("init_weights", "include_basis"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is of the wrong type; allowed: True, False")
@@ -112,4 +125,4 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
             inner_ratio=ratios.get(get_pattern_key(ratios.keys(), key), self.inner_ratio),
             outer_rank=ranks.get(get_pattern_key(ranks.keys(), key), self.outer_rank), tau=self.tau,
             rotation=self.rotation, outer=self.outer, outer_scale=self.outer_scale, init_angle=self.init_angle,
-            neumann_terms=self.neumann_terms, backend=self.backend)  # fmt: skip
+            dropout=self.dropout, neumann_terms=self.neumann_terms, backend=self.backend)  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter import Adapter
+from ...changes import Change, changed, changed_weight
 from ...host import outside_of_graphs, patched
 from ...linear_maps import LinearMap, linear_map
 from ...ops.base import Base
@@ -67,11 +68,10 @@ class Linear(TunerLayer):
                             "by Transformers")  # fmt: skip
 
     def adapted(self, names: list[str]) -> Tensor:
-        base = self.base()
-        made = self._adapter(names[0]).adapted_weight(base)
-        for name in names[1:]:
-            made += self._adapter(name).adapted_weight(base) - base.dense()
-        return made
+        return changed_weight(self._changes(names), self.base(), Adapter.adapted_weight)
+
+    def _changes(self, names: list[str]) -> list[Change]:
+        return [Change(self._adapter(name)) for name in names]
 
     def now(self) -> Tensor:
         here = linear_map(self.get_base_layer())
@@ -109,8 +109,7 @@ class Linear(TunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' - W0, laid out as the layer's weight."""
-        base = self.base()
-        return self.map.as_kept(self._adapter(adapter).adapted_weight(base) - base.dense())
+        return self.map.as_kept(self.adapted([adapter]) - self.base().dense())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y = x W'^T + b."""
@@ -157,9 +156,9 @@ class Linear(TunerLayer):
         autocast = torch.is_autocast_enabled(base.device.type)
         if not autocast and base.held:
             x = self._cast_input_dtype(x, base.dtype)
-        x = made.enter(x)
-        y: Tensor = self.ssvdo_adapters[names[0]](x, base, bias)
-        for name in names[1:]:
-            y = y + (self.ssvdo_adapters[name](x, base, bias)
-                     - nn.functional.linear(x, base.to(x.dtype).dense(), bias))  # fmt: skip
+        first = self._adapter(names[0])
+        if len(names) > 1 or first.drops:
+            y = changed(x, self._changes(names), base, bias, made.enter)
+        else:
+            y = first(made.enter(x), base, bias)
         return made.leave(y if autocast else y.to(given))

@@ -109,6 +109,9 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         if id(getattr(inner, own)) in shared_weights(self.model):
             raise ValueError(f"target_parameters: {key} is shared with another module, where W' would not be; allowed: "
                              "parameters that are not tied")  # fmt: skip
+        if config.dropout:
+            raise ValueError(f"dropout={config.dropout} does not fit {key}: its module takes W' whole; allowed with "
+                             "target_parameters: 0")  # fmt: skip
         made = ParamWrapper(target, own, adapter, config, key)
         if adapter not in self.active_adapters:
             made.requires_grad_(False)

@@ -94,6 +94,7 @@ class TunerLayer(Scaled, Host, BaseTunerLayer):  # type: ignore[misc]
         """What follows where an adapter has been added."""
         self._waiting.update({name: None for name, adapter in self.named_adapters() if adapter.basis is None})
         (self._with_basis.add if config.include_basis else self._with_basis.discard)(adapter_name)
+        self.ssvdo_adapters[adapter_name].train(self.get_base_layer().training)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()

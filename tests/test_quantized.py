@@ -1,6 +1,7 @@
 """Quantised bases: the same numbers as float64 equations on the dequantised weight; W0 is never kept dense."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,6 +105,21 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_weight(kind, size):
     for p, q in zip(host.adapter.parts, free, strict=True):
         if p is not None:
             close(p.grad, q.grad, kind)
+
+
+def test_dropout_leaves_nothing_dense_for_the_backward():
+    model = apply_ssvdo(FORMATS["nf4"](*SIZES["tall"]), replace(CONFIG, dropout=0.3))
+    host, x, saved = randomise_all(model, 0.1)["fc1"], inputs("nf4", "tall").requires_grad_(), []
+    W0 = host.base().dense()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        torch.manual_seed(7)
+        y = host(x)
+    torch.manual_seed(7)
+    dropped = nn.functional.dropout(x, 0.3)
+    want = nn.functional.linear(x, W0, host.bias) + dropped @ (host.adapted_weight() - W0).mT
+    close(y, want, "nf4")
+    close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (y, want)), "nf4")
+    assert all(t.numel() < W0.numel() or not t.is_floating_point() or t.shape == x.shape for t in saved)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

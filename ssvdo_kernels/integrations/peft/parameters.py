@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter import Adapter
+from ...changes import Change, changed_weight
 from ...experts import stacks
 from ...host import outside_of_graphs
 from ...ops.base import Base, DenseBase
@@ -66,12 +67,10 @@ class ParamWrapper(TunerLayer):
 
     def adapted(self, names: list[str]) -> Tensor:
         """The parameter with the changes of these adapters, with gradients to them."""
-        found = []
-        for i, matrix in enumerate(self.stack()):
-            base = DenseBase(matrix)
-            made = [self.of(name)[i].weight(base) for name in names]
-            found.append(sum((w - matrix for w in made[1:]), made[0]))
-        return torch.stack(found).view(self._own.shape)
+        by_matrix = zip(*map(self.of, names), strict=True)
+        made = [changed_weight(list(map(Change, own)), DenseBase(matrix), Adapter.weight)
+                for matrix, own in zip(self.stack(), by_matrix, strict=True)]  # fmt: skip
+        return torch.stack(made).view(self._own.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes with W' in its parameter."""

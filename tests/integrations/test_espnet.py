@@ -404,7 +404,7 @@ def test_the_recipes_own_keys_are_taken_and_idle_names_are_said():
     conf = {"rank": 0, "alpha": 0, "dropout_rate": 0.1, "adapter_type": "ssvdo", "outer_rank": 0}
     with pytest.warns(UserWarning, match=r"target_modules: \['merge_proj', 'cgmlp.channel_proj2'\] match no layer"):
         table.create_adapter(model, "lora", {**conf, "target_modules": names})
-    assert {m.lora_dropout.p for m in model.modules() if isinstance(m, DeferredSSVDOLinear)} == {0.1}
+    assert {m.lora_adapter.config.dropout for m in model.modules() if isinstance(m, DeferredSSVDOLinear)} == {0.1}
 
 
 def test_a_plain_model_decodes_alike():

@@ -173,7 +173,7 @@ def test_dropout_is_of_the_change_alone(rows, columns):
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want)))
     torch.testing.assert_close(layer.eval()(x), nn.functional.linear(x, layer.adapted_weight(), layer.bias))
     for wrong in (1.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match=r"lora_dropout=.* is out of range; allowed: 0 <= lora_dropout < 1"):
+        with pytest.raises(ValueError, match=r"dropout=.* is out of range; allowed: 0 <= dropout < 1"):
             DeferredSSVDOLinear(columns, rows, lora_dropout=wrong)
 
 

@@ -57,7 +57,7 @@ def create_ssvdo_adapter(
     """
     if bias_type not in ("none", "all", "lora_only", None):
         raise ValueError(f"bias_type={bias_type!r} is unknown; allowed: 'none', 'all', 'lora_only'")
-    known = {f.name for f in fields(SSVDOConfig)} - {"target_modules", "exclude_modules", "orientation"}
+    known = {f.name for f in fields(SSVDOConfig)} - {"target_modules", "exclude_modules", "orientation", "dropout"}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"unknown options {unknown}; allowed: {sorted(known)}")
     made: dict[int, nn.Module] = {}

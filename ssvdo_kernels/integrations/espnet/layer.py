@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...adapter import Adapter
+from ...changes import Change, changed
 from ...config import LayerShape, SSVDOConfig
 from ...factorize import content_key, factorize
 from ...files import as_bytes
@@ -41,9 +41,6 @@ _LoRALayer: type = getattr(espnet_module("espnet2.layers.lora"), "LoRALayer", ob
 class DeferredSSVDOLinear(Host, _LoRALayer):  # type: ignore[misc]
     """An adapted layer made before its pretrained weight is there; arguments as ESPnet's adapter classes have them.
 
-    y = W' x + b; while training with dropout, y = W0 (x - x~) + W' x~ + b, where x~ is x after dropout: it acts on the
-    change W' - W0 alone, as LoRA's does, and costs one more product with W0.
-
     ESPnet saves either all tensors, or those of trained parameters and buffers (required_grad_only), or those of
     parameters alone (adapter_only, newer versions). What ties the adapter to its weight must be in each: it stands in
     the adapter's buffers, and in a state_dict once more under the name of a frozen parameter, ``lora_guard``.
@@ -51,7 +48,7 @@ class DeferredSSVDOLinear(Host, _LoRALayer):  # type: ignore[misc]
     Args:
         in_features, out_features, bias: as nn.Linear.
         r, lora_alpha: ignored; outer_rank and inner_ratio say how much is trained.
-        lora_dropout: in [0, 1).
+        lora_dropout: `SSVDOConfig.dropout`, which acts on the change W' - W0 alone, as LoRA's does.
         cache_dir: see `factorize`.
         options: fields of SSVDOConfig. A square layer gets outer_rank 0.
 
@@ -80,9 +77,7 @@ class DeferredSSVDOLinear(Host, _LoRALayer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout={lora_dropout} is out of range; allowed: 0 <= lora_dropout < 1")
-        asked = SSVDOConfig(**options)
+        asked = SSVDOConfig(**{"dropout": lora_dropout, **options})
         config, self.asked = asked.fitting(out_features, in_features), asked.outer_rank
         shape = LayerShape.of(out_features, in_features, config)
         self.in_features, self.out_features = in_features, out_features
@@ -90,7 +85,6 @@ class DeferredSSVDOLinear(Host, _LoRALayer):  # type: ignore[misc]
         self.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
         self.register_parameter("bias", plain.bias)
         self.lora_adapter = Adapter(shape, config, None, self.weight, buffers=True)
-        self.lora_dropout = nn.Dropout(lora_dropout)
         self.lora_guard = nn.Parameter(self._marks(), requires_grad=False)
         self.r, self.lora_alpha, self.merged, self.merge_weights = r, lora_alpha, False, False  # of LoRALayer
         self._cache_dir, self._key = cache_dir, ""
@@ -114,12 +108,10 @@ class DeferredSSVDOLinear(Host, _LoRALayer):  # type: ignore[misc]
         """y = x W'^T + b."""
         if not torch.compiler.is_compiling():  # compile after one eager forward
             self._factorise()
-        if not (self.training and self.lora_dropout.p):
-            y: Tensor = self.lora_adapter(x, DenseBase(self.weight), self.bias)
-            return y
-        kept = self.lora_dropout(x)
-        changed: Tensor = self.lora_adapter(kept, DenseBase(self.weight), self.bias)
-        return changed + F.linear(x - kept, self.weight)
+        if self.lora_adapter.drops:
+            return changed(x, [Change(self.lora_adapter)], DenseBase(self.weight), self.bias)
+        y: Tensor = self.lora_adapter(x, DenseBase(self.weight), self.bias)
+        return y
 
     def _factorise(self) -> None:
         now = stamp(self.weight)

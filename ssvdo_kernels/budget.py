@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,12 +13,12 @@ from torch import nn
 
 from .config import LayerShape, SSVDOConfig
 from .linear_maps import linear_map
+from .model_files import sizes, weight_files
 from .planner import plan
-from .targets import check_patterns, find_targets, wanted
+from .targets import check_patterns, find_targets, nothing_found, wanted
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SVD_RATE = 3.0e9  # large x d^2 a second: 48 layers of 1024 x 4096 in 70 s on 2 CPU cores (AMD EPYC)
-HEADER_LIMIT = 100_000_000  # bytes: safetensors' own bound
 
 
 @dataclass(frozen=True)
@@ -32,64 +30,32 @@ class Matrix:
     size: int
 
 
-def read_header(file: Path) -> tuple[dict[str, dict[str, object]], int]:
-    """A safetensors file's header (without its metadata), and where its data begins.
-
-    Raises:
-        ValueError: this is no safetensors file.
-    """
-    with file.open("rb") as source:
-        head = source.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(HEADER_LIMIT, file.stat().st_size - 8):
-            raise ValueError(f"{file} is no safetensors file")
-        try:
-            header = json.loads(source.read(length))
-            header.pop("__metadata__", None)
-            bad = [f": tensor {name} has {values}"[:200] for name, values in header.items() if not _is_tensor(**values)]
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            bad = [""]
-        if bad:
-            raise ValueError(f"{file} is no safetensors file{bad[0]}")
-    return header, 8 + length
-
-
-def _is_tensor(dtype: object, shape: object, data_offsets: object, **_: object) -> bool:
-    """Whether a header may say this of a tensor."""
-    lists = [shape, data_offsets]
-    whole = all(isinstance(n, list) and all(type(i) is int and 0 <= i < 2**63 for i in n) for n in lists)
-    return isinstance(dtype, str) and whole and len(data_offsets) == 2  # type: ignore[arg-type]
-
-
-def model_files(path: Path) -> list[Path]:
-    """The safetensors files of a model: the file itself, or those of the folder (not adapters).
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if path.is_file():
-        return [path]
-    found = sorted(f for f in path.glob("*.safetensors")
-                   if f.is_file() and not f.name.startswith(("adapter", "ssvdo", ".")))  # fmt: skip
-    if not found:
-        raise FileNotFoundError(f"{path} has no .safetensors file; name a file, or a folder with model*.safetensors")
-    return found
-
-
 def matrices(path: Path) -> dict[str, Matrix]:
-    """Layer name -> size, of every two-dimensional `*.weight`, from the files' headers alone, or from a config.json.
+    """Layer name -> size, of every two-dimensional `*.weight` of a model's files (`weight_files`; of safetensors the
+    headers alone are read), or of what a config.json describes.
 
     Files do not tell linear layers from embeddings; names with "embed", "lm_head" or "proj_out" are left out.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: a file is damaged, or its matrices are quantised.
     """
     if path.name == "config.json":
         return _from_config(path)
-    found = {}
-    for file in model_files(path):
-        for name, values in read_header(file)[0].items():
-            shape = values["shape"]
-            known = values["dtype"] in _SIZES and isinstance(shape, list) and len(shape) == 2
-            if name.endswith(".weight") and known and not re.search("embed|lm_head|proj_out", name):
-                found[name.removesuffix(".weight")] = Matrix(*shape, _SIZES[str(values["dtype"])])  # type: ignore[misc, call-arg]
+    found: dict[str, Matrix] = {}
+    quantised: dict[str, str] = {}
+    for file in weight_files(path)[0]:
+        for name, (dtype, shape) in sizes(file).items():
+            layer = name.removesuffix(".weight")
+            if layer == name or len(shape) != 2 or re.search("embed|lm_head|proj_out", name):
+                continue
+            if size := _SIZES.get(dtype):
+                found[layer] = Matrix(shape[0], shape[1], size)
+            else:
+                quantised[layer] = dtype
+    if len(quantised) > len(found):
+        raise ValueError(f"{path} holds {', '.join(sorted(set(quantised.values())))} weights, such as "
+                         f"{next(iter(quantised))}.weight: it is quantised, and files do not tell its layers' sizes; "
+                         "name the model before quantisation, or its config.json")
     return found
 
 
@@ -130,8 +96,7 @@ def chosen(layers: Mapping[str, Matrix], config: SSVDOConfig) -> dict[str, tuple
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if not found:
-        such = f", such as {', '.join(list(layers)[:4])}" if layers else ""
-        raise ValueError(f"target_modules={config.target_modules!r} matches none of {len(layers)} matrices{such}")
+        raise ValueError(nothing_found(config, list(layers)))
     return found
 
 

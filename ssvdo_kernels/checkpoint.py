@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from .adapter import PARAMETER_NAMES, Adapter
 from .config import LayerShape, SSVDOConfig
 from .factorize import Factors, check_weight, factorize
-from .files import as_file, write_atomically
+from .files import as_file, check_name, write_atomically
 from .fingerprint import BASIS_TOLERANCE, DTYPES, Bases, CheckpointError, Fingerprint, departure
 from .host import Host, OwnHost, exchange, onloaded, places, warn_of_untrained
-from .layer import SSVDOLayer
 from .linear_maps import linear_map
 from .model import freeze_rest, group_layers, require_adapted
 from .ops import lasting
@@ -82,16 +81,6 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
     return folder
 
 
-def _layout(layer: OwnHost, adapter: Adapter) -> str:
-    """How the layer keeps W0, as `Entry.layout` says it."""
-    if not layer.base(adapter).held:
-        return "quantised"
-    if not isinstance(layer, SSVDOLayer):
-        return "plain"
-    transposed = type(layer.base_layer).__name__ == "Conv1D"  # as linear_maps.py knows it
-    return "transposed" if transposed else "plain" if layer.base_layer.weight.ndim == 2 else "flattened"
-
-
 def _put(
     tensors: dict[str, Tensor], name: str, layer: OwnHost, adapter: Adapter, include_basis: bool
 ) -> dict[str, Any]:
@@ -117,7 +106,7 @@ def _put(
     return {
         "config": adapter.config.to_dict(),
         "out_features": adapter.shape.out_features, "in_features": adapter.shape.in_features,
-        "dtype": origin.dtype, "sha256": origin.sha256, "layout": _layout(layer, adapter),
+        "dtype": origin.dtype, "sha256": origin.sha256, "layout": layer.layout,
     }  # fmt: skip
 
 
@@ -145,7 +134,7 @@ class Entry:
     origin: Fingerprint
     tensors: dict[str, Tensor]
     bases: Bases | None
-    layout: str = "plain"  # of the base's weight: plain, transposed, flattened (of more dimensions) or quantised
+    layout: str = "plain"  # of the base's weight: see `LinearMap`
 
 
 @lasting
@@ -271,9 +260,17 @@ def adapter_file(path: str | os.PathLike[str]) -> Path:
     """The adapter's file in the folder `path`, or `path` itself.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none. CheckpointError: the adapter is one of PEFT.
     """
-    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    check_name(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; name an adapter's folder, or its {MODEL_FILE}")
+    folder, file = (path, path / MODEL_FILE) if path.is_dir() else (path.parent, path)
+    if (folder / "adapter_config.json").is_file() and not (folder / MODEL_FILE).is_file():
+        raise CheckpointError(f"{path} is a PEFT adapter, which PEFT loads (PeftModel.from_pretrained(model, folder), "
+                              "after `import ssvdo_kernels.integrations.peft` where it is SSVD-O) and merges "
+                              "(.merge_and_unload())")
     if not file.is_file():
         raise FileNotFoundError(f"no adapter at {file}; expected a folder with {MODEL_FILE}, as save_ssvdo writes it")
     return file

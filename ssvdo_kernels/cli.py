@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import budget
-from .checkpoint import read_adapter
+from .checkpoint import adapter_file, read_adapter
 from .config import SSVDOConfig
 from .console import print_anything, show
-from .export import export_lora, merge_files, own_adapter
+from .export import export_lora, merge_files
 
 TOKENS = [1, 128, 1024, 16384]
 
@@ -50,7 +50,7 @@ def show_plan(model: Path, config: SSVDOConfig, rank: int | None, console: Conso
 
 def show_adapter(path: Path, console: Console) -> None:
     """Prints what an adapter holds."""
-    entries = read_adapter(own_adapter(path))
+    entries = read_adapter(adapter_file(path))
     table = Table("layer", "shape", "k", "l", "trained", "dtype of W0", "W0's SHA-256", title=str(path))
     for e in entries:
         table.add_row(e.name, f"{e.shape.in_features} -> {e.shape.out_features}", str(e.shape.k), str(e.shape.l),

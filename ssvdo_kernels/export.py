@@ -5,35 +5,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import re
 import shutil
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapter import Adapter
-from .budget import read_header
-from .checkpoint import MODEL_FILE, Entry, adapter_file, checked, fill, read_adapter
+from .checkpoint import Entry, adapter_file, checked, fill, read_adapter
 from .factorize import check_weight
 from .files import as_bytes, beside, check_places, move_all
+from .linear_maps import laid_out, matrix_of
 from .lora import Lora, check_rank, lora_of, write_lora
+from .model_files import FOREIGN, TORCH, WHOLE, is_torch, loaded, named_by, read_header, tensor_names, weight_files
 from .ops.base import Base
 from .sites import Plan, Site, adapted
 
-TORCH = (".bin", ".pt", ".pth")  # read by torch.load(weights_only=True)
 WEIGHTS = (".safetensors", *TORCH, ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite", ".pb",
            ".distcp")  # fmt: skip
-WHOLE = ("model.safetensors", "pytorch_model.bin")  # what from_pretrained takes alone
-FOREIGN = ("adapter", "ssvdo")  # how an adapter's own files begin
 IN_MEMORY = "merge in memory, by remove_ssvdo(model, merge=True)"
 
 
@@ -53,120 +48,6 @@ class Where:
 
     def __str__(self) -> str:
         return self.tensor if self.index is None else f"{self.tensor}[{self.index}]"
-
-
-def own_adapter(path: Path) -> Path:
-    """`adapter_file`; ValueError where the adapter is one of PEFT."""
-    _check_name(path)
-    folder = path if path.is_dir() else path.parent
-    if (folder / "adapter_config.json").is_file() and not (folder / MODEL_FILE).is_file():
-        raise ValueError(f"{path} is a PEFT adapter; PEFT merges it: PeftModel.from_pretrained(model, folder)"
-                         ".merge_and_unload(), after `import ssvdo_kernels.integrations.peft` where it is SSVD-O")
-    return adapter_file(path)
-
-
-def weight_files(base: Path) -> tuple[list[Path], Path | None]:
-    """The files that hold a model's weights, and the index that names them, if one does.
-
-    base: a file, an index, or a folder: of it what its index names, else every .safetensors file, else every
-    pytorch_model*.bin, else every .bin, .pt and .pth.
-
-    Raises:
-        FileNotFoundError: there is none, or not all that the index names.
-        ValueError: an index is broken, or it is not clear which files count.
-    """
-    folder = base if base.is_dir() else base.parent
-    if base.is_file():
-        if base.suffix == ".json":
-            return _indexed(base), base
-        if index := next((i for i in folder.glob("*.index*.json") if base.name in _named(i)), None):
-            raise ValueError(f"{base} is one of the files of {index}; name the folder or the index")
-        return [base], None
-    for kinds in ((".safetensors",), TORCH):
-        files = sorted(f for f in folder.glob("*") if f.suffix.lower() in kinds and f.is_file()
-                       and not f.name.startswith((*FOREIGN, ".")))  # fmt: skip
-        files = [f for f in files if f.name.startswith("pytorch_model")] or files  # not optimizer.bin
-        indices = sorted(f for kind in kinds for f in folder.glob(f"*{kind}.index*.json"))
-        if indices:
-            named, whole = _indexed(indices[0]), folder / indices[0].name.split(".index")[0]
-            rivals = [f for f in (*indices[1:], whole) if f.is_file() and f not in named]
-            if rivals:
-                raise ValueError(f"{indices[0]} and {rivals[0]} both say what the model is; name the one that counts")
-            return named, indices[0]
-        if len(files) > 1 and (one := next((f for f in files if f.name in WHOLE), None)):
-            others = [f.name for f in files if f != one]
-            raise ValueError(f"{one} is a whole model by its name, but {', '.join(others[:4])} beside it may belong to "
-                             "it; name the file that counts")
-        if files:
-            return files, None
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{base} is a PEFT adapter; name its base model's folder")
-    raise FileNotFoundError(f"{base} has no weights; name a model's folder or a .safetensors, {', '.join(TORCH)} file")
-
-
-def _named(index: Path) -> set[str]:
-    """The names of the files that an index names; none: it is no index."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return names if all(name and Path(name).name == name for name in names) else set()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return set()
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The files that an index names."""
-    names = _named(index)
-    if not names:
-        raise ValueError(f"{index} is no index: a weight_map is needed, of tensors to names of files beside it")
-    files = [index.parent / name for name in sorted(names)]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{index} names {file.name}, which does not exist")
-    return files
-
-
-def _check_name(path: Path) -> None:
-    try:
-        str(path.absolute()).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{path} has bytes in its name that are not UTF-8, and safetensors and torch.load cannot open "
-                         "it; rename it") from None  # fmt: skip
-
-
-def _is_torch(source: Path) -> bool:
-    """Whether torch.load reads the file."""
-    return source.suffix.lower() in (*TORCH, ".ckpt")
-
-
-def _loaded(source: Path) -> dict[str, Any]:
-    """A .bin, .pt or .pth file's content, mapped into memory where its format allows it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of TorchScript, and of old storages
-            state = torch.load(source, "cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-    except OSError:
-        raise
-    except pickle.UnpicklingError:
-        raise ValueError(f"{source} is no whole file of tensors: it is damaged, or holds objects of other classes, as "
-                         "torch.save of a whole model writes; allowed: torch.save(model.state_dict(), file)") from None
-    except Exception as error:  # what an unpickler finds in damaged bytes may be anything
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{source} is no whole file of tensors (torch.load with weights_only=True: {said})") from None
-    if not isinstance(state, dict) or not any(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{source} does not hold tensors by name; a training checkpoint is no model file")
-    return state
-
-
-def _names(source: Path) -> list[str]:
-    """The tensors of a file that is whole."""
-    _check_name(source)
-    if _is_torch(source):
-        return [name for name, t in _loaded(source).items() if isinstance(t, Tensor)]
-    try:
-        with safe_open(source, "pt") as opened:
-            return list(opened.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{source} is no whole safetensors file ({error})") from None
 
 
 def merge_files(base: Path, adapter: Path, out: Path, *, overwrite: bool = False) -> Merged:
@@ -189,9 +70,9 @@ def merge_files(base: Path, adapter: Path, out: Path, *, overwrite: bool = False
     folder = files[0].parent
     copied, left_out = _company(folder, {*files, index}, out)
     copied += [index] if index else []
-    made = [] if index or len(files) == 1 else [f"{WHOLE[_is_torch(files[0])]}.index.json"]
+    made = [] if index or len(files) == 1 else [f"{WHOLE[is_torch(files[0])]}.index.json"]
     _check_out(out, folder, made + [str(f.relative_to(folder)) for f in files + copied], overwrite)
-    file = own_adapter(adapter)
+    file = adapter_file(adapter)
     places, names = _places(base, files, file)
     new = not out.exists()
     stage = beside(out if new else out / "merged")
@@ -201,7 +82,7 @@ def merge_files(base: Path, adapter: Path, out: Path, *, overwrite: bool = False
         with tqdm(total=len(places), desc="merging", unit="layer", delay=2, leave=False, disable=None) as bar:
             for source in files:
                 mine = {place: e for place, e in places.items() if names[place.tensor] == source}
-                write = _write_torch if _is_torch(source) else _write_safetensors
+                write = _write_torch if is_torch(source) else _write_safetensors
                 write(source, stage / source.name, mine, file, bar)
         for path in copied:
             target = stage / path.relative_to(folder)
@@ -236,7 +117,7 @@ def _places(base: Path, files: list[Path], file: Path) -> tuple[dict[Where, Entr
     """Where the model's files keep the weight of each of the adapter's entries; and the file of each tensor."""
     names: dict[str, Path] = {}
     for source in files:
-        for name in _names(source):
+        for name in tensor_names(source):
             if name in names:
                 raise ValueError(f"{names[name]} and {source} both hold {name}; name the file that counts")
             names[name] = source
@@ -265,7 +146,7 @@ def export_lora(base: Path, adapter: Path, out: Path, rank: int | None = None) -
     """
     check_rank(rank)
     files, _ = weight_files(base)
-    file = own_adapter(adapter)
+    file = adapter_file(adapter)
     places, names = _places(base, files, file)
     for place, entry in places.items():
         if place.index is not None or entry.layout == "flattened":
@@ -275,7 +156,7 @@ def export_lora(base: Path, adapter: Path, out: Path, rank: int | None = None) -
     for place, entry in places.items():
         source = names[place.tensor]
         with contextlib.ExitStack() as stack:
-            read = _loaded(source).__getitem__ if _is_torch(source) else None
+            read = loaded(source).__getitem__ if is_torch(source) else None
             read = stack.enter_context(safe_open(source, "pt")).get_tensor if read is None else read
             found[entry.name] = lora_of(*_adapted(_matrix(read(place.tensor), entry, str(source)), entry, file), rank)
     config = base / "config.json" if base.is_dir() else base.parent / "config.json"
@@ -294,7 +175,7 @@ def _company(folder: Path, weights: set[Path | None], out: Path) -> tuple[list[P
             continue
         own = [p for p in (path.rglob("*") if path.is_dir() else [path])
                if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)]  # fmt: skip
-        foreign = not path.is_dir() and (path.name.startswith(FOREIGN) or (".index" in path.name and _named(path)))
+        foreign = not path.is_dir() and (path.name.startswith(FOREIGN) or (".index" in path.name and named_by(path)))
         if not own or foreign or any(p.suffix.lower() in WEIGHTS and p.parent.name != "language_model" for p in own):
             left.append(f"{path.name}{'/' if path.is_dir() else ''}")
         else:
@@ -342,7 +223,7 @@ def _write_safetensors(source: Path, target: Path, entries: Mapping[Where, Entry
 
 def _write_torch(source: Path, target: Path, entries: Mapping[Where, Entry], file: Path, bar: tqdm[Any]) -> None:
     """Saves what the file holds, with the merged weights in their places."""
-    state = _loaded(source)
+    state = loaded(source)
     wanted = {place.tensor for place in entries}
     spans: dict[int, list[tuple[int, int, str]]] = {}  # the bytes of each tensor, by storage
     for name, t in state.items():
@@ -380,8 +261,11 @@ def _matrix(weight: Tensor, entry: Entry, name: str) -> Tensor:
     """W0, out_features x in_features, of a weight as a file keeps it."""
     if weight.layout != torch.strided:
         raise TypeError(f"{name} has layout {weight.layout}; allowed: torch.strided, an ordinary tensor")
-    matrix = weight.mT if entry.layout == "transposed" and weight.ndim == 2 else weight
-    matrix = matrix.flatten(1) if entry.layout == "flattened" and weight.ndim > 2 else matrix
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} has {kind} weights: this base is quantised, and W' cannot take their place in a file; "
+                        f"allowed: the base before quantisation, or to {IN_MEMORY}")
+    matrix = matrix_of(weight, entry.layout) if weight.ndim > 1 else weight
     check_weight(matrix, name)
     return matrix
 
@@ -406,5 +290,4 @@ def _merged(weight: Tensor, entry: Entry, name: str, file: Path, tied: str | Non
     if tied:
         raise ValueError(f"{name} is tied to {tied}, which must not change with it; store the two apart first")
     adapter, base = _adapted(matrix, entry, file)
-    made = adapter.adapted_weight(base)
-    return (made.mT.contiguous() if matrix is not weight and weight.ndim == 2 else made).reshape(weight.shape)
+    return laid_out(adapter.adapted_weight(base), entry.layout, weight.shape)

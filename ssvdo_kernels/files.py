@@ -68,6 +68,15 @@ def check_places(paths: Iterable[Path]) -> None:
             raise NotADirectoryError(f"{path} cannot be written: {above} is no folder")
 
 
+def check_name(path: Path) -> None:
+    """ValueError where safetensors and torch.load could not open a file of this name."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} has bytes in its name that are not UTF-8, and safetensors and torch.load cannot open "
+                         "it; rename it") from None  # fmt: skip
+
+
 def move_all(files: Mapping[Path, Path]) -> None:
     """Moves files (the values) to their places (the keys), or on an error none: what was there is put back."""
     old: dict[Path, Path] = {}

@@ -44,6 +44,11 @@ class Host(nn.Module):
 class OwnHost(Host):
     """A layer that `apply_ssvdo` makes, `save_ssvdo` writes and `remove_ssvdo` takes out again."""
 
+    @property
+    def layout(self) -> str:
+        """How the weights that are adapted hold W0: see `LinearMap`."""
+        return "plain"
+
     def parts(self) -> dict[str, Adapter]:
         """Its adapters by the name below the layer's that they have in a file; "" is the layer's own."""
         raise NotImplementedError

@@ -50,6 +50,10 @@ class SSVDOLayer(WrappingHost):
             raise TypeError(f"{self.adapter.name}.base_layer is {refusal(self.base_layer)}")
         return found
 
+    @property
+    def layout(self) -> str:
+        return self.map.layout
+
     def base(self, adapter: Adapter | None = None) -> Base:
         return self.map.base()
 

@@ -1,10 +1,10 @@
 """Which layers compute x W0^T + b, under whatever name, and how each keeps W0.
 
-    kind                                                       W0 is
-    nn.Linear, subclasses with its forward, FalconLinear        weight
-    Conv1D of Transformers                                      weight^T
-    nn.Conv1d, Conv2d, Conv3d without groups                    weight.flatten(1), on patches of x
-    bitsandbytes, torchao, HQQ                                  quantised: quantized.py
+    kind                                                        W0 is                               layout
+    nn.Linear, subclasses with its forward, FalconLinear        weight                              plain
+    Conv1D of Transformers                                      weight^T                            transposed
+    nn.Conv1d, Conv2d, Conv3d without groups                    weight.flatten(1), on patches of x  flattened
+    bitsandbytes, torchao, HQQ                                  quantised: quantized.py             quantised
 
 A layer of another kind is refused with the reason.
 """
@@ -12,6 +12,7 @@ A layer of another kind is refused with the reason.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,8 +36,27 @@ def kind_of(layer: nn.Module) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
+def matrix_of(weight: Tensor, layout: str) -> Tensor:
+    """W0, out_features x in_features: a view of a weight of this layout."""
+    if layout == "transposed":
+        return weight.mT
+    return weight.flatten(1) if layout == "flattened" else weight
+
+
+def laid_out(matrix: Tensor, layout: str, shape: Sequence[int]) -> Tensor:
+    """A matrix, out_features x in_features, as a weight of this layout and shape."""
+    if layout == "transposed":
+        return matrix.mT.contiguous()
+    return matrix.reshape(shape) if layout == "flattened" else matrix
+
+
 class LinearMap:
-    """A layer that computes x W0^T + b."""
+    """A layer that computes x W0^T + b.
+
+    layout: how its weight holds W0, here and in model files: "plain", "transposed", "flattened" or "quantised".
+    """
+
+    layout = "plain"
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -49,7 +69,8 @@ class LinearMap:
 
     def base(self, weight: Tensor | None = None) -> Base:
         """The base operator, as the layer is now, or with another weight laid out as its own."""
-        return DenseBase(self._matrix(self.layer.weight if weight is None else weight))  # type: ignore[arg-type]
+        own: Any = self.layer.weight if weight is None else weight
+        return DenseBase(matrix_of(own, self.layout))
 
     @property
     def bias(self) -> Tensor | None:
@@ -73,19 +94,12 @@ class LinearMap:
 
     def as_kept(self, weight: Tensor) -> Tensor:
         """`weight` as the layer lays its own out."""
-        return weight
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        """W0, out_features x in_features: a view of the layer's weight."""
-        return weight
+        own: Any = self.layer
+        return laid_out(weight, self.layout, own.weight.shape if self.layout == "flattened" else ())
 
 
 class _Transposed(LinearMap):
-    def as_kept(self, weight: Tensor) -> Tensor:
-        return weight.mT.contiguous()
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.mT
+    layout = "transposed"
 
 
 class _Convolution(LinearMap):
@@ -93,6 +107,8 @@ class _Convolution(LinearMap):
 
     With a kernel of more than one place they are made for the call (im2col), as many times x as the kernel has places.
     """
+
+    layout = "flattened"
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
@@ -116,14 +132,10 @@ class _Convolution(LinearMap):
     def leave(self, y: Tensor) -> Tensor:
         return y.movedim(-1, -1 - self._spatial).contiguous()
 
-    def as_kept(self, weight: Tensor) -> Tensor:
-        return weight.reshape(self._conv.weight.shape)
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
 
 class _Quantized(LinearMap):
+    layout = "quantised"
+
     def __init__(self, layer: nn.Module, form: quantized.Format) -> None:
         super().__init__(layer)
         self._form = form

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .files import as_file, write_atomically
-from .host import Host, OwnHost, onloaded
-from .layer import SSVDOLayer
+from .host import OwnHost, onloaded
 from .model import require_adapted
 from .ops.base import Base
 from .ops.products import times
@@ -100,17 +99,13 @@ def to_lora(model: nn.Module, rank: int | None = None) -> dict[str, Lora]:
 def _linear(model: nn.Module) -> dict[str, tuple[Adapter, Base]]:
     found: dict[str, tuple[Adapter, Base]] = {}
     for name, host in require_adapted(model).items():
-        if not isinstance(host, OwnHost) or list(host.parts()) != [""] or _is_convolution(host):
+        if not isinstance(host, OwnHost) or list(host.parts()) != [""] or host.layout == "flattened":
             raise TypeError(f"{name} is a {type(host).__qualname__}, whose LoRA is of another form; allowed: linear "
                             "layers of apply_ssvdo (through PEFT: save_as_lora)")  # fmt: skip
         with onloaded(host):
             adapter = host.parts()[""]
             found[name] = adapter, host.base(adapter)
     return found
-
-
-def _is_convolution(host: Host) -> bool:
-    return isinstance(host, SSVDOLayer) and isinstance(host.base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def save_lora(
@@ -132,14 +127,9 @@ def save_lora(
         16
     """
     found = to_lora(model, rank)
-    write_lora(found, Path(path), base_model, fan_in_fan_out=_transposed(model))
+    layouts = {host.layout for host in require_adapted(model).values() if isinstance(host, OwnHost)}
+    write_lora(found, Path(path), base_model, fan_in_fan_out=layouts == {"transposed"})
     return found
-
-
-def _transposed(model: nn.Module) -> bool:
-    kinds = {type(h.base_layer).__name__ == "Conv1D" if isinstance(h, SSVDOLayer) else False
-             for h in require_adapted(model).values()}  # fmt: skip
-    return kinds == {True}
 
 
 def write_lora(found: dict[str, Lora], folder: Path, base_model: str | None, fan_in_fan_out: bool = False) -> None:

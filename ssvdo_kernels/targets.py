@@ -6,7 +6,7 @@ import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -156,7 +156,7 @@ def find_targets(model: nn.Module, config: SSVDOConfig) -> dict[str, Site]:
             raise TypeError(f"nothing to adapt: {said}")
         warnings.warn(f"left out: {said}", stacklevel=5)
     if not found:
-        raise ValueError(_nothing_found(config, linear_names))
+        raise ValueError(nothing_found(config, linear_names))
     check_ties(found)
     _warn_of_idle(config, [*found, *linear_names])
     return found
@@ -252,11 +252,14 @@ def _is_leaf_with_weight(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and (hasattr(module, "weight") or linear_map(module) is not None)
 
 
-def _nothing_found(config: SSVDOConfig, names: list[str]) -> str:
+def nothing_found(config: SSVDOConfig, names: Sequence[str]) -> str:
+    """That `config` means none of the linear layers of these names, and which there are."""
     wanted = config.target_modules if config.target_modules is not None else FEED_FORWARD
     asked = [wanted] if isinstance(wanted, str) else list(wanted)
     tails = sorted({re.sub(r"^(.*\.)?\d+\.", "", name) for name in names})
     near = {t for a in asked for t in difflib.get_close_matches(a, tails, 5, 0.4)}
     shown = sorted(near) or tails[:12]
     hint = f"linear layers with close names: {shown}" if any(shown) else "the model holds no linear layer"
+    if config.target_modules is None:
+        return f"no layer has a default name (feed-forward layers', such as fc1); name some in target_modules; {hint}"
     return f"target_modules={config.target_modules!r} matches no linear layer of the model; {hint}"

@@ -73,8 +73,9 @@ def test_merge_refuses_and_leaves_nothing(tmp_path, capsys):
     assert "other base weights" in capsys.readouterr().err
     assert not out.exists()
     assert main(["merge", str(tmp_path / "none"), str(adapter), "--out", str(out)]) == 1
+    assert "none does not exist; name a model's folder" in capsys.readouterr().err
     assert main(["merge", str(base), str(tmp_path / "none"), "--out", str(out)]) == 1
-    assert "no adapter at" in capsys.readouterr().err
+    assert "none does not exist; name an adapter's folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("include_basis", [False, True])
@@ -154,13 +155,31 @@ def test_what_is_no_model_file_is_refused(tmp_path, content, capsys):
 def test_bad_choices_are_refused(tmp_path, capsys):
     base, _, _ = trained(tmp_path)
     for given, message in ((["--outer-rank", "-1"], "outer_rank=-1 is out of range"),
-                           (["--target-modules", "nothing"], "matches none"), (["--inner-ratio", "2"], "inner_ratio"),
+                           (["--target-modules", "nothing"], "matches no linear layer of the model; linear layers"),
+                           (["--inner-ratio", "2"], "inner_ratio"),
                            (["--target-modules", "fc(1"], "target_modules='fc(1' is no regular expression"),
                            *((["--lora-rank", r], f"lora_rank={r} is out of range; allowed: 1 <= lora_rank <= 8")
                              for r in ("-5", "0", "9", str(10**30)))):  # fmt: skip
         assert main(["plan", str(base), *given]) == 1
         assert message in capsys.readouterr().err
-    assert main(["plan", str(tmp_path / "adapter")]) == 1
+    for where, message in ((tmp_path / "adapter", "has no weights; name a model's folder"),
+                           (tmp_path / "none", "none does not exist; name a model's folder")):
+        assert main(["plan", str(where)]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_plan_of_a_torch_file_and_of_what_has_no_plan(tmp_path, capsys):
+    torch.save(Net().state_dict(), tmp_path / "model.pth")
+    assert main(["plan", str(tmp_path / "model.pth"), "--outer-rank", "3"]) == 0
+    assert "8 -> 24" in capsys.readouterr().out
+    for shapes, dtype, message in (
+        ({"a.query.weight": (16, 48)}, "F32", "no layer has a default name (feed-forward layers', such as fc1); name "
+                                              "some in target_modules; linear layers with close names: ['a.query']"),
+        ({"fc1.weight": (16, 48), "fc1.SCB": (16,)}, "I8", "holds I8 weights, such as fc1.weight: it is quantised"),
+    ):  # fmt: skip
+        header_file(tmp_path / "m.safetensors", shapes, dtype)
+        assert main(["plan", str(tmp_path / "m.safetensors")]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_headers_with_odd_values_are_refused(tmp_path, capsys):

@@ -14,8 +14,7 @@ from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, export, merge_ssvdo, remove_ssvdo, save_ssvdo
 from ssvdo_kernels.cli import main
-from ssvdo_kernels.host import hosts
-from ssvdo_kernels.ops.base import DenseBase
+from ssvdo_kernels.host import OwnHost, hosts
 
 
 class Net(nn.Module):
@@ -175,7 +174,7 @@ def test_what_cannot_be_merged_is_named(tmp_path, state, capsys):
     file.write_bytes(whole[:-4])
     refused(tmp_path, capsys, "is no whole safetensors file", str(file))
     save_file(state | {"fc2.weight": torch.ones(8, 24, dtype=torch.int8)}, file)
-    refused(tmp_path, capsys, "fc2.weight has dtype torch.int8; allowed: float16")
+    refused(tmp_path, capsys, "fc2.weight has int8 weights: this base is quantised")
     save_file(state | {"fc2.weight": torch.ones(8)}, file)
     refused(tmp_path, capsys, "model.safetensors: fc2.weight has shape (8,)")
     save_file(state, file, {"embed.weight": "fc2.weight"})  # as safetensors.torch.save_model notes tied weights
@@ -195,7 +194,7 @@ def test_a_peft_adapter_is_recognised(tmp_path, state, capsys, command):
         file.unlink()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     if command == "merge":
-        refused(tmp_path, capsys, "is a PEFT adapter; PEFT merges it")
+        refused(tmp_path, capsys, "is a PEFT adapter, which PEFT loads")
     else:
         assert main(["inspect", str(tmp_path / "adapter")]) == 1
         assert "is a PEFT adapter" in capsys.readouterr().err
@@ -443,6 +442,6 @@ def test_weights_that_a_file_lays_out_otherwise(tmp_path, capsys, kind, file):
 def test_what_was_trained_on_a_quantised_weight_is_merged_in_memory(tmp_path, state, capsys, monkeypatch):
     save_file(state, tmp_path / "base" / "model.safetensors")
     model = apply_ssvdo(Net(), SSVDOConfig(outer_rank=3))
-    monkeypatch.setattr(DenseBase, "held", False)
+    monkeypatch.setattr(OwnHost, "layout", "quantised")
     save_ssvdo(model, tmp_path / "adapter")
     refused(tmp_path, capsys, "layer fc1 was trained on a quantised weight", "remove_ssvdo(model, merge=True)")

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .console import tabulate
 from .factorize import departure
 from .host import Host
 from .model import require_adapted
@@ -157,15 +156,12 @@ def diagnose(
         0.0
     """
     reports = orthogonality(model)
-    table = Table(title="SSVD-O layers", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("layer", no_wrap=True)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right")
+    rows = []
     for report in reports:
         numbers = list(asdict(report).values())[1:-1]
         shown = (f"{v:.2g}" if v == 0 or 1e-3 <= v < 1e4 else f"{v:.0e}" for v in numbers)
-        table.add_row(report.name, *shown, report.basis)
-    (console or Console()).print(table)
+        rows.append([report.name, *shown, report.basis])
+    tabulate(console or Console(), "SSVD-O layers", ["layer", *HEADINGS], rows)
     if csv_path is not None:
         Path(csv_path).write_text(to_csv(reports), encoding="utf-8")
     return reports

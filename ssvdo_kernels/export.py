@@ -153,7 +153,8 @@ def export_lora(base: Path, adapter: Path, out: Path, rank: int | None = None) -
             raise TypeError(f"{file}: layer {entry.name} is an expert or a convolution, whose LoRA is of another form; "
                             "allowed: linear layers")
     found: dict[str, Lora] = {}
-    for place, entry in places.items():
+    steps = tqdm(places.items(), desc="exporting", unit="layer", delay=2, leave=False, disable=None)
+    for place, entry in steps:
         source = names[place.tensor]
         with contextlib.ExitStack() as stack:
             read = loaded(source).__getitem__ if is_torch(source) else None

@@ -1,5 +1,6 @@
 """Commands on consoles that cannot show a name, and in places whose name is outside of ASCII."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -7,10 +8,13 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, save_ssvdo
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, diagnose, save_ssvdo
+from ssvdo_kernels.cli import main
+from ssvdo_kernels.console import tabulate
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -99,3 +103,49 @@ def test_a_name_that_libraries_cannot_open_is_refused(files, tmp_path):
                               text=True)  # fmt: skip
         assert done.returncode == 1 and done.stderr.count("\n") == 1
         assert "/\\udcff" in done.stderr and "not UTF-8" in done.stderr, done.stderr
+
+
+NAME = "model.encoder.layers.11.feed_forward_macaron.w_1"
+ROW = [NAME, "1024 -> 4096", "1,967,616", *map(str, range(100_001, 100_009))]
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_table_is_cut(width, terminal):
+    text = io.StringIO()
+    headings = ["layer", "shape", "trained", *(f"heading {i}" for i in range(8))]
+    tabulate(Console(file=text, width=width, force_terminal=terminal, no_color=True), "of [b]", headings, [ROW, ROW])
+    lines = text.getvalue().splitlines()
+    assert all(text.getvalue().count(cell) >= 2 for cell in ROW) and "of [b]" in text.getvalue()
+    assert "\u2026" not in text.getvalue()
+    if not terminal:
+        assert sum(all(cell in line for cell in ROW) for line in lines) == 2
+    elif width == 80:
+        assert max(map(len, lines)) <= 80 and not any(line.endswith("heading") for line in lines)
+
+
+def test_what_is_printed_of_a_model_at_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    model = nn.ModuleDict({NAME.replace(".", "_"): nn.ModuleDict({"fc1": nn.Linear(8, 24)})})
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    assert main(["plan", str(tmp_path), "--outer-rank", "2"]) == 0
+    save_ssvdo(apply_ssvdo(model, SSVDOConfig(outer_rank=2)), tmp_path / "adapter")
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    for terminal in (True, False):
+        text = io.StringIO()
+        diagnose(model, console=Console(file=text, force_terminal=terminal))
+        assert f"{NAME.replace('.', '_')}.fc1" in text.getvalue() and "\u2026" not in text.getvalue()
+    shown = capsys.readouterr().out
+    assert shown.count(f"{NAME.replace('.', '_')}.fc1") == 2 and "\u2026" not in shown
+    assert "prepared, MB" in shown and "dtype of W0" in shown
+
+
+def test_version_and_help_say_what_words_mean(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command, words in (("--version", ["ssvdo_kernels 0.1.0"]), ("--help", ["plan", "export-lora"]),
+                           ("plan --help", ["p   ", "k   ", "l   ", "folded", "prepared", "--inner-ratio"])):
+        with pytest.raises(SystemExit, match="0"):
+            main(command.split())
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in words)
+        assert max(map(len, shown.splitlines())) <= 80

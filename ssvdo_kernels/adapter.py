@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -333,6 +334,10 @@ class Adapter(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            warnings.warn("this state_dict holds W0 with the adapter beside it, not W': merge_ssvdo computes with W' "
+                          "and keeps W0. Plain layers with W', as save_pretrained and other programs want them: "
+                          "remove_ssvdo(model, merge=True)", stacklevel=2)  # fmt: skip
         if hasattr(destination, "_metadata"):  # beside the module's version; where there are buffers they have it
             destination._metadata[prefix[:-1]]["formula"] = self.config.digest()
 

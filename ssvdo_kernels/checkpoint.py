@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .adapter import PARAMETER_NAMES, Adapter
 from .config import LayerShape, SSVDOConfig
+from .distributed import first_writes, group_of_replicas
 from .factorize import Factors, check_weight, factorize
 from .files import as_file, check_name, write_atomically
 from .fingerprint import BASIS_TOLERANCE, DTYPES, Bases, CheckpointError, Fingerprint, departure
@@ -37,7 +39,8 @@ MODEL_FILE, CONFIG_FILE = "ssvdo_model.safetensors", "ssvdo_config.json"
 def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis: bool = True) -> Path:
     """Writes the adapters of `model` into the folder `path` and returns it. The files are replaced atomically.
 
-    Where FSDP has sharded the model, every rank calls this: the tensors are gathered, and rank 0 writes.
+    Where FSDP2 has sharded the model, or DistributedDataParallel wraps it, every rank calls this: the first writes, the
+    others wait for it. Of a wrapped model the first may also call it alone; of a bare one, whoever calls writes.
 
     Args:
         include_basis: also writes V_k (d x max(k, l), in the weight's dtype), so that the adapter loads where a
@@ -53,32 +56,39 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
         >>> sorted(file.name for file in folder.iterdir())
         ['ssvdo_config.json', 'ssvdo_model.safetensors']
     """
-    tensors: dict[str, Tensor] = {}
-    layers: dict[str, Any] = {}
-    named: list[tuple[str, Adapter]] = []
     found = {name: layer for name, layer in require_adapted(model).items() if isinstance(layer, OwnHost)}
     if not found:
         raise ValueError("model has no adapted layer of its own; another package's layers are saved by that package")
-    for name, layer, adapter in [(f"{n}.{part}" if part else n, host, adapter) for n, host in found.items()
-                                 for part, adapter in host.parts().items()]:  # fmt: skip
-        named.append((name, adapter))
+    named = [(f"{n}.{part}" if part else n, host, adapter) for n, host in found.items()
+             for part, adapter in host.parts().items()]  # fmt: skip
+    folder, contents = Path(path), partial(_contents, named, Path(path), include_basis)
+    if any(_is_sharded(adapter) for *_, adapter in named):
+        gathered = contents()
+        first_writes(partial(write_atomically, gathered), folder)
+    elif (group := group_of_replicas(model)) is not None:
+        first_writes(lambda: write_atomically(contents()), folder, group)
+    else:
+        write_atomically(contents())
+    if not any(_is_sharded(adapter) for *_, adapter in named):
+        warn_of_untrained([(name, adapter) for name, _, adapter in named], stacklevel=3)
+    return folder
+
+
+def _contents(named: list[tuple[str, OwnHost, Adapter]], folder: Path, include_basis: bool) -> dict[Path, bytes]:
+    """The files."""
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    for name, layer, adapter in named:
         with onloaded(layer):
             layers[name] = _put(tensors, name, layer, adapter, include_basis)
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{', '.join(bad[:4])} have non-finite numbers (NaN or infinity), and no such file could be "
                          "loaded; nothing has been written")  # fmt: skip
     header = {"format": FORMAT, "version": VERSION, "include_basis": include_basis, "layers": layers}
-    folder, sharded = Path(path), any(_is_sharded(a) for layer in found.values() for a in layer.adapters())
-    if not sharded or torch.distributed.get_rank() == 0:
-        write_atomically({
-            folder / MODEL_FILE: as_file(tensors, {"ssvdo": json.dumps(header, sort_keys=True)}),
-            folder / CONFIG_FILE: f"{json.dumps(header, indent=2, sort_keys=True)}\n".encode(),
-        })  # fmt: skip
-    if sharded:
-        torch.distributed.barrier()
-    else:
-        warn_of_untrained(named, stacklevel=3)
-    return folder
+    return {
+        folder / MODEL_FILE: as_file(tensors, {"ssvdo": json.dumps(header, sort_keys=True)}),
+        folder / CONFIG_FILE: f"{json.dumps(header, indent=2, sort_keys=True)}\n".encode(),
+    }
 
 
 def _put(

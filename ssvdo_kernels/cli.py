@@ -27,7 +27,7 @@ Of a weight W0 (m x n; d = min(m, n), c = |m - n|), which has d singular values:
   l         --outer-rank, how many of the leading singular vectors on the large
             side turn out of W0's range: c l numbers, none in a square layer
   factors   what stays beside W0: its singular vectors on the small side
-  prepared  what is made of the trained numbers when they have changed, in memory
+  prepared  what is made of the trained numbers whenever they have changed
   T         tokens (rows of x) in a forward, and the form that costs least in
             training with so many, on a CPU:
     factored  by the small matrices, one after the other

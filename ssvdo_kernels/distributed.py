@@ -1,14 +1,16 @@
-"""Factorisation shared out among processes that hold the same model."""
+"""Processes that hold the same model: factorisation shared out among them, files written by one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .factorize import Factors
@@ -65,3 +67,35 @@ def _sent(factors: Factors | None, source: int, device: torch.device, group: dis
             dist.broadcast(tensor, src=source, group=group)
         tensors[name] = tensor
     return Factors.of(tensors)
+
+
+_SAVES: Counter[str] = Counter()  # by path: how often this process has come to `first_writes`
+
+
+def group_of_replicas(model: nn.Module) -> dist.ProcessGroup | None:
+    """The processes of the DistributedDataParallel that is the model or stands in it; None: there is none."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    wrappers = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
+    return next((wrapper.process_group for wrapper in wrappers), None)
+
+
+def first_writes(write: Callable[[], None], path: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Calls `write` on the first rank of the group; the others wait for it. No barrier: the first waits for nobody.
+
+    Raises:
+        RuntimeError: on ranks that wait: the first has failed, or has not come within the store's timeout.
+    """
+    first = dist.get_global_rank(dist.group.WORLD if group is None else group, 0)  # type: ignore[arg-type]
+    _SAVES[str(path)] += 1
+    key, store = f"ssvdo_kernels/{first}/{path}/{_SAVES[str(path)]}", dist.distributed_c10d._get_default_store()
+    if dist.get_rank() != first:
+        if failure := store.get(key).decode():
+            raise RuntimeError(f"rank {first} has not written {path}: {failure}")
+        return
+    try:
+        write()
+    except BaseException as error:
+        store.set(key, f"{type(error).__name__}: {error}")
+        raise
+    store.set(key, "")

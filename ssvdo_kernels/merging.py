@@ -19,6 +19,9 @@ from .model import require_adapted
 def merge_ssvdo(model: nn.Module) -> nn.Module:
     """Computes every adapted layer through its dense W' from now on: one product a forward, as fast as nn.Linear.
 
+    What is saved stays the same: `save_ssvdo` writes the adapter; a state_dict, `save_pretrained`'s too, holds W0 and
+    the adapter, of which it warns. Files with W' in W0's place: `remove_ssvdo(model, merge=True).save_pretrained(...)`.
+
     Examples:
         >>> before = model(x)
         >>> torch.allclose(merge_ssvdo(model)(x), before, atol=1e-5)
@@ -48,7 +51,8 @@ def unmerge_ssvdo(model: nn.Module) -> nn.Module:
 def remove_ssvdo(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """Puts the layers back, with W0 (the original tensors) or, with merge=True, with W' (quantised ones as nn.Linear).
 
-    The layers stay frozen, as the rest of the model: what is to be trained next is the caller's to say.
+    The layers stay frozen, as the rest of the model: what is to be trained next is the caller's to say. With merge=True
+    the model is as the base was, and saved as the base is (`save_pretrained`, `torch.save` of its state_dict).
 
     Raises:
         ValueError: the model has no adapted layer. TypeError: a layer is another package's, which takes it out itself.

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 from datetime import timedelta
 
 import pytest
@@ -11,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from helpers import require_fully_shard
 from torch import nn
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, load_ssvdo, save_ssvdo, sites
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, checkpoint, gradient_accumulation, load_ssvdo, save_ssvdo, sites
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.host import hosts
 
@@ -93,8 +94,7 @@ def ddp(rank, folder, alone, want):
     wrapped = nn.parallel.DistributedDataParallel(model)
     assert not list(model.buffers())  # nothing to send in every forward
     close(mean_loss(fit(wrapped, slice(2 * rank, 2 * rank + 2))), want, "DDP")
-    if rank == 0:
-        save_ssvdo(model, folder / "ddp")
+    check_saving(rank, folder, wrapped)
     x, y = (t[0][2 * rank : 2 * rank + 2] for t in batches())
     wrapped.zero_grad()
     with wrapped.no_sync():
@@ -106,6 +106,31 @@ def ddp(rank, folder, alone, want):
     for n, p in model.named_parameters():
         if p.requires_grad:
             close(p.grad * 2, summed[n], f"no_sync {n}")
+
+
+def check_saving(rank, folder, wrapped):
+    """Of the wrapped model the first writes and the others wait, or it writes alone; of the bare one whoever calls."""
+    written, original = [], checkpoint.write_atomically
+
+    def slow(contents):
+        time.sleep(0.3)
+        written.extend(contents)
+        original(contents)
+
+    checkpoint.write_atomically = slow
+    for n in (1, 2):
+        assert (save_ssvdo(wrapped, folder / "ddp") / "ssvdo_model.safetensors").is_file()
+        assert len(written) == (2 * n if rank == 0 else 0)
+    if rank == 0:
+        save_ssvdo(wrapped, folder / "alone")
+    save_ssvdo(wrapped.module, folder / f"bare{rank}")
+    checkpoint.write_atomically = original
+    dist.barrier()
+    want = (folder / "ddp" / "ssvdo_model.safetensors").read_bytes()
+    assert all((folder / n / "ssvdo_model.safetensors").read_bytes() == want for n in ("alone", "bare0", "bare1"))
+    (folder / "file").touch()
+    with pytest.raises(OSError if rank == 0 else RuntimeError, match="rank 0 has not written" if rank else "file"):
+        save_ssvdo(wrapped, folder / "file" / "x")
 
 
 def ddp_failure(rank, folder, alone, want):
@@ -237,10 +262,30 @@ def run(rank, folder, work, state, want, port):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("work", [ddp, ddp_failure, fsdp, fsdp1, fsdp_square, fsdp_half])
+def accelerated(rank, folder, alone, want):
+    """accelerate wraps in DDP: every process saves the wrapped model, or the main one the bare one."""
+    import accelerate
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare(start(rank, folder))
+    accelerator.unwrap_model(model).load_state_dict(alone.state_dict())
+    assert type(model) is nn.parallel.DistributedDataParallel
+    close(mean_loss(fit(model, slice(2 * rank, 2 * rank + 2))), want, "accelerate")
+    save_ssvdo(model, folder / "accelerated")
+    if accelerator.is_main_process:
+        save_ssvdo(accelerator.unwrap_model(model), folder / "main")
+    accelerator.wait_for_everyone()
+    files = [(folder / n / "ssvdo_model.safetensors").read_bytes() for n in ("accelerated", "main")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("work", [ddp, ddp_failure, fsdp, fsdp1, fsdp_square, fsdp_half, accelerated])
 def test_two_processes_give_what_one_gives(work, tmp_path):
     if work in (fsdp, fsdp_square, fsdp_half):
         require_fully_shard()
+    if work is accelerated:
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
     torch.manual_seed(2)
     alone = apply_ssvdo(base(), CONFIG)
     state = copy.deepcopy(alone.state_dict())
@@ -253,7 +298,7 @@ def test_two_processes_give_what_one_gives(work, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     multiprocessing.spawn(run, (tmp_path, work, state, want, port), nprocs=2)
-    if work in (ddp, fsdp, fsdp1):
+    if work in (ddp, fsdp, fsdp1, accelerated):
         fresh = load_ssvdo(base(), tmp_path / work.__name__)
         x = batches()[0][0]
         close(fresh(x), alone(x), "loaded by one process")

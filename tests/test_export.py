@@ -5,6 +5,7 @@ import os
 import resource
 import stat
 import struct
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from helpers import randomise, randomise_all
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, export, merge_ssvdo, remove_ssvdo, save_ssvdo
+from ssvdo_kernels import (
+    SSVDOConfig,
+    SSVDOLinear,
+    apply_ssvdo,
+    export,
+    merge_ssvdo,
+    remove_ssvdo,
+    save_ssvdo,
+    unmerge_ssvdo,
+)
 from ssvdo_kernels.cli import main
 from ssvdo_kernels.host import OwnHost, hosts
 
@@ -66,10 +76,8 @@ def index(folder, **where):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
 
-@pytest.mark.parametrize("kind", ["single", "sharded", "unindexed", "bin", "sharded bin"])
-def test_from_pretrained_gives_the_merged_model(tmp_path, kind):
-    """Of a base whose output and embedding are tied, as Whisper's are."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+def whisper(transformers):
+    """A small one; its output and embedding are tied."""
     config = transformers.WhisperConfig(
         vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
         encoder_attention_heads=2, decoder_attention_heads=2, max_source_positions=20, max_target_positions=10,
@@ -77,6 +85,31 @@ def test_from_pretrained_gives_the_merged_model(tmp_path, kind):
     torch.manual_seed(0)
     model = transformers.WhisperForConditionalGeneration(config).eval()
     model.generation_config.max_length = 7
+    inputs = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.tensor([[3, 5], [3, 6]])}
+    return model, inputs
+
+
+def test_a_merged_model_says_what_its_save_pretrained_writes_and_a_removed_one_writes_w(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model, inputs = whisper(transformers)
+    adapt(model, tmp_path)
+    merge_ssvdo(model)
+    want = model(**inputs).logits
+    with pytest.warns(UserWarning, match=r"holds W0 .* not W'.*remove_ssvdo\(model, merge=True\)"):
+        model.save_pretrained(tmp_path / "merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        unmerge_ssvdo(model).state_dict()
+        remove_ssvdo(model, merge=True).save_pretrained(tmp_path / "removed")
+    loaded, report = type(model).from_pretrained(tmp_path / "removed", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(loaded.eval()(**inputs).logits, want)
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded", "unindexed", "bin", "sharded bin"])
+def test_from_pretrained_gives_the_merged_model(tmp_path, kind):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model, inputs = whisper(transformers)
     base, out = tmp_path / "base", tmp_path / "out"
     model.save_pretrained(base, max_shard_size="20KB" if kind in ("sharded", "unindexed") else "1GB")
     if kind.endswith("bin"):
@@ -92,7 +125,6 @@ def test_from_pretrained_gives_the_merged_model(tmp_path, kind):
         (base / name).write_text("{}")
     adapt(model, tmp_path)
     merge_ssvdo(model)
-    inputs = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.tensor([[3, 5], [3, 6]])}
     assert merge(tmp_path) == 0
     loaded, report = type(model).from_pretrained(out, output_loading_info=True)
     assert not any(report.values())

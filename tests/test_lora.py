@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import make_layer, randomise_all
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -70,6 +71,22 @@ def test_the_folder_is_a_lora_of_peft(tmp_path, dtype, tolerance):
     torch.testing.assert_close(run(loaded.base_model.model, x), run(model, x), rtol=tolerance, atol=tolerance)
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(run(merged, x), run(model, x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_folder_is_what_vllm_reads(tmp_path, rank):
+    """Its loader's demands (vllm/lora, 0.18): names, shapes, one rank, and configurations that it does not refuse."""
+    model = adapted()
+    save_lora(model, tmp_path, rank, base_model="some/model")
+    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(
+        tmp_path / "adapter_model.safetensors")  # fmt: skip
+    assert {"r", "lora_alpha", "target_modules"} <= config.keys() and config["lora_alpha"] == config["r"] == (rank or 4)
+    assert config["bias"] == "none" and not config.get("modules_to_save") and not config["use_dora"]
+    for name in ("fc1", "fc2"):  # the last part of a name is looked up among the served model's layers
+        out_features, in_features = model[name].weight.shape
+        A, B = (tensors.pop(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
+        assert A.shape == (config["r"], in_features) and B.shape == (out_features, config["r"])
+    assert not tensors
 
 
 def test_it_is_swapped_into_another_lora_and_weighed():

@@ -74,7 +74,9 @@ class Timed:
 
 
 @torch.no_grad()
-def transcribe_timed(model: WhisperForConditionalGeneration, tokenizer: Tokenizer, mel: Tensor, limit: int = 48) -> Timed:
+def transcribe_timed(
+    model: WhisperForConditionalGeneration, tokenizer: Tokenizer, mel: Tensor, limit: int = 48
+) -> Timed:
     """Greedy transcripts with times."""
     found = Timed([], [], [])
     for part in mel.split(8):
@@ -82,7 +84,8 @@ def transcribe_timed(model: WhisperForConditionalGeneration, tokenizer: Tokenize
         tokens = torch.full((len(part), 1), START)
         done, step, cache = torch.zeros(len(part), dtype=torch.bool), tokens, None
         for place in range(limit):
-            out = model.model.decoder(input_ids=step, encoder_hidden_states=heard, past_key_values=cache, use_cache=True)
+            out = model.model.decoder(
+                input_ids=step, encoder_hidden_states=heard, past_key_values=cache, use_cache=True)
             cache, scores = out.past_key_values, model.proj_out(out.last_hidden_state[:, -1])
             scores[:, START:FIRST] = -torch.inf  # no language, task or <|notimestamps|>
             if not place:
@@ -107,8 +110,9 @@ def measure(
     """A row of the table."""
     texts = [u.text for u in said]
     timed = transcribe_timed(model, tokenizer, mel)
-    begin = [abs(found[0] - true[0]) for found, true in zip(timed.spans, spans, strict=True) if found[0] is not None]
-    end = sorted(abs(found[1] - true[1]) for found, true in zip(timed.spans, spans, strict=True) if found[1] is not None)
+    begin, end = ([abs(found[i] - true[i]) for found, true in zip(timed.spans, spans, strict=True)
+                   if found[i] is not None] for i in (0, 1))  # fmt: skip
+    end.sort()
     ends = (f"{statistics.median(end):.2f}", f"{end[int(0.9 * len(end))]:.2f}") if end else ("-", "-")
     return [f"{wer(texts, transcribe(model, tokenizer, mel)):.1f}", f"{wer(texts, timed.texts):.1f}",
             f"{statistics.mean(timed.first):.3f}", f"{len(end)} of {len(said)}",
@@ -145,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
         positions = "model.encoder.embed_positions.weight"
         tuned = copy.deepcopy(whole)
         tuned.load_state_dict({**state, positions: whole.state_dict()[positions]})
-        rows.append("| " + " | ".join([name, f"{trained:,}", *measure(tuned, tokenizer, test_mel, test, test_spans)]) + " |")
+        cells = [name, f"{trained:,}", *measure(tuned, tokenizer, test_mel, test, test_spans)]
+        rows.append("| " + " | ".join(cells) + " |")
         print(rows[-1], file=sys.stderr, flush=True)
     about = (f"{__doc__.splitlines()[0]}\n\n`python -m examples.asr.timestamps --steps {options.steps}`: {len(train)} "
              f"utterances of the Scottish voice, batches of 8 at 3e-4, seed 0; {len(test)} others to test on. "

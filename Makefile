@@ -32,7 +32,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(STAMP)
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 # With the machine's own Python and torch, in calls of under nine minutes: the same target again goes on where it was cut.
 # Everything is in build/gpu-run; where OUT is set, in one archive there as well.

@@ -66,7 +66,8 @@ class Adapter(nn.Module):
     GPU call `refresh` after writing through ``p.data`` by hand.
 
     Args:
-        shape, config: sizes and formula.
+        shape: sizes.
+        config: formula.
         factors: those of the weight; None: `set_factors` brings them before the first forward.
         weight: W0, for its dtype, its device and to be known again; the adapter does not keep it.
         buffers: whether the factors are buffers that no state_dict holds, instead of frozen parameters; it holds the

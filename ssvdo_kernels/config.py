@@ -50,13 +50,13 @@ class SSVDOConfig:
         inner_ratio: p in (0, 1], the share of the d singular vectors on the small side that G rotates.
         outer_rank: l >= 0, how many vectors of the large side turn towards their orthonormal complement.
             0 is SSVD (arXiv 2509.02830); at most min(d, c), so a square layer has 0.
-        tau: > 0, the regulariser in R R^T = Z^T Z + tau I. With ``outer_scale="balanced"`` it is no learning rate.
+        tau: the regulariser, > 0, in R R^T = Z^T Z + tau I. With ``outer_scale="balanced"`` it is no learning rate.
         rotation: ``"cayley"``: G = (I + K)^-1 (I - K), orthogonal; ``"neumann"``: G = I + 2 sum_{i=1..s} (-K)^i;
             ``"first_order"``: G = I - 2K, what the published SSVD code uses.
         outer: ``"rotation"``: U_l' = U_l C + Q, orthonormal for every L; ``"additive"``: U_l' = U_l + Q.
         outer_scale: L = s * outer. ``"balanced"`` takes s = 2 sqrt(k tau large) / c, so that one learning rate serves
             the inner and the outer part; a float > 0 sets s (1.0 is the literal form).
-        init_angle: >= 0, radians by which each outer vector is turned at the start; 0 starts exactly at W0.
+        init_angle: radians, >= 0, by which each outer vector is turned at the start; 0 starts exactly at W0.
         dropout: p in [0, 1), the share of the numbers of x that the change does not see in training:
             y = x W0^T + d(x) (W' - W0)^T, at another product with W0. Merged layers drop nothing; experts cannot.
         orientation: the side on which G acts. ``"auto"``: the smaller side (input for square layers).

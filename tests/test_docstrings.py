@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -58,3 +59,11 @@ def test_the_example_runs(module, name, package, tmp_path, monkeypatch):
     runner = doctest.DocTestRunner(optionflags=flags)
     runner.run(test, out=printed.append)
     assert not runner.failures, "".join(printed)
+
+
+def test_no_description_becomes_a_quotation():
+    """Markdown takes a line that begins with ">" for one."""
+    folder = Path(ssvdo_kernels.__file__).parent
+    found = [f"{path.name}: {line.strip()}" for path in folder.rglob("*.py") for line in path.read_text().splitlines()
+             if re.match(r"\s+(\w+: )?>=? ", line) and ">>>" not in line]  # fmt: skip
+    assert found == []

@@ -46,8 +46,11 @@ class DeferredSSVDOLinear(Host, _LoRALayer):  # type: ignore[misc]
     the adapter's buffers, and in a state_dict once more under the name of a frozen parameter, ``lora_guard``.
 
     Args:
-        in_features, out_features, bias: as nn.Linear.
-        r, lora_alpha: ignored; outer_rank and inner_ratio say how much is trained.
+        in_features: as nn.Linear's.
+        out_features: as nn.Linear's.
+        bias: as nn.Linear's.
+        r: ignored; outer_rank and inner_ratio say how much is trained.
+        lora_alpha: ignored.
         lora_dropout: `SSVDOConfig.dropout`, which acts on the change W' - W0 alone, as LoRA's does.
         cache_dir: see `factorize`.
         options: fields of SSVDOConfig. A square layer gets outer_rank 0.

@@ -33,9 +33,11 @@ _register_type()
 class SSVDOConfig(PeftConfig):  # type: ignore[misc]
     """SSVD-O's hyper-parameters for PEFT; those of `ssvdo_kernels.SSVDOConfig`, and PEFT's ways of choosing layers.
 
+    As in `ssvdo_kernels.SSVDOConfig` are ``inner_ratio``, ``outer_rank`` (0 for a square layer),
+    ``tau``, ``rotation``, ``outer``, ``outer_scale``, ``neumann_terms`` and ``backend``; as in LoraConfig
+    ``exclude_modules``, ``modules_to_save``, ``layers_to_transform`` and ``layers_pattern``.
+
     Args:
-        inner_ratio, outer_rank, tau, rotation, outer, outer_scale, neumann_terms, backend: see
-            `ssvdo_kernels.SSVDOConfig`. A square layer has no complement and gets outer_rank 0.
         init_angle: radians; the default, 0, starts at the base model exactly, as PEFT's methods do.
         dropout: as LoRA's lora_dropout: y = x W0^T + d(x) (W' - W0)^T in training.
         bias: biases that are trained and saved, too: "none", "all" those of the model, "ssvdo_only" those of adapted
@@ -43,9 +45,9 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
         target_modules: list of suffixes, one regular expression or "all-linear"; None: the feed-forward layers.
         target_parameters: names of parameters that are a matrix, or hold one for each expert; None: those of known
             feed-forward layers, where target_modules is None too.
-        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in LoraConfig.
         trainable_token_indices: rows of the embedding that are trained beside the adapters, as in LoraConfig.
-        inner_ratio_pattern, outer_rank_pattern: other values for single layers, by suffix or regular expression.
+        inner_ratio_pattern: other values for single layers, by suffix or regular expression.
+        outer_rank_pattern: the same for outer_rank.
         init_weights: False draws random adapters (for tests).
         factor_cache: a folder in which factorisations are kept by weight content; None: none.
         include_basis: also saves V_k (d x max(k, l) a layer, in the weight's dtype), with which an adapter loads onto

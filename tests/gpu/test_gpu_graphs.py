@@ -1,0 +1,176 @@
+"""Captured graphs and streams on a GPU: what was prepared is never stale, unfinished or another's."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import assert_close, require_triton
+from torch import nn
+
+require_triton()
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo
+from ssvdo_kernels.host import hosts
+from ssvdo_kernels.triton import launch, tuning
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+# bf16 operands are rounded about ten products deep; two runs of one code on the same numbers differ by less
+TOLERANCE = 8 * 2**-7
+
+
+def model(pairs=1, **options):
+    """64 -> 256 -> 64, `pairs` times: layers of two shapes, each a group where there are several."""
+    torch.manual_seed(0)
+    layers = [m for _ in range(pairs) for m in (nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))]
+    net = nn.Sequential(*layers).cuda().bfloat16()
+    return apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=16, init_angle=0.1, **options))
+
+
+def tokens(count=33):
+    return torch.randn(count, 64, device="cuda", dtype=torch.bfloat16)
+
+
+def trained(net):
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def afresh(net, x):
+    """What a copy that has prepared nothing yet makes of x."""
+    with torch.no_grad():
+        return copy.deepcopy(net)(x)
+
+
+def captured(step, warm=3):
+    """The graph of a step, after a few on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_a_whole_step_is_captured_and_eager_forwards_see_what_it_trained(pairs):
+    """The optimiser writes inside the graph, where no version counter moves. eps: else a gradient near 0 counts as much
+    as any, whatever its sign is rounded to."""
+    net, x = model(pairs), tokens()
+    twin = copy.deepcopy(net)
+    optimisers = [torch.optim.AdamW(trained(m), lr=1e-2, eps=0.1, capturable=True) for m in (net, twin)]
+
+    def step(m, optimiser):
+        optimiser.zero_grad(set_to_none=True)
+        m(x).float().square().sum().backward()
+        optimiser.step()
+
+    graph = captured(lambda: step(net, optimisers[0]))
+    for _ in range(3):  # the warm-up's; a capture runs nothing
+        step(twin, optimisers[1])
+    for _ in range(3):
+        before = net(x)
+        graph.replay()
+        step(twin, optimisers[1])
+        with torch.no_grad():
+            after = net(x)
+        assert_close("after a replay", after, afresh(net, x), TOLERANCE)
+        assert_close("as eager training", after, twin(x), TOLERANCE)
+        assert not torch.equal(before, after)
+
+
+def test_a_group_under_capture_follows_its_parameters():
+    """Layers of one shape, which are prepared together outside of a graph, forward and backward."""
+    net, x = model(3), tokens().requires_grad_()
+
+    def step():
+        net.zero_grad(set_to_none=True)
+        x.grad = None
+        step.y = net(x)
+        step.y.float().square().sum().backward()
+
+    graph = captured(step)
+    grads = [x.grad, *(p.grad for p in trained(net))]
+    for scale in (0.05, 0.1):
+        with torch.no_grad():
+            for p in trained(net):
+                p.add_(scale * torch.randn_like(p))
+        for g in grads:
+            g.fill_(float("nan"))
+        graph.replay()
+        got = [step.y.clone(), *(g.clone() for g in grads)]
+        other, again = copy.deepcopy(net), x.detach().clone().requires_grad_()
+        y = other(again)
+        y.float().square().sum().backward()
+        want = [y, again.grad, *(p.grad for p in trained(other))]
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_close(f"replayed {i}", a, b, TOLERANCE)
+
+
+@pytest.mark.parametrize("path", ["auto", "merged"])
+def test_what_one_stream_prepared_another_waits_for(path):
+    net, x = model(path=path), tokens()
+    want = afresh(net, x)
+    for _, layer in hosts(net):
+        layer.refresh()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # some tenth of a second
+        net(x)
+    with torch.no_grad():
+        got = net(x)  # on the stream that has waited for nothing
+    assert_close("y", got, want, TOLERANCE)
+
+
+def test_side_streams_train_as_the_first_does():
+    net, x = model(2), tokens()
+    net(x).float().square().sum().backward()
+    want = [p.grad.clone() for p in trained(net)]
+    for _ in range(3):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        net.zero_grad()
+        for _, layer in hosts(net):
+            layer.refresh()
+        with torch.cuda.stream(side):
+            net(x).float().square().sum().backward()
+        torch.cuda.current_stream().wait_stream(side)
+        for p, g in zip(trained(net), want, strict=True):
+            assert_close("gradient", p.grad, g, TOLERANCE)
+
+
+def test_timings_from_disk_serve_a_capture(tmp_path, monkeypatch):
+    """Made by another process: nothing is timed again, and the graph computes as eager calls do, bit by bit."""
+
+    def forget():
+        for place in (tuning._memory, tuning._loaded, getattr(launch, "_ready", {})):
+            place.clear()
+
+    monkeypatch.setenv("SSVDO_CACHE", str(tmp_path))
+    net, x, asked = model(), tokens(100), []
+    forget()
+    monkeypatch.setattr(tuning, "_do_bench", lambda call: (call(), asked.append(call), -len(asked))[2])  # the last one
+    with torch.no_grad():
+        net(x)
+    (file,) = tmp_path.glob("autotune-*.json")
+    assert asked and max(json.loads(file.read_text()).values()) > 0
+    forget()
+    monkeypatch.setattr(tuning, "_do_bench", lambda call: pytest.fail("timed again"))
+
+    def step():
+        with torch.no_grad():
+            step.y = net(x)
+
+    graph = captured(step, warm=1)
+    step.y.fill_(float("nan"))
+    graph.replay()
+    with torch.no_grad():
+        assert torch.equal(step.y, net(x))
+    forget()  # and once more where the capture itself is the first to look
+    graph = captured(step, warm=1)
+    graph.replay()
+    with torch.no_grad():
+        assert torch.equal(step.y, net(x))

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
+from .shifts import RATE, resample, shifted
 from .whisper import ENGLISH, SECONDS, Prompt
 
-RATE = 16_000
 ROUNDING = 0.01  # seconds that a part may end after its file does: times are written to hundredths
 UNKNOWN = 0x7FFF0000  # bytes; the size in the header of a WAV file written to a pipe is this or more
 _SIZES = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)  # libsndfile's log
@@ -30,7 +30,10 @@ SPEECH = Path(__file__).parent / "speech" / "manifest.tsv"
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording: its file, what is said, and, where the manifest says so, whose voice and which split."""
+    """One recording: its file, what is said, and, where the manifest says so, whose voice, which split, which person.
+
+    shift: what is done to the samples when they are loaded, one of `shifts.SHIFTS`.
+    """
 
     path: Path
     text: str
@@ -38,6 +41,8 @@ class Utterance:
     split: str = ""
     start: float = 0.0  # seconds into the file
     stop: float | None = None  # None: to its end
+    speaker: str = ""
+    shift: str = ""
 
 
 def read_text(path: Path) -> str:
@@ -85,7 +90,7 @@ def read_rows(path: Path, **how: Any) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def read_manifest(path: Path) -> list[Utterance]:
-    """Reads a TSV with a header naming at least `path` (relative to the manifest) and `text`; also `voice`, `split`.
+    """Reads a TSV with a header naming at least `path` (relative to it) and `text`; also `voice`, `split`, `speaker`.
 
     Raises:
         ValueError: a column is missing, a text is empty, or a recording does not exist; names the file and line.
@@ -99,7 +104,8 @@ def read_manifest(path: Path) -> list[Utterance]:
         if not text:
             raise ValueError(f"{path}, line {number}: the text is empty")
         audio = existing(path.parent, row["path"], f"{path}, line {number}")
-        utterances.append(Utterance(audio, text, row.get("voice", ""), row.get("split", "")))
+        utterances.append(Utterance(audio, text, row.get("voice", ""), row.get("split", ""),
+                                    speaker=row.get("speaker", "")))
     if not utterances:
         raise ValueError(f"{path}: holds no utterance")
     return utterances
@@ -184,26 +190,15 @@ def load_audio(path: Path, start: float = 0.0, stop: float | None = None, second
     return audio
 
 
-def resample(audio: Tensor, rate: int, target: int, zeros: int = 24) -> Tensor:
-    """Band-limited resampling: a sinc with `zeros` zero crossings a side, under a Hann window. audio: samples."""
-    count = int(audio.numel() * target / rate)
-    cutoff = min(1.0, target / rate)
-    centre = torch.arange(count, dtype=torch.float64) * (rate / target)
-    reach = int(zeros / cutoff) + 1
-    offsets = torch.arange(-reach, reach + 1)
-    index = centre.floor().long()[:, None] + offsets
-    distance = index - centre[:, None]
-    window = torch.cos(torch.pi * distance / (2 * (reach + 1))).square()
-    kernel = cutoff * torch.sinc(cutoff * distance) * window
-    padded = torch.nn.functional.pad(audio.double(), (reach, reach + 1))
-    return (padded[(index + reach).clamp(0, padded.numel() - 1)] * kernel).sum(1).float()
-
-
 def features(utterances: list[Utterance], seconds: int = SECONDS) -> Tensor:
     """Log-mel features, utterances x 80 x 100 seconds (10 ms frames, padded to the context)."""
     extractor = WhisperFeatureExtractor(feature_size=80, sampling_rate=RATE, hop_length=160, n_fft=400,
                                         chunk_length=seconds)
-    audio = [load_audio(u.path, u.start, u.stop, seconds).numpy() for u in utterances]
+    audio = []
+    for u in utterances:
+        samples = shifted(load_audio(u.path, u.start, u.stop, seconds), u.shift)
+        _check_length(u.path, samples.numel(), seconds)
+        audio.append(samples.numpy())
     return extractor(audio, sampling_rate=RATE, return_tensors="pt").input_features
 
 

@@ -35,11 +35,11 @@ from .corpus import read_text
 from .ctranslate2 import WeightsError
 from .methods import METHODS
 from .options import COUNT, MINUTES, TARGET
-from .run import SETTINGS, Run, check, prepare
+from .run import EXTRA, SETTINGS, Run, check, prepare
 
 HERE = Path(__file__).parent
 PROFILES = ("quick", "reduced", "full")
-EXTRA = {f.name for f in fields(SSVDOConfig)} | {"budget"}
+ALLOWED = {f.name for f in fields(SSVDOConfig)} | set(EXTRA)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Experiment:
                        data.get("grids") or [], {**overrides, "full": {}}, data.get("finding", ""))  # fmt: skip
             for profile in PROFILES:
                 for cell in made.cells(profile):
-                    check(cell, EXTRA)
+                    check(cell, ALLOWED)
                     if cell.get("method") not in (*METHODS, "none"):
                         raise ValueError(f"method={cell.get('method')!r} is unknown; allowed: {', '.join(METHODS)}")
         except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -184,7 +184,8 @@ def known(stores: list[Store]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def run_all(stores: list[Store], profile: str, workers: int, minutes: float | None, rerun: bool = False) -> int:
+def run_all(stores: list[Store], profile: str, workers: int, minutes: float | None, rerun: bool = False,
+            threads: int | None = None) -> int:  # fmt: skip
     """Runs what is missing; returns how many runs of the profile remain. Ctrl-C keeps what is done."""
     elsewhere = {} if rerun else known(stores)
     for store in stores:
@@ -196,7 +197,7 @@ def run_all(stores: list[Store], profile: str, workers: int, minutes: float | No
     began, queue, running = time.monotonic(), list(reversed(wanted)), {}
     for shared in sorted({tuple({**SETTINGS, **c}[k] for k in ("corpus", "model", "seconds")) for _, _, c in wanted}):
         prepare(*shared)
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = threads or max(1, (os.cpu_count() or 1) // workers)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,))
     try:
         with tqdm(total=len(wanted), unit="run", desc=profile) as bar:
@@ -231,6 +232,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     profile.add_argument("--full", action="store_const", const="full", dest="profile", help="every seed and setting")
     parser.add_argument("--workers", type=COUNT,
                         default=1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1))
+    parser.add_argument("--threads", type=COUNT, help="of each worker (default: the processors, shared out)")
     parser.add_argument("--minutes", type=MINUTES, help="start no run after so many minutes")
     parser.add_argument("--out", type=TARGET, help="folder of the results (default: examples/asr/results; quick: a "
                         "temporary one)")  # fmt: skip
@@ -251,7 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"experiment {path.stem!r} is unknown; allowed: all, {known}, or a YAML file")
     folder = options.out or (Path("build/quick") if options.profile == "quick" else HERE / "results")
     stores = [Store(Experiment.read(path), folder) for path in paths]
-    left = run_all(stores, options.profile, options.workers, options.minutes, rerun=options.profile == "quick")
+    left = run_all(stores, options.profile, options.workers, options.minutes, rerun=options.profile == "quick",
+                   threads=options.threads)
     print(f"results in {folder}" + (f"; {left} runs of this profile remain" if left else ""))
     return 3 if left else 0
 

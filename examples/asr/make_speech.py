@@ -26,8 +26,9 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from .corpus import RATE, resample
+from .corpus import RATE
 from .options import TARGET
+from .shifts import resample
 from .whisper import SECONDS
 
 HERE = Path(__file__).parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,14 +31,14 @@ def read_kaldi(folder: Path) -> list[Utterance]:
         if not (folder / needed).is_file():
             raise ValueError(f"{folder}: no {needed}; a Kaldi data folder has wav.scp and text")
     recordings = {}
-    for number, (key, value) in _kaldi_lines(folder / "wav.scp"):
+    for number, (key, value) in kaldi_lines(folder / "wav.scp"):
         if value.endswith("|"):
             raise ValueError(f"{folder}/wav.scp, line {number}: a command, which is not run; convert the audio first")
         recordings[key] = existing(folder, value, f"{folder}/wav.scp, line {number}")
     parts: dict[str, tuple[str, float, float | None]] = {key: (key, 0.0, None) for key in recordings}
     if (folder / "segments").is_file():
         parts = {}
-        for number, (key, value) in _kaldi_lines(folder / "segments"):
+        for number, (key, value) in kaldi_lines(folder / "segments"):
             where = f"{folder}/segments, line {number}"
             try:
                 recording, *times = value.split()
@@ -49,7 +50,7 @@ def read_kaldi(folder: Path) -> list[Utterance]:
                                  "stop, the end of the recording")
             parts[key] = (recording, start, None if stop == -1 else stop)
     found = []
-    for number, (key, text) in _kaldi_lines(folder / "text"):
+    for number, (key, text) in kaldi_lines(folder / "text"):
         if key not in parts or parts[key][0] not in recordings:
             raise ValueError(f"{folder}/text, line {number}: utterance {key!r} has no recording")
         recording, begin, end = parts[key]
@@ -65,7 +66,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     yield from enumerate(lines, 1)
 
 
-def _kaldi_lines(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
+def kaldi_lines(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
+    """(number, (name, value)) of a Kaldi list.
+
+    Raises:
+        ValueError: a line has no value, or a name stands twice; names the line.
+    """
     seen: dict[str, int] = {}
     for number, line in _lines(path):
         key, *value = re.split("[ \t]+", line.strip(" \t"), maxsplit=1)
@@ -160,25 +166,46 @@ class Corpus:
     utterances: tuple[Utterance, ...]
 
     def of(self, voice: str, split: str) -> list[Utterance]:
-        """Those of one voice and split.
+        """Those of one voice and split. "voice@shift": the same recordings after one of `shifts.SHIFTS`.
 
         Raises:
             ValueError: there are none; names the voices and splits that there are.
         """
-        found = [u for u in self.utterances if u.voice == voice and u.split == split]
+        voice, _, shift = voice.partition("@")
+        found = [replace(u, shift=shift) for u in self.utterances if u.voice == voice and u.split == split]
         if not found:
             there = sorted({(u.voice, u.split) for u in self.utterances})
             raise ValueError(f"voice {voice!r} has no utterance of split {split!r}; the corpus has {there}")
         return found
 
 
-def open_corpus(source: str) -> Corpus:
-    """"committed": the speech in the repository. "synthetic": the experiments' set, spoken on first use
-    and kept in the cache. Else "name=path,name=path,...": each path a corpus, read as voice `name`; Kaldi's usual
-    folders of one split each are given as "name/train=path,name/test=path".
+def real_folder() -> Path:
+    """Where the real recordings are: $SSVDO_SPEECH, or "real-speech" in the cache."""
+    return Path(os.environ.get("SSVDO_SPEECH", cache_folder() / "real-speech"))
+
+
+def real_manifests() -> list[Path]:
+    """The manifests of the real recordings.
 
     Raises:
-        ValueError: a part is wrong. RuntimeError: a synthesiser is not installed.
+        ValueError: one is not there; says how to make it.
+    """
+    listed = [real_folder() / name / "manifest.tsv" for name in ("speechocean762", "librispeech_other")]
+    for path in listed:
+        if not path.is_file():
+            raise ValueError(f"corpus='speech': no {path}; set SSVDO_SPEECH, or make it from the public corpora: "
+                             "python -m examples.asr.make_real --help")
+    return listed
+
+
+def open_corpus(source: str) -> Corpus:
+    """"committed": the speech in the repository. "synthetic": the experiments' set, spoken on first use and kept
+    in the cache. "speech": real recordings, in the folder that `make_real` has filled. Else "name=path,name=path,...":
+    each path a corpus, read as voice `name`; Kaldi's usual folders of one split each are given as
+    "name/train=path,name/test=path".
+
+    Raises:
+        ValueError: a part is wrong, or the real recordings are not there. RuntimeError: a synthesiser is not installed.
     """  # fmt: skip
     if source == "committed":
         return Corpus(tuple(read_manifest(SPEECH)))
@@ -188,11 +215,14 @@ def open_corpus(source: str) -> Corpus:
         if not listed.exists() or listed.read_text(encoding="utf-8") != manifest(lab()):
             make(folder, lab())
         return Corpus(tuple(read_manifest(folder / "manifest.tsv")))
+    if source == "speech":
+        return Corpus(tuple(u for listed in real_manifests() for u in read_manifest(listed)))
     found: list[Utterance] = []
     for part in source.split(","):
         name, equals, path = part.partition("=")
         voice, _, split = name.partition("/")
         if not equals or not voice:
-            raise ValueError(f"corpus={source!r}: expected 'committed', 'synthetic', or name=path,name/split=path,...")
+            raise ValueError(f"corpus={source!r}: expected 'committed', 'synthetic', 'speech', or "
+                             "name=path,name/split=path,...")
         found += [replace(u, voice=voice, split=split or u.split) for u in read_corpus(Path(path))]
     return Corpus(tuple(found))

@@ -6,88 +6,24 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from .experiment import HERE, Experiment, read_results
-from .run import SETTINGS
+from . import speech_report as real
+from .experiment import HERE, Experiment
 from .statistics import over_seeds, over_utterances, paired_difference
+from .tables import NAMES, Runs, group, last, load, markdown, show
 
-ORDER = ("baseline", "costs", "budget", "forgetting", "continual", "attention", "shift", "sensitivity", "tuning")
+REAL = ("speech-baseline", "speech-tuning", "speech-length", "speech-adult", "speech-parts", "speech-split",
+        "speech-layers", "speech-shift", "speech-continual", "speech-larger")  # fmt: skip
+SYNTHETIC = ("baseline", "costs", "budget", "forgetting", "continual", "attention", "shift", "sensitivity", "tuning")
 ROOT = HERE.parents[1]
 PAGE, PLOTS = ROOT / "docs" / "experiments.md", ROOT / "docs" / "experiments"
-NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA", "ssvd": "SSVD (exact)",
-         "ssvd_first_order": "SSVD (first order)", "ssvdo": "SSVD-O", "none": "before"}  # fmt: skip
-
 DIAGNOSTICS = ("orthonormality", "inner_orthonormality", "inner_angle", "outer_angle", "drift", "cholesky_condition")
-
-Runs = list[dict[str, Any]]
-
-
-def load(name: str, folder: Path = HERE / "results") -> tuple[Runs, int]:
-    """The runs of an experiment, and how many the full grid still lacks."""
-    path = folder / f"{name}.json"
-    if not path.exists():
-        return [], -1
-    wanted = {json.dumps({**SETTINGS, **c}, sort_keys=True)
-              for c in Experiment.read(HERE / "experiments" / f"{name}.yaml").cells("full")}  # fmt: skip
-    runs = [r for r in read_results(path).values() if json.dumps(r["settings"], sort_keys=True) in wanted]
-    return runs, len(wanted) - len(runs)
-
-
-def group(runs: Runs) -> tuple[list[str], list[tuple[tuple[str, ...], Runs]]]:
-    """(names of the settings that vary, rows): runs that differ by the seed alone form one row."""
-    keys = sorted({k for r in runs for k in r["settings"]} - {"seed"})
-    values = {k: {json.dumps(r["settings"].get(k)) for r in runs} for k in keys}
-    varied = [k for k in keys if len(values[k]) > 1 and k not in ("steps", "evaluate_at")]
-    if "method" in varied and "rate" in varied and not _rate_is_studied(runs):
-        varied.remove("rate")
-    rows: dict[tuple[str, ...], Runs] = defaultdict(list)
-    for run in sorted(runs, key=lambda r: r["settings"]["seed"]):
-        rows[tuple(json.dumps(run["settings"].get(k)) for k in varied)].append(run)
-    return varied, sorted(rows.items(), key=lambda item: _row_order(item[1][0]))
-
-
-def _rate_is_studied(runs: Runs) -> bool:
-    rates = defaultdict(set)
-    for r in runs:
-        rates[r["settings"]["method"]].add(r["settings"]["rate"])
-    return any(len(v) > 1 for k, v in rates.items() if k != "none")
-
-
-def _row_order(run: dict[str, Any]) -> tuple[Any, ...]:
-    s = run["settings"]
-    names, p, rank = list(NAMES), s.get("inner_ratio", 0), s.get("outer_rank", 0)
-    return (s["model"] != "tiny.en", str(s["voices"]), s["method"] != "none", names.index(s["method"]),
-            s["strategy"], s["layers"], p, rank, s["rate"], str(sorted(s.items())))  # fmt: skip
-
-
-def show(value: str) -> str:
-    """A setting as a reader wants it."""
-    plain = json.loads(value)
-    if isinstance(plain, list):
-        return ", ".join(map(str, plain))
-    return "default" if plain is None else NAMES.get(plain, str(plain)) if isinstance(plain, str) else f"{plain:g}"
-
-
-def last(run: dict[str, Any], voice: str) -> dict[str, Any] | None:
-    """A run's last evaluation on a voice."""
-    found = [e for e in run["evaluations"] if e["voice"] == voice]
-    return found[-1] if found else None
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table."""
-    head = list(header)
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
 
 def error_cells(runs: Runs, voice: str) -> tuple[str, str, str]:
     """(WER with the utterances' interval, the seeds' interval, CER) on a voice."""
@@ -220,18 +156,42 @@ def diagnostics(runs: Runs) -> str:
     return markdown([*varied, "[C; Q]", "G", "inner angle", "outer angle", "drift", "condition"], lines)
 
 
-def section(name: str, folder: Path, plots: Path) -> str:
-    """One experiment's part of the page."""
+def described(name: str, folder: Path) -> tuple[list[str], Runs]:
+    """The heading, question, settings and finding of an experiment, and its runs."""
     experiment = Experiment.read(HERE / "experiments" / f"{name}.yaml")
     runs, missing = load(name, folder)
-    parts = [f"## {name.capitalize()}", experiment.question]
+    parts = [f"## {name.removeprefix('speech-').capitalize()}", experiment.question]
     if not runs:
-        return "\n\n".join([*parts, "No run has been made yet."])
+        return [*parts, f"`examples/asr/experiments/{name}.yaml`: no run has been made yet."], runs
     settings = ", ".join(f"{k} {v}" for k, v in experiment.settings.items())
-    state = "the grid is complete" if not missing else f"{missing} of {len(runs) + missing} runs are still missing"
+    state = "the grid is complete" if not missing else f"{missing} of {len(runs) + missing} runs have not been made yet"
     parts.append(f"`examples/asr/experiments/{name}.yaml`: {settings}. {len(runs)} runs; {state}.")
     if experiment.finding:
         parts.append(experiment.finding.strip())
+    return parts, runs
+
+
+def real_section(name: str, folder: Path, plots: Path) -> str:
+    """One experiment's part of the page, on real speech."""
+    parts, runs = described(name, folder)
+    if not runs:
+        return "\n\n".join(parts)
+    tables: dict[str, tuple[Callable[[Runs], str], ...]] = {
+        "speech-baseline": (real.differences, real.table), "speech-tuning": (real.tuning,),
+        "speech-length": (real.steps,), "speech-parts": (real.parts,), "speech-continual": (matrix,),
+        "speech-adult": (real.differences, real.table), "speech-shift": (real.shifts, real.table),
+    }  # fmt: skip
+    parts += [make(runs) for make in tables.get(name, (real.table,))]
+    if name == "speech-length":
+        parts.append(real.plot(real.curve(runs), "steps", "children", plots / "length.png"))
+    return "\n\n".join(parts)
+
+
+def section(name: str, folder: Path, plots: Path) -> str:
+    """One experiment's part of the page, on synthetic speech."""
+    parts, runs = described(name, folder)
+    if not runs:
+        return "\n\n".join(parts)
     if name == "baseline":
         parts.append(summary(runs))
     parts.append({"continual": matrix, "costs": costs}.get(name, table)(runs))
@@ -244,8 +204,13 @@ def section(name: str, folder: Path, plots: Path) -> str:
 
 def page(folder: Path = HERE / "results", plots: Path = PLOTS) -> str:
     """The whole of docs/experiments.md."""
-    head = (HERE / "experiments" / "preface.md").read_text(encoding="utf-8").strip()
-    return "\n\n".join([head, *(section(name, folder, plots) for name in ORDER)]) + "\n"
+    written = [HERE / "experiments" / f"{n}.md" for n in ("preface", "appendix")]
+    head, appendix = (path.read_text(encoding="utf-8").strip() for path in written)
+    points = real.frontier(load("speech-tuning", folder)[0])
+    figure = real.plot(points, "learning rate", "children", plots / "frontier.png")
+    first = [real_section(name, folder, plots) for name in REAL]
+    then = [section(name, folder, plots).replace("## ", "## Synthetic: ", 1) for name in SYNTHETIC]
+    return "\n\n".join([head.replace("FIGURE", figure), *first, appendix, *then]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

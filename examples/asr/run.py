@@ -22,7 +22,7 @@ from .corpus import Utterance, batches, features
 from .methods import adapt
 from .readers import Corpus, open_corpus
 from .recognise import Errors, transcribe
-from .train import fine_tune, precision
+from .train import fine_tune, parts, precision
 from .whisper import load_whisper, prompt_of
 
 SETTINGS = {
@@ -30,13 +30,18 @@ SETTINGS = {
     "source": "en-us", "method": "ssvdo", "layers": "feed_forward", "seed": 0, "steps": 50, "batch": 8, "rate": 1e-3,
     "precision": "bf16", "strategy": "continue", "evaluate_at": None, "evaluate": None, "utterances": None,
 }  # fmt: skip
-"""What a run is told, with defaults; SSVDOConfig's fields and `budget` may stand beside them.
+"""What a run is told, with defaults; SSVDOConfig's fields and EXTRA may stand beside them.
 
 voices: trained on one after the other. strategy: "continue" (one adapter throughout) or "merged" (a fresh adapter for
 each voice, the earlier ones merged into the weights). evaluate_at: optimiser steps of each stage after which error
-rates are taken, beside the last. evaluate: the voices to test on; None: all in `voices` and `source`.
+rates are taken, beside the last. evaluate: the voices to test on, as "voice" or "voice/split"; None: all in `voices`
+and `source`.
 train, utterances: at most so many to train on and to test on. split: "test", or "dev" while rates are tuned.
 """
+EXTRA = ("budget", "warmup", "part_rates")
+"""budget: trained numbers. warmup, part_rates: as `fine_tune` takes them."""
+PARTS = ("inner_rotation", "inner_scale", "outer")
+TRACED = 5  # every so many steps
 
 
 @functools.lru_cache(maxsize=1)
@@ -61,6 +66,10 @@ def prepare(corpus: str, model: str, seconds: int) -> None:
     load_whisper(model, seconds)
 
 
+def _rms(values: Tensor) -> float:
+    return float(f"{values.square().mean().sqrt().item():.4g}")
+
+
 class Run:
     """The state of one run. `settings`: SETTINGS with what differs."""
 
@@ -75,6 +84,7 @@ class Run:
         self.diagnostics: list[dict[str, Any]] = []
         self.step_seconds: list[float] = []
         self.losses: list[float] = []
+        self.trace: list[dict[str, Any]] = []
 
     def data(self, voice: str, split: str, most: int | None) -> tuple[list[Utterance], Tensor]:
         """The utterances of a voice and split, and their features."""
@@ -83,8 +93,9 @@ class Run:
     def evaluate(self, stage: int, step: int) -> None:
         """Error rates on every voice asked for, and the adapters' diagnostics."""
         s = self.settings
-        for voice in s["evaluate"] or dict.fromkeys([*s["voices"], s["source"]]):
-            said, mel = self.data(voice, s["split"], s["utterances"])
+        for named in s["evaluate"] or dict.fromkeys([*s["voices"], s["source"]]):
+            voice, _, split = named.partition("/")
+            said, mel = self.data(voice, split or s["split"], s["utterances"])
             with precision(s["precision"], self.device.type):
                 heard = transcribe(self.model, self.tokenizer, mel)  # type: ignore[arg-type]
             errors = Errors.count([u.text for u in said], heard)
@@ -92,12 +103,26 @@ class Run:
                 "stage": stage, "step": step, "voice": voice, "wer": errors.wer, "cer": errors.cer,
                 "words_wrong": errors.words_wrong, "words": errors.words,
             })  # fmt: skip
+            if split:
+                self.evaluations[-1]["split"] = split
+            if any(u.speaker for u in said):
+                self.evaluations[-1] |= {
+                    "capped": errors.capped, "deletions": errors.deletions, "speakers": [u.speaker for u in said]}
         if any(True for _ in hosts(self.model)):
             reports = orthogonality(self.model)
             names = ("orthonormality", "inner_orthonormality", "inner_angle", "outer_angle", "drift", "scale_change",
                      "cholesky_condition")  # fmt: skip
             self.diagnostics.append({
                 "stage": stage, "step": step, **{n: max(getattr(r, n) for r in reports) for n in names}})  # fmt: skip
+
+    def look(self, stage: int, step: int) -> None:
+        """Root mean squares of SSVD-O's parameters and of their gradients, part by part."""
+        there = parts(self.model)
+        for part in (p for p in PARTS if p in there):
+            values = torch.cat([p.detach().flatten() for p in there[part]])
+            gradients = torch.cat([p.grad.flatten() for p in there[part] if p.grad is not None])
+            self.trace.append({"stage": stage, "step": step, "part": part, "value": _rms(values),
+                               "gradient": _rms(gradients)})  # fmt: skip
 
     def stage(self, number: int, voice: str) -> None:
         """Trains on one voice."""
@@ -110,6 +135,8 @@ class Run:
         def after(step: int) -> None:
             nonlocal began
             self.step_seconds.append(time.perf_counter() - began)
+            if step % TRACED == 0:
+                self.look(number, step)
             if step in wanted:
                 self.evaluate(number, step)
             began = time.perf_counter()
@@ -120,7 +147,7 @@ class Run:
             began = time.perf_counter()
         if s["steps"]:
             self.losses += fine_tune(self.model, data, s["steps"], s["rate"], after=after, autocast=s["precision"],
-                                     quiet=True)  # fmt: skip
+                                     quiet=True, warmup=s.get("warmup", 0), part_rates=s.get("part_rates"))  # fmt: skip
 
     def result(self) -> dict[str, Any]:
         """Runs everything; what is kept of it, as JSON can hold it."""
@@ -136,11 +163,13 @@ class Run:
                 trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             self.stage(number, voice)
         memory = meter.mebibytes()
+        traced = {"trace": self.trace} if self.trace else {}
         return {
             "settings": dict(s), "trained": trained, "losses": [round(v, 4) for v in self.losses],
             "step_ms": round(1000 * statistics.median(self.step_seconds), 1) if self.step_seconds else None,
             "peak_mib": None if memory is None else round(memory), "device": self.device.type,
             "threads": torch.get_num_threads(), "evaluations": self.evaluations, "diagnostics": self.diagnostics,
+            **traced,
         }  # fmt: skip
 
 

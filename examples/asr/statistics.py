@@ -1,4 +1,4 @@
-"""Means over seeds and over utterances, with 95% intervals."""
+"""Means over seeds, over utterances and over speakers, with 95% intervals."""
 
 from __future__ import annotations
 
@@ -41,25 +41,35 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def over_utterances(wrong: Sequence[Sequence[int]], total: Sequence[int], draws: int = 2000, seed: int = 0) -> Interval:
+def over_utterances(
+    wrong: Sequence[Sequence[int]], total: Sequence[int], draws: int = 2000, seed: int = 0,
+    speakers: Sequence[str] | None = None,
+) -> Interval:
     """Error rate in percent and its percentile interval when the utterances are drawn anew (bootstrap).
 
     wrong: for each seed, the errors per utterance; they are averaged over seeds first. total: words per utterance.
+    speakers: whose each utterance is; then speakers are drawn, each with all that they said.
     """
-    return _bootstrap(torch.tensor(wrong, dtype=torch.float64).mean(0), total, draws, seed)
+    return _bootstrap(torch.tensor(wrong, dtype=torch.float64).mean(0), total, draws, seed, speakers)
 
 
 def paired_difference(
     first: Sequence[Sequence[int]], second: Sequence[Sequence[int]], total: Sequence[int], draws: int = 2000,
-    seed: int = 0,
+    seed: int = 0, speakers: Sequence[str] | None = None,
 ) -> Interval:
-    """Error rate of `first` less that of `second`, in points, on the same drawn utterances."""
+    """Error rate of `first` less that of `second`, in points, on the same drawn utterances, or speakers."""
     means = [torch.tensor(w, dtype=torch.float64).mean(0) for w in (first, second)]
-    return _bootstrap(means[0] - means[1], total, draws, seed)
+    return _bootstrap(means[0] - means[1], total, draws, seed, speakers)
 
 
-def _bootstrap(wrong: torch.Tensor, total: Sequence[int], draws: int, seed: int) -> Interval:
+def _bootstrap(
+    wrong: torch.Tensor, total: Sequence[int], draws: int, seed: int, speakers: Sequence[str] | None
+) -> Interval:
     words = torch.tensor(total, dtype=torch.float64)
+    if speakers is not None:
+        numbers = {name: n for n, name in enumerate(dict.fromkeys(speakers))}
+        own = torch.tensor([numbers[s] for s in speakers])
+        wrong, words = (torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, own, t) for t in (wrong, words))
     chosen = torch.randint(len(words), (draws, len(words)), generator=torch.Generator().manual_seed(seed))
     rates = 100 * wrong[chosen].sum(1) / words[chosen].sum(1)
     low, high = torch.quantile(rates, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

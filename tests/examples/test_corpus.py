@@ -21,9 +21,9 @@ from examples.asr.corpus import (
     features,
     load_audio,
     read_manifest,
-    resample,
 )
 from examples.asr.make_speech import TEST_SENTENCES, VOICES, sentences
+from examples.asr.shifts import resample
 from examples.asr.whisper import ENGLISH, MULTILINGUAL, SECONDS
 
 
@@ -41,13 +41,14 @@ def manifest(folder, *lines, audio=("a.flac",)):
 def test_manifest_is_read(tmp_path):
     path = manifest(
         tmp_path,
-        "text\tpath\tvoice\tsplit",
-        'Say "hello" twice.\ta.flac\ten-us\ttest',
+        "text\tpath\tvoice\tsplit\tspeaker",
+        'Say "hello" twice.\ta.flac\ten-us\ttest\t0053',
         "Good night.\tb.flac\tx\ttrain",
         audio=("a.flac", "b.flac"),
     )
     first, second = read_manifest(path)
     assert (first.path, first.text) == (tmp_path / "a.flac", 'Say "hello" twice.')
+    assert (first.speaker, second.speaker) == ("0053", "")
     assert (first.voice, first.split, second.voice, second.split) == ("en-us", "test", "x", "train")
 
 

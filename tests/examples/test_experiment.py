@@ -1,7 +1,9 @@
 """The laboratory: grids, results that are kept, methods of equal budget, runs on a small model, the page."""
 
 import copy
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ for needed in ("transformers", "tokenizers", "soundfile", "jiwer", "peft", "yaml
 
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from examples.asr import demo, experiment, report, run
+from examples.asr import demo, experiment, report, run, train
 from examples.asr.experiment import HERE, PROFILES, Experiment, Store, key_of, main, run_all
 from examples.asr.methods import METHODS, adapt
 from examples.asr.whisper import config_of
@@ -76,7 +78,7 @@ def test_committed_experiments_are_well_formed(path):
 
 
 def test_the_page_covers_every_committed_experiment():
-    assert sorted(report.ORDER) == [p.stem for p in COMMITTED]
+    assert sorted(report.REAL + report.SYNTHETIC) == [p.stem for p in COMMITTED]
 
 
 def tiny():
@@ -158,9 +160,48 @@ def test_a_run_trains_in_stages_and_reports_them(small_whisper, strategy):
     assert (result["diagnostics"][3]["drift"] < result["diagnostics"][2]["drift"]) is fresh
 
 
+def test_a_run_tells_splits_speakers_and_parts(small_whisper, monkeypatch):
+    corpus = run.open_corpus("committed")
+    people = tuple(replace(u, speaker=u.voice) for u in corpus.utterances)
+    monkeypatch.setattr(run, "_corpus", lambda source: type(corpus)(people))
+    run._features.cache_clear()
+    settings = {**SMALL, "steps": 5, "evaluate": ["child/test", "scottish/train"], "part_rates": {"outer": 0.0}}
+    result = run.Run(settings).result()
+    run._features.cache_clear()
+    first, second = result["evaluations"]
+    assert (first["split"], second["split"], second["speakers"]) == ("test", "train", ["scottish"] * 2)
+    assert first["capped"] <= first["wer"] and 0 <= first["deletions"] <= first["capped"]
+    traced = {t["part"]: t for t in result["trace"]}
+    assert set(traced) == {"inner_rotation", "inner_scale", "outer"} and {t["step"] for t in traced.values()} == {5}
+    assert traced["inner_rotation"]["gradient"] > 0 and traced["inner_rotation"]["value"] > 1e-4
+    still = run.Run({**settings, "steps": 1}).result()["diagnostics"][-1]["outer_angle"]
+    assert result["diagnostics"][-1]["outer_angle"] == pytest.approx(still)
+
+
 def test_a_run_depends_on_its_seed_alone(small_whisper):
     losses = [run.Run({**SMALL, "seed": seed}).result()["losses"] for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
+
+
+def stepped(steps=4, **how):
+    """The size of each step of one number whose gradient is always 1: Adam then moves by the rate itself."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.weight.data.zero_()
+    at = [0.0]
+    scores = type("", (torch.nn.Module,), {"forward": lambda self, **_: None})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "loss_of", lambda model, batch: -layer.weight.sum())
+        train.fine_tune(torch.nn.Sequential(layer, scores()), iter([None] * steps), steps, 1.0, quiet=True,
+                        after=lambda step: at.append(layer.weight.item()), **how)  # fmt: skip
+    return [round(b - a, 4) for a, b in itertools.pairwise(at)]
+
+
+def test_rates_fall_to_zero_after_a_warmup_and_by_part():
+    assert stepped() == [1.0, 0.75, 0.5, 0.25]
+    assert stepped(warmup=2) == [0.5, 0.75, 0.5, 0.25]
+    assert stepped(part_rates={"weight": 0.5}) == [0.5, 0.375, 0.25, 0.125]
+    with pytest.raises(ValueError, match="part_rates names 'outr'; the model trains weight"):
+        stepped(part_rates={"outr": 2.0})
 
 
 class Here:

@@ -161,6 +161,15 @@ def test_a_corpus_is_put_together_by_voice_and_split(tmp_path):
         corpus.of("mine", "dev")
 
 
+def test_real_speech_is_found_where_it_is_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSVDO_SPEECH", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"no {tmp_path}/speechocean762/manifest.tsv; set SSVDO_SPEECH, or make it"):
+        open_corpus("speech")
+    for name, voice in (("speechocean762", "child"), ("librispeech_other", "librispeech")):
+        folder_of(tmp_path / name, {"manifest.tsv": f"path\ttext\tvoice\tsplit\na.wav\thi there\t{voice}\ttest\n"})
+    assert [u.voice for u in open_corpus("speech").utterances] == ["child", "librispeech"]
+
+
 def test_unknown_sources_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"corpus='nonsense': expected 'committed'"):
         open_corpus("nonsense")

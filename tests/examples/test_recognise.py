@@ -8,7 +8,7 @@ for needed in ("transformers", "tokenizers", "jiwer"):
 
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from examples.asr.recognise import Errors, normalise, transcribe, wer
+from examples.asr.recognise import Errors, cast_once, normalise, transcribe, wer
 from examples.asr.whisper import FRAMES, PROMPTS, SECONDS, config_of
 
 
@@ -85,6 +85,34 @@ def test_transcripts_do_not_depend_on_the_batch_and_hold_no_special_token(size):
     assert together == alone and len(together) == 5
     tokens = [int(t) for line in together for t in line.split()]
     assert tokens and max(tokens) < prompt.start[0] and prompt.end not in tokens
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_casting_once_is_what_autocast_does_for_each_token(frozen):
+    torch.manual_seed(0)
+    small = {**config_of("tiny.en").to_dict(), "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+             "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
+             "decoder_ffn_dim": 32}  # fmt: skip
+    model = WhisperForConditionalGeneration(WhisperConfig(**small)).eval().requires_grad_(not frozen)
+    weights = dict(model.named_parameters())
+    mel, tokens = torch.randn(2, 80, 2 * SECONDS * FRAMES), torch.tensor([[3, 4], [5, 6]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(mel, decoder_input_ids=tokens).logits
+        with cast_once(model):
+            halves = {p.dtype for p in model.parameters()}
+            assert torch.equal(model(mel, decoder_input_ids=tokens).logits, expected)
+    assert (torch.bfloat16 in halves) is frozen
+    after = dict(model.named_parameters())
+    assert all(after[name] is p for name, p in weights.items())
+    assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
+    with cast_once(model):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_loops_and_deletions_are_told_apart():
+    errors = Errors.count(["one two", "one two three"], ["one two " * 5, "one"])
+    assert errors.words_wrong == [8, 2] and errors.words_deleted == [0, 2]
+    assert (errors.wer, errors.capped, errors.deletions) == pytest.approx((200, 80, 40))
 
 
 def test_errors_are_counted_per_utterance():

@@ -40,6 +40,18 @@ def test_errors_are_averaged_over_seeds_and_weighted_by_words():
     assert got.mean == pytest.approx(10.0) and (got.low, got.high) == (0.0, 50.0)
 
 
+def test_speakers_are_drawn_with_all_that_they_said():
+    """Utterances of a speaker that err alike tell less than as many of several speakers."""
+    wrong, speakers = [0, 0, 0, 0, 4, 4, 4, 4] * 6, [f"{block}{part}" for block in range(6) for part in "aaaabbbb"]
+    by_utterance, by_speaker = over_utterances([wrong], [8] * 48), over_utterances([wrong], [8] * 48, speakers=speakers)
+    assert by_speaker.mean == by_utterance.mean == pytest.approx(25)
+    ratio = (by_speaker.high - by_speaker.low) / (by_utterance.high - by_utterance.low)
+    assert ratio == pytest.approx(2, rel=0.15)  # four utterances of a speaker count as one: sqrt(4)
+    alone = [str(n) for n in range(48)]
+    assert over_utterances([wrong], [8] * 48, speakers=alone) == by_utterance
+    assert paired_difference([wrong], [[0] * 48], [8] * 48, speakers=speakers) == by_speaker
+
+
 def test_paired_difference_takes_out_what_is_common():
     hard = [5, 0, 5, 0, 5, 0] * 5
     first = [h + 1 for h in hard]

@@ -1,8 +1,10 @@
 """Adapts Whisper tiny.en to an accent with SSVD-O and shows what it cost and what it brought.
 
-    python -m examples.asr.demo [--manifest your.tsv] [--model FOLDER] [--steps N]
+    python -m examples.asr.demo [--corpus FOLDER | --manifest your.tsv] [--model FOLDER] [--steps N]
 
-A manifest is a TSV with the columns path, text (and voice, split); without splits, every fifth utterance is tested.
+Without either it uses the speech in the repository, which is synthetic. A corpus is speechocean762 as it is unpacked,
+or the folder that `make_real` has made of it: then it adapts to children. A manifest is a TSV with the columns path,
+text (and voice, split); without splits, every fifth utterance is tested.
 """
 
 from __future__ import annotations
@@ -27,22 +29,24 @@ from benchmarks.runner import interleave
 from ssvdo_kernels import (
     SSVDOConfig,
     apply_ssvdo,
-    diagnose,
     load_ssvdo,
     merge_ssvdo,
+    orthogonality,
     save_ssvdo,
     trainable_summary,
 )
 from ssvdo_kernels.host import exchange
 from ssvdo_kernels.targets import find_targets
 
-from .corpus import SPEECH, Utterance, batches, features, read_manifest
+from .corpus import batches, features
 from .ctranslate2 import WeightsError
-from .options import COUNT, FILE, LEARNING_RATE, SEED, TARGET
+from .demo_speech import children, committed, own_recordings
+from .options import COUNT, FILE, FOLDER, LEARNING_RATE, SEED, TARGET
 from .recognise import transcribe, wer
 from .train import Batch, fine_tune, loss_of
 from .whisper import load_whisper, prompt_of
 
+SECONDS = 10  # of context: cut to 6 s, tiny.en loops on people
 LORA_RANK = 24  # (384 + 1536) * 24 = 46,080 numbers a layer; SSVD-O with p = 0.5, l = 24 has 46,176
 
 
@@ -106,21 +110,27 @@ def training_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def splits(utterances: list[Utterance], voice: str) -> tuple[list[Utterance], list[Utterance]]:
-    """(train, test) of one voice; a manifest without splits tests every fifth utterance."""
-    own = [u for u in utterances if u.voice == voice or not voice]
-    if not any(u.split for u in own):
-        return [u for i, u in enumerate(own) if i % 5], own[::5]
-    return [u for u in own if u.split == "train"], [u for u in own if u.split == "test"]
+def departures(model: nn.Module) -> Table:
+    """The worst layer of each of `orthogonality`'s measures."""
+    reports = orthogonality(model)
+    table = Table(title="SSVD-O layers: the worst of each measure")
+    for column in ("measure", "worst", "layer"):
+        table.add_column(column, justify="right" if column == "worst" else "left", no_wrap=True)
+    for name in ("orthonormality", "inner_orthonormality", "inner_angle", "outer_angle", "drift", "scale_change"):
+        worst = max(reports, key=lambda r: getattr(r, name))
+        table.add_row(name, f"{getattr(worst, name):.1e}", worst.name.removeprefix("model."))
+    return table
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="tiny.en (default), base, or a local transformers folder of a Whisper")
-    parser.add_argument("--manifest", type=FILE, help="your own recordings, at most 6 s each (default: Scottish)")
-    parser.add_argument("--steps", type=COUNT, default=120, help="optimiser steps of 8 utterances (default: 120)")
-    parser.add_argument("--rate", type=LEARNING_RATE, default=3e-4, help="learning rate (default: 3e-4)")
+    speech = parser.add_mutually_exclusive_group()
+    speech.add_argument("--corpus", type=FOLDER, help="speechocean762, unpacked or made by make_real: children")
+    speech.add_argument("--manifest", type=FILE, help=f"your own recordings, at most {SECONDS} s each")
+    parser.add_argument("--steps", type=COUNT, default=80, help="optimiser steps of 8 utterances (default: 80)")
+    parser.add_argument("--rate", type=LEARNING_RATE, default=2e-4, help="learning rate (default: 2e-4)")
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--adapter", type=TARGET, help="folder to keep the adapter in (default: a temporary one)")
     return parser.parse_args(arguments)
@@ -130,32 +140,28 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; 0 when the target's error rate fell and the reloaded, merged adapter transcribes the same."""
     options, console, started = parse(arguments), Console(), time.perf_counter()
     torch.manual_seed(options.seed)
-    committed = read_manifest(SPEECH)
-    utterances = read_manifest(options.manifest) if options.manifest else committed
-    train, test = splits(utterances, "" if options.manifest else "scottish")
-    source = splits(committed, "en-us")[1]
-    if not train or not test:
-        console.print(f"{options.manifest}: needs utterances to train and to test on", style="red", markup=False)
-        return 2
-    model, tokenizer = load_whisper(options.model)
-    target_name = "your recordings" if options.manifest else "Scottish"
-    console.print(f"Whisper with {sum(p.numel() for p in model.parameters()):,} parameters; target: {target_name}, "
-                  f"{len(train)} utterances to train, {len(test)} to test; source: en-us, {len(source)}")
-    mel, test_mel, source_mel = features(train), features(test), features(source)
-    said, said_source = [u.text for u in test], [u.text for u in source]
+    speech = children(options.corpus) if options.corpus else (
+        own_recordings(options.manifest) if options.manifest else committed())  # fmt: skip
+    console.print(speech.about, style="bold", highlight=False, markup=False)
+    model, tokenizer = load_whisper(options.model, SECONDS)
+    console.print(f"Whisper with {sum(p.numel() for p in model.parameters()):,} parameters, {SECONDS} s of context\n"
+                  f"target: {speech.target}, {len(speech.train)} utterances to train, {len(speech.test)} to test\n"
+                  f"source: {speech.source}, {len(speech.kept)} to test", highlight=False)  # fmt: skip
+    mel, test_mel, source_mel = (features(u, SECONDS) for u in (speech.train, speech.test, speech.kept))
+    said, said_source = [u.text for u in speech.test], [u.text for u in speech.kept]
     before = transcribe(model, tokenizer, test_mel)
     target_before, source_before = wer(said, before), wer(said_source, transcribe(model, tokenizer, source_mel))
 
     config = SSVDOConfig(inner_ratio=0.5, outer_rank=24)
-    data = batches(mel, train, tokenizer, 8, options.seed, prompt_of(model))
+    data = batches(mel, speech.train, tokenizer, 8, options.seed, prompt_of(model))
     base = copy.deepcopy(model)
-    table = compare_steps(base, config, next(data), rounds=5)
+    table = compare_steps(base, config, next(data), rounds=3)
     apply_ssvdo(model, config)
     trainable_summary(model, console=console)
     fine_tune(model, data, options.steps, options.rate)
     after = transcribe(model, tokenizer, test_mel)
     target_after, source_after = wer(said, after), wer(said_source, transcribe(model, tokenizer, source_mel))
-    diagnose(model, console=console)
+    console.print(departures(model))
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_ssvdo(model, options.adapter or Path(temporary))
@@ -168,10 +174,10 @@ def main(arguments: list[str] | None = None) -> int:
     results = Table(title="Word error rate, % (fewer is better)")
     for column in ("speech", "before", "after"):
         results.add_column(column, justify="left" if column == "speech" else "right")
-    results.add_row(f"target ({target_name})", f"{target_before:.1f}", f"{target_after:.1f}")
-    results.add_row("source (en-us): forgetting", f"{source_before:.1f}", f"{source_after:.1f}")
+    results.add_row(f"target: {speech.target}", f"{target_before:.1f}", f"{target_after:.1f}")
+    results.add_row(f"source: {speech.source}", f"{source_before:.1f}", f"{source_after:.1f}")
     console.print(results)
-    for u, b, a in list(zip(test, before, after, strict=True))[:3]:
+    for u, b, a in list(zip(speech.test, before, after, strict=True))[:3]:
         console.print(f"  said    {u.text}\n  before  {b}\n  after   {a}\n", highlight=False, markup=False)
     console.print(f"adapter file: {size / 1e6:.1f} MB; reloaded into a fresh model: transcripts "
                   f"{'identical' if same else 'DIFFER'}; merged: {'identical' if same_merged else 'DIFFER'}")

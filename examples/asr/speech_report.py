@@ -165,20 +165,24 @@ def curve(runs: Runs) -> dict[str, list[Point]]:
     return found
 
 
-def plot(points: dict[str, list[Point]], labels: str, target: str, path: Path) -> str:
-    """Learning against forgetting, a line per method: Markdown that shows it."""
+def plot(points: dict[str, list[Point]], labels: str, target: str, path: Path, limit: float = 60.0) -> str:
+    """Learning against forgetting, a line per method, as Markdown. Points beyond `limit` are named, not drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    left_out = [f"{NAMES[method]} {text} ({x:.0f}, {y:.0f})" for method, own in points.items() for x, y, text in own
+                if max(x, y) > limit]  # fmt: skip
     for method in [m for m in NAMES if m in points]:
-        xs, ys, texts = zip(*points[method], strict=True)
+        xs, ys, texts = zip(*(p for p in points[method] if max(p[:2]) <= limit), strict=True)
         axes.plot(xs, ys, "*k" if method == "none" else "o-", markersize=9 if method == "none" else 4, linewidth=1,
                   label=NAMES[method])  # fmt: skip
         _annotate(axes, zip(xs, ys, texts, strict=True))
     axes.set(xlabel=f"WER {target}, % (labels: {labels})", ylabel="WER LibriSpeech test-other, %")
+    if left_out:
+        axes.set_title(f"beyond the axes: {', '.join(left_out)}", fontsize=7)
     axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})

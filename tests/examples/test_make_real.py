@@ -11,7 +11,7 @@ for needed in ("transformers", "tokenizers", "soundfile"):
 
 import soundfile
 
-from examples.asr import make_real
+from examples.asr import demo_speech, make_real
 from examples.asr.corpus import RATE, load_audio
 from examples.asr.make_real import Row, listed, main
 from examples.asr.readers import open_corpus, real_folder
@@ -23,13 +23,15 @@ ROWS = [Row("000530060", "child", "dev"), Row("000560017", "adult", "test"),
 def corpora(folder):
     """The layout of the two corpora, with a recording or two."""
     audio = torch.linspace(-0.3, 0.6, RATE)
-    for part, name, text in (("train", "000530060", "SIR THREE"), ("test", "000560017", "IT'S HOT")):
-        where = folder / "speechocean762" / "WAVE" / f"SPEAKER{name[1:5]}"
-        where.mkdir(parents=True)
+    said = (("train", "000530060", "SIR THREE"), ("test", "000560017", "IT'S HOT"), ("test", "000560018", "SO HOT"))
+    for part, name, text in said:
+        where, listed = folder / "speechocean762" / "WAVE" / f"SPEAKER{name[1:5]}", folder / "speechocean762" / part
+        where.mkdir(parents=True, exist_ok=True)
         soundfile.write(where / f"{name}.WAV", audio.numpy(), RATE, subtype="PCM_16")
-        (folder / "speechocean762" / part).mkdir()
-        (folder / "speechocean762" / part / "wav.scp").write_text(f"{name}\tWAVE/SPEAKER{name[1:5]}/{name}.WAV\n")
-        (folder / "speechocean762" / part / "text").write_text(f"{name}\t{text}\n")
+        listed.mkdir(exist_ok=True)
+        with (listed / "wav.scp").open("a") as scp, (listed / "text").open("a") as texts:
+            scp.write(f"{name}\tWAVE/SPEAKER{name[1:5]}/{name}.WAV\n")
+            texts.write(f"{name}\t{text}\n")
     chapter = folder / "LibriSpeech" / "test-other" / "1688" / "142285"
     chapter.mkdir(parents=True)
     soundfile.write(chapter / "1688-142285-0002.flac", audio.numpy(), RATE)
@@ -48,6 +50,26 @@ def test_folders_are_made_and_read(tmp_path, monkeypatch):
     child, _, libri = (load_audio(u.path) for u in found)
     assert child.abs().max() == pytest.approx(0.95, abs=1 / 2048) and torch.equal(child * 1024, (child * 1024).round())
     assert libri.abs().max() == pytest.approx(0.6, abs=1e-4)
+
+
+def test_the_demo_takes_children_from_either_folder(tmp_path, monkeypatch):
+    rows = [Row("000530060", "child", "train"), Row("000560017", "child", "test"), Row("000560018", "adult", "test")]
+    for module in (make_real, demo_speech):
+        monkeypatch.setattr(module, "listed", lambda: [*rows, ROWS[2]])
+    options = [*corpora(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(options) == 0
+
+    def texts(speech):
+        return [[u.text for u in part] for part in (speech.train, speech.test, speech.kept)]
+
+    unpacked, made = (demo_speech.children(tmp_path / folder) for folder in ("speechocean762", "out"))
+    assert (texts(unpacked), unpacked.source) == ([["sir three"], ["it's hot"], ["so hot"]], "adults")
+    assert texts(made) == [["sir three"], ["it's hot"], ["you don't mean it"]]
+    with pytest.raises(ValueError, match=r"no train/wav\.scp"):
+        demo_speech.children(tmp_path)
+    rows[1:] = []
+    with pytest.raises(ValueError, match=r"speechocean762: no utterance of children or adults to test on"):
+        demo_speech.children(tmp_path / "speechocean762")
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -102,62 +103,73 @@ def describe(results: dict[str, Any]) -> str:
             f"{results['commit']}, {results['date']}. Forward + backward, ratio to a frozen nn.Linear in the same run.")
 
 
-TICKS = (1, 1.2, 1.5, 2, 3, 4, 5, 7, 10, 15)
-SHOWN = ("full", "LoRA", "DoRA", "PiSSA", "OFT", "ESPnet-style SSVD", "dense SSVD-O", "SSVD-O, prepared every step",
-         "SSVD-O, cached")  # fmt: skip
+TICKS = (1, 1.2, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30)
+COLOURS = {"full": "C7", "LoRA": "C0", "DoRA": "C9", "PiSSA": "C4", "OFT": "C5", "ESPnet-style SSVD": "C2",
+           "dense SSVD-O": "C8", "SSVD-O, prepared every step": "C3", "SSVD-O, cached": "C1"}  # fmt: skip
+GAP = 0.055  # of the axis between two names
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Ratio to frozen against tokens, a panel a layer, a line a method with its name at its end."""
+    """Ratio to frozen against tokens: a panel a layer, a line a method (of those at several token counts, if there are
+    any) with its name at its end, one scale for all panels."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in results["rows"]:
-        groups.setdefault(label({**row["case"], "tokens": "any"}), []).append(row)
-    columns = min(2, len(groups))
-    lines = -(-len(groups) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.2 * lines), squeeze=False)
-    for axis in axes.flat[len(groups) :]:
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in sorted(results["rows"], key=lambda r: r["case"]["tokens"]):
+        panel = panels.setdefault(label({**row["case"], "tokens": "any"}).replace(" T=any", ""), {})
+        for method in COLOURS.keys() & row["methods"].keys():
+            panel.setdefault(method, []).append((row["case"]["tokens"], row["methods"][method]["ratio"]))
+    ratios = [r for panel in panels.values() for points in panel.values() for _, r in points]
+    bottom, top = min(1.0, *ratios) / 1.02, max(1.3, *ratios) * 1.1
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (name, rows) in zip(axes.flat, groups.items(), strict=False):
-        ends = []
-        for index, method in enumerate(m for m in SHOWN if any(m in r["methods"] for r in rows)):
-            known = [r for r in rows if method in r["methods"]]
-            points = sorted((r["case"]["tokens"], r["methods"][method]["ratio"]) for r in known)
-            ours = method.startswith("SSVD-O")
-            axis.plot(*zip(*points, strict=True), color=f"C{index}", lw=2.4 if ours else 1.2,
-                      marker="o" if ours or len(points) == 1 else None, ms=4)
-            ends.append((points[-1], method, f"C{index}"))
-        axis.set(xscale="log", yscale="log", title=name.replace(" T=any", ""), xlabel="tokens",
-                 ylabel="time / frozen nn.Linear")
-        counts = sorted({r["case"]["tokens"] for r in rows})
+    for axis, (name, panel) in zip(axes.flat, panels.items(), strict=False):
+        counts = sorted({tokens for points in panel.values() for tokens, _ in points})
+        several = [m for m, points in panel.items() if len(points) > 1]
+        shown = sorted(several or panel, key=list(COLOURS).index)
+        for method in shown:
+            axis.plot(*zip(*panel[method], strict=True), color=COLOURS[method], marker="o", ms=4,
+                      lw=2.4 if method.startswith("SSVD-O") else 1.3)  # fmt: skip
+        axis.set(xscale="log", yscale="log", title=name, xlabel="tokens", ylabel="time / frozen nn.Linear",
+                 ylim=(bottom, top), xlim=(counts[0] / 1.2, counts[-1] * (counts[-1] / counts[0]) ** 0.6 * 1.2))
         axis.set_xticks(counts, [f"{t:,}" for t in counts])
-        low, high = axis.get_ylim()
-        ticks = [t for t in TICKS if low <= t <= high]
-        axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axis.set_yticks([t for t in TICKS if bottom <= t <= top], [f"{t:g}" for t in TICKS if bottom <= t <= top])
         axis.minorticks_off()
         axis.grid(axis="y", lw=0.4, alpha=0.5)
-        _name_lines(axis, ends)
+        ends = {method: panel[method][-1] for method in shown}
+        heights = {m: math.log(y) for m, (_, y) in ends.items()}
+        for method, at in _apart(heights, math.log(bottom), math.log(top)).items():
+            x, colour = ends[method][0], COLOURS[method]
+            axis.annotate(method, ends[method], (1.25 * x, math.exp(at)), color=colour, fontsize=8, va="center",
+                          arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5})  # fmt: skip
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _name_lines(axis: Any, ends: list[tuple[tuple[float, float], str, str]]) -> None:
-    """Writes each name beside its last point, one above the other in their order, none over another."""
-    from math import log
+def _apart(heights: dict[str, float], low: float, high: float) -> dict[str, float]:
+    """The heights moved, as little as that takes, so that no two are nearer than GAP of the axis."""
+    gap = GAP * (high - low)
+    order = sorted(heights, key=heights.__getitem__)
+    placed: list[list[str]] = []
 
-    left, right = axis.get_xlim()
-    axis.set_xlim(left, right * (right / left) ** 0.6)
-    low, high = map(log, axis.get_ylim())
-    step, at = 0.062 * (high - low), low
-    for (x, y), method, colour in sorted(ends, key=lambda end: end[0][1]):
-        at = max(log(y), at + step)
-        axis.annotate(method, (x, y), (right * (right / left) ** 0.02, 2.718281828**at), color=colour, fontsize=8,
-                      va="center", arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4})
+    def span(group: list[str]) -> tuple[float, float]:
+        middle = sum(heights[m] for m in group) / len(group)
+        half = gap * (len(group) - 1) / 2
+        start = min(max(middle - half, low + gap / 2), high - gap / 2 - 2 * half)
+        return start, start + 2 * half
+
+    for method in order:
+        placed.append([method])
+        while len(placed) > 1 and span(placed[-2])[1] + gap > span(placed[-1])[0]:
+            placed[-2:] = [placed[-2] + placed[-1]]
+    return {m: span(group)[0] + gap * i for group in placed for i, m in enumerate(group)}
 
 
 def show(results: dict[str, Any]) -> None:

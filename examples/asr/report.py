@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import speech_report as real
 from .experiment import HERE, Experiment
@@ -111,37 +113,86 @@ def plot(name: str, runs: Runs, folder: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    words: list[Word] = []
     if name == "budget":
-        for model in sorted({r["settings"]["model"] for r in runs}):
-            points = [(r["trained"], last(r, r["settings"]["voices"][-1]), r) for r in runs
-                      if r["settings"]["model"] == model]  # fmt: skip
-            axes.scatter([p[0] for p in points], [p[1]["wer"] for p in points], label=f"Whisper {model}")  # type: ignore[index]
-            for x, e, r in points:
-                text = f"{r['settings']['inner_ratio']:g}/{r['settings']['outer_rank']}"
-                axes.annotate(text, (x, e["wer"]), fontsize=6, xytext=(3, 3), textcoords="offset points")  # type: ignore[index]
-        axes.set(xscale="log", xlabel="trained parameters (labels: p/l)", ylabel="WER target, %")
+        found: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+        for r in runs:
+            s, e = r["settings"], last(r, r["settings"]["voices"][-1])
+            assert e is not None
+            found[s["model"], f"{s['inner_ratio']:g}/{s['outer_rank']}", r["trained"]].append(e["wer"])
+        for colour, model in enumerate(sorted({model for model, *_ in found})):
+            points = [(x, statistics.fmean(rates), text) for (of, text, x), rates in found.items() if of == model]
+            axes.scatter([x for x, *_ in points], [y for _, y, _ in points], 14, f"C{colour}", label=f"Whisper {model}")
+            words += [(x, y, text, f"C{colour}") for x, y, text in points]
+        axes.set(xscale="log", xlabel="trained parameters (labels: p/l; means over seeds)", ylabel="WER target, %")
+        ticks = (100_000, 200_000, 500_000, 1_000_000, 2_000_000)
+        axes.set_xticks(ticks, [f"{t // 1000:,}k" for t in ticks])
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
     else:
         _, rows = group(runs)
-        for _, same in rows:
+        for colour, (_, same) in enumerate(rows):
             s = same[0]["settings"]
             curve = defaultdict(lambda: ([], []))  # type: ignore[var-annotated]
             for r in same:
                 for e in r["evaluations"]:
                     curve[e["step"]][e["voice"] == s["source"]].append(e["wer"])
-            steps = sorted(curve)
-            target = [statistics.fmean(curve[k][0]) for k in steps]
-            source = [statistics.fmean(curve[k][1]) for k in steps]
-            marker = "*" if s["method"] == "none" else "o"
-            axes.plot(target, source, marker=marker, markersize=4, label=NAMES[s["method"]])
-            for k, x, y in zip(steps, target, source, strict=True):
-                axes.annotate(str(k), (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axes.set(xlabel="WER target, % (labels: optimiser steps)", ylabel="WER source, %")
-    axes.legend(fontsize=7)
+            points = [(statistics.fmean(curve[k][0]), statistics.fmean(curve[k][1]), str(k)) for k in sorted(curve)]
+            axes.plot([x for x, *_ in points], [y for _, y, _ in points], marker="o", ms=4, lw=1, color=f"C{colour}")
+            points[-1] = (*points[-1][:2], f"{NAMES[s['method']]}, {points[-1][2]}")
+            words += [(*point, f"C{colour}") for point in points]
+        axes.set(xscale="log", yscale="log", xlabel="WER target, % (labels: optimiser steps)", ylabel="WER source, %")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks([6, 8, 10, 15, 20, 30, 45], minor=False)
+            axis.set_ticks([], minor=True)
+            axis.set_major_formatter("{x:g}")
+        axes.margins(0.12)
+    write_beside(axes, words)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return f"![{name}](experiments/{name}.png)"
+
+
+Word = tuple[float, float, str, str]  # x, y, text, colour
+
+
+def write_beside(axes: Any, words: list[Word]) -> None:
+    """Writes each word as near its point as it fits without covering another word or a point (else just beside it),
+    with a line where it is not beside it."""
+    axes.figure.canvas.draw()
+    points = [axes.transData.transform((x, y)) for x, y, *_ in words]
+    inside, taken = axes.get_window_extent(), []
+
+    def write(word: Word, radius: int, angle: int) -> Any:
+        x, y, text, colour = word
+        dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+        return axes.annotate(
+            text, (x, y), (dx, dy), textcoords="offset points", fontsize=7, color=colour, va="center",
+            ha="left" if dx > 1 else "right" if dx < -1 else "center",
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4} if radius > 7 else None)
+
+    for word, own in zip(words, points, strict=True):
+        for radius, angle in itertools.product((7, 14, 22, 31, 41, 52, 64), range(0, 360, 30)):
+            note = write(word, radius, angle)
+            box = _box(note).expanded(1.06, 1.15)
+            covered = (box.contains(*p) for p in points if p is not own)
+            if inside.containsx(box.x0) and inside.containsx(box.x1) and not any(covered) and not any(
+                    box.overlaps(other) for other in taken):  # fmt: skip
+                taken.append(box)
+                break
+            note.remove()
+        else:
+            write(word, 7, 0)
+
+
+def _box(note: Any) -> Any:
+    """Where an annotation's text is, in pixels, without its line."""
+    from matplotlib.text import Text
+
+    note.update_positions(note.figure.canvas.get_renderer())
+    return Text.get_window_extent(note)
 
 
 def diagnostics(runs: Runs) -> str:

@@ -72,6 +72,7 @@ def methods(rank: int, cache: Path, compiled: bool) -> dict[str, Make]:
         "frozen": lambda model: model.requires_grad_(False),
         "full": lambda model: model.requires_grad_(True),
         "LoRA": lambda model: with_lora(model, ("w_1", "w_2"), rank),
+        "LoRA, float32": lambda model: with_lora(model, ("w_1", "w_2"), rank, single=True),
         "DoRA": lambda model: with_lora(model, ("w_1", "w_2"), rank, use_dora=True),
         "ESPnet-style SSVD, p=0.5": replacing(lambda linear: EspnetStyleSSVD(linear, 0.5)),
         "dense SSVD-O, p=0.5": replacing(lambda linear: DenseSSVDO(linear, dense)),
@@ -280,7 +281,8 @@ def main(arguments: list[str] | None = None) -> int:
     known = methods(options.rank, Path(), options.compile)
     if unknown := sorted(set(options.methods or ()) - set(known)):
         parser.error(f"--methods: {unknown[0]!r} is unknown; allowed: {', '.join(known)}")
-    chosen = [n for n in known if options.methods is None or n in ("frozen", *options.methods)]
+    left_out = "LoRA, float32" if options.dtype == "float32" else ""  # LoRA itself is that
+    chosen = [n for n in known if n != left_out and (options.methods is None or n in ("frozen", *options.methods))]
     keys = {f"{model}, {method}": (model, method) for model in options.models for method in chosen}
     sizes = {"frames": options.frames, "batch": options.batch, "l": options.rank, "rounds": options.rounds}
     rows = Rows(options.out, options.device, options.dtype, "models", dtype=options.dtype, sizes=sizes)

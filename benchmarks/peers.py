@@ -35,18 +35,21 @@ class _Holder(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
-def _peft(model: nn.Module, config: Any) -> nn.Module:
-    """Adapters in the weights' dtype: in float32 PEFT casts all tokens to and fro, and is slower."""
+def _peft(model: nn.Module, config: Any, single: bool = False) -> nn.Module:
+    """Adapters in the weights' dtype, or in float32 as is PEFT's default, which casts all tokens to and fro."""
     from peft import get_peft_model
 
-    return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    return get_peft_model(model, config, autocast_adapter_dtype=single)  # type: ignore[arg-type]
 
 
-def with_lora(model: nn.Module, targets: tuple[str, ...], rank: int, **options: Any) -> nn.Module:
-    """PEFT's LoRA on layers by name; `use_dora=True` gives DoRA, `init_lora_weights="pissa_niter_4"` PiSSA."""
+def with_lora(
+    model: nn.Module, targets: tuple[str, ...], rank: int, *, single: bool = False, **options: Any
+) -> nn.Module:
+    """PEFT's LoRA on layers by name; `use_dora=True` gives DoRA, `init_lora_weights="pissa_niter_4"` PiSSA.
+    single: float32 adapters beside half weights."""
     from peft import LoraConfig
 
-    return _peft(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), **options))
+    return _peft(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), **options), single)
 
 
 def lora(linear: nn.Linear, rank: int = 64, **options: Any) -> nn.Module:

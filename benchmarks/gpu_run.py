@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .record import ROOT, TIME_IS_UP, append, code, lines
 from .report import as_markdown
 
@@ -71,14 +73,13 @@ def plan(part: str, out: Path, dry: bool = False) -> list[Step]:
                            *tests), 120.0,
                     environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "SSVDO_AUTOTUNE": "0"})  # fmt: skip
 
-    archs = os.environ.get("SSVDO_CUDA_ARCHS", "")
-    build = Step("build", python("setup.py", "-q", "build_ext", "--inplace"), 300.0, always=True, environment={
-        "SSVDO_BUILD": "1", "SSVDO_CUDA_ARCHS": "90a" if archs in ("", "none") else archs})  # fmt: skip
+    build = Step("build", python("setup.py", "-q", "build_ext", "--inplace"), 300.0, always=True,
+                 environment={"SSVDO_BUILD": "1", "SSVDO_CUDA_ARCHS": architecture()})  # fmt: skip
     begin = [*([] if dry else [build]), Step("info", python("-m", "ssvdo_kernels.info"), 60.0)]
     pytest = ("-m", "pytest", "-q", "-m", "gpu", *(("--collect-only",) if dry else ()))
     if part == "gpu":
         small = ("--d", "16", "--layers", "2", "--rank", "2", "--rounds", "1") if dry else ()
-        return [*begin, *(Step(Path(file).stem, python(*pytest, file), 150.0) for file in files),
+        return [*begin, *(Step(Path(file).stem, python(*pytest, file), 240.0) for file in files),
                 measure("preparation", "benchmarks.bench_preparation", *device, *where, *small),
                 measure("kernels", "benchmarks.bench_kernels", *where), measure("layers", *layers, "--quick", *tiny),
                 sanitize("memcheck"), sanitize("racecheck")]  # fmt: skip
@@ -92,6 +93,15 @@ def plan(part: str, out: Path, dry: bool = False) -> list[Step]:
     small = ("--dtype", "float32", "--batch", "1") if dry else ()
     return [*begin, sanitize("initcheck"), sanitize("synccheck"),
             measure("soak", "benchmarks.soak", *device, *where, *small)]  # fmt: skip
+
+
+def architecture() -> str:
+    """What the CUDA code is built for: as asked, else the GPU that is there."""
+    asked = os.environ.get("SSVDO_CUDA_ARCHS", "")
+    if asked not in ("", "none"):
+        return asked
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return f"{major}{minor}{'a' if major >= 9 else ''}"
 
 
 def execute(command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str], beat: Any) -> int | None:

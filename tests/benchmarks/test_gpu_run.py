@@ -95,13 +95,21 @@ def test_a_run_that_is_killed_goes_on(tmp_path, kind):
     assert run([Step("quick", ("no-such-tool",), 9), says("slow")], tmp_path, 1.0) == 0
 
 
-def test_the_plan(tmp_path):
+def test_the_plan(tmp_path, monkeypatch):
     steps = plan("gpu", tmp_path)
     names = [step.name for step in steps]
     tests = sorted(path.stem for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
     assert names == ["build", "info", *tests, "preparation", "kernels", "layers", "memcheck", "racecheck"]
     assert steps[0].always and steps[0].environment["SSVDO_BUILD"] == "1"
-    assert sum(step.seconds for step in steps[2:-5]) < 15 * 60 and not any(s.minutes for s in steps[:-5])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, wanted in (((9, 0), "90a"), ((8, 6), "86"), ((10, 0), "100a")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        for set_by_make in ("", "none"):
+            monkeypatch.setenv("SSVDO_CUDA_ARCHS", set_by_make)
+            assert gpu_run.architecture() == wanted
+    monkeypatch.setenv("SSVDO_CUDA_ARCHS", "80;90a")
+    assert gpu_run.architecture() == "80;90a"
+    assert all(step.seconds <= 240 and not step.minutes for step in steps[1:-5])
     for part in PARTS[1:]:
         assert plan(part, tmp_path)[-1].minutes
 

@@ -107,8 +107,8 @@ def test_the_plan(tmp_path, monkeypatch):
         for set_by_make in ("", "none"):
             monkeypatch.setenv("SSVDO_CUDA_ARCHS", set_by_make)
             assert gpu_run.architecture() == wanted
-    monkeypatch.setenv("SSVDO_CUDA_ARCHS", "80;90a")
-    assert gpu_run.architecture() == "80;90a"
+    monkeypatch.setenv("SSVDO_CUDA_ARCHS", "80,90a")
+    assert gpu_run.architecture() == "80,90a"
     assert all(step.seconds <= 240 and not step.minutes for step in steps[1:-5])
     for part in PARTS[1:]:
         assert plan(part, tmp_path)[-1].minutes

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, reference
+from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.ops import engines
 from ssvdo_kernels.ops.dispatch import without_triton
@@ -115,3 +116,20 @@ def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float, size: T
     assert torch.isfinite(got).all(), f"{name}: not finite"
     e = error(got, want, size)
     assert e <= tolerance, f"{name}: relative error {e:.2e} > {tolerance:.2e}"
+
+
+def assert_right(layer, tokens: int, tolerance: float) -> None:
+    """Output and every gradient of a layer, on random tokens, against the equations in float64."""
+    like = layer.weight
+    x = torch.randn(tokens, layer.in_features, device=like.device).to(like.dtype).requires_grad_()
+    dy = torch.randn(tokens, layer.out_features, device=like.device).to(like.dtype)
+    y = layer(x)
+    y.backward(dy)
+    wide = [p.detach().double().requires_grad_() for p in three(layer)]
+    x64 = x.detach().double().requires_grad_()
+    want = reference_linear(layer, x64, wide)
+    want.backward(dy.double())
+    assert_close("y", y, want, tolerance)
+    assert_close("dx", x.grad, x64.grad, tolerance)
+    for name, p, q in zip(PARAMETER_NAMES, layer.adapter.trained, wide, strict=True):
+        assert_close(name, p.grad, q.grad, tolerance)

@@ -159,10 +159,10 @@ def checked_config(config: SSVDOConfig | None) -> SSVDOConfig:
     return SSVDOConfig() if config is None else config
 
 
-def checked_scale(scale: float) -> float:
-    """The scale as a float; ValueError where it is no finite number."""
+def checked_scale(scale: float, name: str = "scale") -> float:
+    """The scale as a float; ValueError where it is no finite number. name: how errors call it."""
     if not _is_real(scale):
-        raise ValueError(f"scale={scale!r} is out of range; allowed: a finite number")
+        raise ValueError(f"{name}={scale!r} is out of range; allowed: a finite number")
     return float(scale)
 
 

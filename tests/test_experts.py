@@ -159,7 +159,8 @@ def test_the_life_of_experts_in_peft(options, tmp_path):
     with model.disable_adapter():
         torch.testing.assert_close(model(X).logits, start)
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(peft.PeftModel.from_pretrained(mixtral(), tmp_path)(X).logits, y)
+    for name in ("default", "renamed"):
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(mixtral(), tmp_path, name)(X).logits, y)
     model.merge_adapter()
     torch.testing.assert_close(model(X).logits, y)
     stack = next(p for n, p in model.named_parameters() if n.endswith("base_layer.down_proj"))

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft", reason="peft is not installed")
+import peft
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 
 from ssvdo_kernels.integrations.peft import Linear, SSVDOConfig
 
-saves_biases = pytest.mark.skipif(not hasattr(BaseTuner, "_get_learnable_bias_state_dict"),
-                                  reason="PEFT before 0.21 saves no biases of other methods")  # fmt: skip
+needs_0_21 = pytest.mark.skipif(not hasattr(BaseTuner, "_remove_adapter_name_from_key"),
+                                reason="PEFT before 0.21 does not load again what it saves of these")  # fmt: skip
 
 
 def base():
@@ -46,7 +47,7 @@ def train(model):
     optimiser.step()
 
 
-@saves_biases
+@needs_0_21
 @pytest.mark.parametrize("bias, trained", [("all", {"0.base_layer.bias", "1.bias", "3.bias"}),
                                            ("ssvdo_only", {"0.base_layer.bias"})])  # fmt: skip
 def test_biases_are_trained_saved_merged_and_loaded(bias, trained, tmp_path):
@@ -89,9 +90,14 @@ def test_no_bias_is_trained_or_saved_by_default():
 def test_biases_that_are_unknown_or_would_not_be_saved_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="bias='lora_only' is unknown; allowed: 'none', 'all', 'ssvdo_only'"):
         SSVDOConfig(bias="lora_only")
-    monkeypatch.delattr(BaseTuner, "_get_learnable_bias_state_dict", raising=False)
+    model = adapted()
+    monkeypatch.delattr(BaseTuner, "_remove_adapter_name_from_key", raising=False)
     with pytest.raises(ValueError, match=r"bias='all' needs PEFT 0\.21"):
         SSVDOConfig(bias="all")
+    with pytest.raises(ValueError, match=r"add_weighted_adapter needs PEFT 0\.21"):
+        model.add_weighted_adapter(["default"], [1], "new")
+    with pytest.raises(ValueError, match=r"target_parameters with 0\.weight needs PEFT 0\.21"):
+        get_peft_model(base(), config([], target_parameters=["0.weight"]))
 
 
 def changes(model):
@@ -142,3 +148,139 @@ def test_an_adapter_that_is_added_to_a_model_in_evaluation_drops_nothing():
     model.set_adapter("second")
     assert torch.equal(model(x()), model(x()))
     assert not torch.equal(model.train()(x()), model(x()))
+
+
+# -- weighted combinations ---------------------------------------------------------------------------------------------
+def three_adapters(**options):
+    """Of other layers, sizes and formulas; "third" is a combination itself."""
+    model = adapted(["0", "2"], **options)
+    model.add_adapter("second", config(["0", "3"], outer_rank=1, inner_ratio=1.0, rotation="first_order"))
+    model.base_model.add_weighted_adapter(["second", "default"], [0.5, 0.2], "third")
+    return model
+
+
+def deltas(model, name):
+    """Layer -> W' - W0 of one adapter."""
+    return {layer.adapters()[0].name: layer.get_delta_weight(name) for layer in layers(model)
+            if name in layer.ssvdo_adapters}  # fmt: skip
+
+
+def weighted(parts):
+    found = {}
+    for changes_, w in parts:
+        for key, change in changes_.items():
+            found[key] = found.get(key, 0) + w * change
+    return found
+
+
+def plain_with(changes_):
+    model = base()
+    with torch.no_grad():
+        for key, change in changes_.items():
+            model.get_submodule(key).weight += change
+    return model
+
+
+@needs_0_21
+def test_a_linear_combination_is_exact_and_saved_whole(tmp_path):
+    model = three_adapters()
+    layers(model)[0].set_scale("default", 0.5)
+    names, weights = ["default", "second", "third"], [0.7, -0.4, 2.0]
+    want = weighted((deltas(model, n), w) for n, w in zip(names, weights, strict=True))
+    model.add_weighted_adapter(names, weights, "sum")  # as PeftModel passes it on
+    assert set(want) == {"0", "2", "3"} == set(deltas(model, "sum"))
+    for key, change in deltas(model, "sum").items():
+        torch.testing.assert_close(change, want[key])
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x()), plain_with(want)(x()))
+    model.delete_adapter("default")  # it keeps what it needs
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "sum", autocast_adapter_dtype=False)
+    torch.testing.assert_close(loaded(x()), plain_with(want)(x()))
+    for one in (model, loaded):
+        one.merge_adapter()
+        torch.testing.assert_close(one(x()), plain_with(want)(x()))
+        one.unmerge_adapter()
+    torch.testing.assert_close(loaded.merge_and_unload(safe_merge=True)(x()), plain_with(want)(x()))
+    loss = model(x()).square().sum()
+    loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".sum." in n)
+
+
+@needs_0_21
+def test_a_combination_beside_another_adapter_and_scaled():
+    model = three_adapters()
+    model.base_model.set_adapter(["default", "third"])
+    want = weighted([(deltas(model, "default"), 1), (deltas(model, "third"), 1)])
+    torch.testing.assert_close(model(x()), plain_with(want)(x()))
+    for layer in layers(model):
+        layer.set_scale("third", 0)
+    torch.testing.assert_close(model(x()), plain_with(deltas(model, "default"))(x()))
+
+
+@needs_0_21
+def test_parameters_combine_to_one_rotation():
+    model = adapted()
+    model.add_adapter("second", config(["0", "3"]))
+    layers(model)[0].set_scale("second", 0.5)
+    model.add_weighted_adapter(["default", "second"], [0.6, -0.3], "sum", combination_type="parameters")
+    assert {layer.of("sum")[0].name for layer in layers(model)} == {"0", "2", "3"}
+    for layer in layers(model):
+        of = {n: layer.of(n)[0] for n in layer.ssvdo_adapters}
+        like = [torch.zeros_like(p) for p in of["sum"].trained]
+        first, second = (list(of[n].trained) if n in of else like for n in ("default", "second"))
+        scale = of["second"].scale if "second" in of else 1
+        for got, a, b in zip(of["sum"].trained, first, second, strict=True):
+            torch.testing.assert_close(got, 0.6 * a - 0.3 * scale * b)
+    model.add_weighted_adapter(["default"], [1.0], "copy", combination_type="parameters")
+    want = model(x())
+    model.set_adapter("copy")
+    torch.testing.assert_close(model(x()), want)
+
+
+@needs_0_21
+def test_what_cannot_be_combined_is_refused_and_nothing_changes():
+    model = three_adapters()
+    names = [n for n, _ in model.named_modules()]
+    add = model.base_model.add_weighted_adapter
+    two, half = ["default", "second"], [0.5, 0.5]
+    for args, words in (
+        ((two, half, "new", "ties"), r"combination_type='ties' is one of LoRA's factors; .* as an exact LoRA"),
+        ((two, half, "third"), "adapter_name='third' exists already"),
+        ((two, [1], "new"), "adapters has 2 names, and weights 1 numbers"), (([], [], "new"), "0 names"),
+        ((two, [1, float("inf")], "new"), "weights=inf is out of range"),
+        ((["default", "fourth"], half, "new"), "Adapter fourth does not exist"),
+        ((two, half, "new", "parameters"), r"inner_ratio is 0\.5 in 'default' and 1\.0 in 'second'"),
+        ((["third"], [1], "new", "parameters"), "'third' is a combination itself"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            add(*args)
+    with pytest.raises(TypeError, match=r"arguments \['density'\] are LoRA's"):
+        add(two, half, "new", density=0.5)
+    with torch.no_grad():
+        layers(model)[1].base_layer.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="cannot be factorised"):
+        add(two, half, "new")
+    assert names == [n for n, _ in model.named_modules()] and set(model.peft_config) == {*two, "third"}
+    saves = get_peft_model(base(), config(["0"], modules_to_save=["3"]))
+    with pytest.raises(ValueError, match=r"adapter 'default' has modules_to_save="):
+        saves.add_weighted_adapter(["default"], [1.0], "new")
+    with pytest.raises(ValueError, match="combination has 3; allowed: what add_weighted_adapter writes"):
+        SSVDOConfig(combination=[3])
+
+
+@needs_0_21
+def test_exact_loras_of_adapters_combine_by_loras_own_ways(tmp_path):
+    model = adapted(["0"])
+    model.add_adapter("second", config(["0"], outer_rank=1, inner_ratio=1.0))
+    model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum")
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        peft.save_as_lora(tmp_path / name, model, rank=10, adapter_name=name)
+    lora = PeftModel.from_pretrained(base(), tmp_path / "default", "default", autocast_adapter_dtype=False)
+    lora.load_adapter(tmp_path / "second", "second", autocast_adapter_dtype=False)
+    lora.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum", combination_type="cat")
+    lora.set_adapter("sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(lora(x()), model(x()), rtol=1e-4, atol=1e-5)

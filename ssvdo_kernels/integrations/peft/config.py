@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -11,8 +12,18 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from ...config import SSVDOConfig as CoreConfig
+from ...config import checked_scale
 
+PART_OPTIONS = ("inner_ratio", "outer_rank", "tau", "rotation", "outer", "outer_scale", "dropout", "neumann_terms",
+                "inner_ratio_pattern", "outer_rank_pattern")  # fmt: skip
+"""What an adapter that is combined with others has of its own."""
 BIASES = ("none", "all", "ssvdo_only")
+
+
+def check_saved(what: str) -> None:
+    """ValueError where the PEFT that is installed would not save and load all of `what`."""
+    if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+        raise ValueError(f"{what} needs PEFT 0.21: older ones do not load again what they save of it")
 
 
 def _register_type() -> None:
@@ -48,6 +59,7 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
         trainable_token_indices: rows of the embedding that are trained beside the adapters, as in LoraConfig.
         inner_ratio_pattern: other values for single layers, by suffix or regular expression.
         outer_rank_pattern: the same for outer_rank.
+        combination: what `add_weighted_adapter` writes: the adapters that this one is the sum of.
         init_weights: False draws random adapters (for tests).
         factor_cache: a folder in which factorisations are kept by weight content; None: none.
         include_basis: also saves V_k (d x max(k, l) a layer, in the weight's dtype), with which an adapter loads onto
@@ -85,6 +97,7 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
         default=None, metadata={"help": "rows of the embedding to train"})
     inner_ratio_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "by layer"})
     outer_rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "by layer"})
+    combination: list[dict[str, Any]] | None = field(default=None, metadata={"help": "of add_weighted_adapter"})
     init_weights: bool = field(default=True, metadata={"help": "start at the base model"})
     factor_cache: str | None = field(default=None, metadata={"help": "folder for factorisations"})
     include_basis: bool = field(default=True, metadata={"help": "save V_k, for a base in another dtype"})
@@ -103,9 +116,8 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError("layers_pattern is given without layers_to_transform")
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r} is unknown; allowed: {', '.join(map(repr, BIASES))}")
-        if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
-            raise ValueError(f"bias={self.bias!r} needs PEFT 0.21: older ones would not save the biases; allowed here: "
-                             "'none'")  # fmt: skip
+        if self.bias != "none":
+            check_saved(f"bias={self.bias!r}")
         for name in ("init_weights", "include_basis"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is of the wrong type; allowed: True, False")
@@ -119,6 +131,19 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
                 except (re.error, TypeError) as error:
                     raise ValueError(f"{name} has {key!r}, which is no regular expression: {error}") from None
         self.core("")
+        for entry in self.combination or ():
+            self._part(entry)
+
+    def parts(self, key: str) -> list[tuple[float, SSVDOConfig]]:
+        """(weight, configuration) of the adapters that a combination has in the layer called `key`."""
+        return [(entry["weight"], self._part(entry)) for entry in self.combination or () if key in entry["layers"]]
+
+    def _part(self, entry: Any) -> SSVDOConfig:
+        known = isinstance(entry, dict) and entry.keys() == {"weight", "layers", "config"}
+        if not known or not isinstance(entry["config"], dict) or entry["config"].keys() != set(PART_OPTIONS):
+            raise ValueError(f"combination has {entry!r}; allowed: what add_weighted_adapter writes")
+        checked_scale(entry["weight"], "combination's weight")
+        return replace(self, combination=None, **entry["config"])
 
     def core(self, key: str) -> CoreConfig:
         """The configuration of the layer called `key`."""

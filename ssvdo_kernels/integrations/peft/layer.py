@@ -15,6 +15,7 @@ from ...changes import Change, changed, changed_weight
 from ...host import outside_of_graphs, patched
 from ...linear_maps import LinearMap, linear_map
 from ...ops.base import Base
+from .combination import Combination
 from .config import SSVDOConfig
 from .tuner import TunerLayer, new_adapter
 
@@ -43,10 +44,8 @@ class Linear(TunerLayer):
         return self.map.base(self.ssvdo_original)
 
     def of(self, name: str) -> list[Adapter]:
-        return [self._adapter(name)]
-
-    def _adapter(self, name: str) -> Adapter:
-        return cast(Adapter, self.ssvdo_adapters[name])
+        found = self.ssvdo_adapters[name]
+        return found.parts if isinstance(found, Combination) else [cast(Adapter, found)]
 
     def update_layer(self, adapter_name: str, config: SSVDOConfig, key: str) -> None:
         """Adds an adapter.
@@ -54,12 +53,17 @@ class Linear(TunerLayer):
         Raises:
             ValueError: the sizes do not fit this layer, or its weight is not finite.
         """
-        self.ssvdo_adapters[adapter_name] = new_adapter(self.base().dense(), config, key)
+        make = new_adapter if config.combination is None else Combination
+        self.ssvdo_adapters[adapter_name] = make(self.base().dense(), config, key)
         self.added(adapter_name, config)
 
     def named_adapters(self) -> Iterator[tuple[str, Adapter]]:
         """(the name in a state_dict below the layer's, adapter) of each."""
-        return ((f"ssvdo_adapters.{name}", self._adapter(name)) for name in self.ssvdo_adapters)
+        for name, found in self.ssvdo_adapters.items():
+            if isinstance(found, Combination):
+                yield from ((f"ssvdo_adapters.{name}.{i}", part) for i, part in enumerate(found.parts))
+            else:
+                yield f"ssvdo_adapters.{name}", cast(Adapter, found)
 
     def check_writable(self) -> None:
         if not self.base().held and not getattr(self.quantization_backend, "supports_merge", False):
@@ -71,7 +75,9 @@ class Linear(TunerLayer):
         return changed_weight(self._changes(names), self.base(), Adapter.adapted_weight)
 
     def _changes(self, names: list[str]) -> list[Change]:
-        return [Change(self._adapter(name)) for name in names]
+        found = (self.ssvdo_adapters[name] for name in names)
+        return [change for one in found for change in
+                (one.changes() if isinstance(one, Combination) else [Change(cast(Adapter, one))])]  # fmt: skip
 
     def now(self) -> Tensor:
         here = linear_map(self.get_base_layer())
@@ -123,7 +129,7 @@ class Linear(TunerLayer):
             return run(x, names)
         with _CALLING:  # the base layer's hooks see the adapted layer, which stands in for its forward meanwhile
             if patched(self.base_layer):
-                raise TypeError(f"the base layer of {self._adapter(names[0]).name} has been given a forward of its "
+                raise TypeError(f"the base layer of {self.of(names[0])[0].name} has been given a forward of its "
                                 "own, which the adapted layer does not call; allowed: its class's")
             place = "_old_forward" if "_hf_hook" in here else "forward"
             plain = here.get(place)
@@ -156,9 +162,9 @@ class Linear(TunerLayer):
         autocast = torch.is_autocast_enabled(base.device.type)
         if not autocast and base.held:
             x = self._cast_input_dtype(x, base.dtype)
-        first = self._adapter(names[0])
-        if len(names) > 1 or first.drops:
-            y = changed(x, self._changes(names), base, bias, made.enter)
-        else:
+        first = self.ssvdo_adapters[names[0]]
+        if len(names) == 1 and isinstance(first, Adapter) and not first.drops:
             y = first(made.enter(x), base, bias)
+        else:
+            y = changed(x, self._changes(names), base, bias, made.enter)
         return made.leave(y if autocast else y.to(given))

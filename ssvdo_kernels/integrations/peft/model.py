@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ...host import exchange, hosts, settle, warn_of_lowered
 from ...targets import default_names, default_parameters, reason_against, shared_weights
 from ...weight_readers import reader_of
-from .config import SSVDOConfig
+from .combination import combine
+from .config import SSVDOConfig, check_saved
 from .layer import Linear
 from .parameters import ParamWrapper, parameter_of
 from .tuner import TunerLayer
@@ -112,6 +113,7 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         if config.dropout:
             raise ValueError(f"dropout={config.dropout} does not fit {key}: its module takes W' whole; allowed with "
                              "target_parameters: 0")  # fmt: skip
+        check_saved(f"target_parameters with {key}")
         made = ParamWrapper(target, own, adapter, config, key)
         if adapter not in self.active_adapters:
             made.requires_grad_(False)
@@ -170,10 +172,30 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         if not before:
             model.register_load_state_dict_pre_hook(_check_bases)  # type: ignore[no-untyped-call]
         config = cast(SSVDOConfig, self.peft_config[adapter_name])
+        if config.combination is not None:  # which lowers nothing anew
+            return
         own = [adapter for _, layer in hosts(model) if isinstance(layer, TunerLayer)
                for name, adapter in layer.named_adapters() if name.split(".")[1] == adapter_name]  # fmt: skip
         lowered = [(a.name, a.shape.l) for a in own if a.shape.l < config.core(a.name).outer_rank]
         warn_of_lowered(config.outer_rank, lowered, stacklevel=3)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear",
+        **others: Any,
+    ) -> None:  # fmt: skip
+        """Adds an adapter that combines others as they are now, scales included. `set_adapter` makes it active.
+
+        Args:
+            adapters, weights: names, and a finite number for each.
+            combination_type: "linear": W0 + sum_i w_i (W_i' - W0), exactly; in general no rotation. It keeps a copy of
+                each adapter, and a forward costs as much as those of all. "parameters": one adapter that has sum_i w_i
+                of K, dS and L: a rotation again, as cheap as one; for adapters of one formula and one singular basis.
+
+        Raises:
+            ValueError: an adapter does not exist or cannot be combined, the name is taken, a weight is no finite
+                number, or the combination is one of LoRA's; nothing is changed. TypeError: another argument of LoRA's.
+        """
+        combine(self, adapters, weights, adapter_name, combination_type, others)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
@@ -197,6 +219,14 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         finally:
             for handle in handles:
                 handle.remove()
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT's own finds the name at the end alone, and a number may follow ours (experts, combinations)."""
+        before, found, after = key.rpartition(f".ssvdo_adapters.{adapter_name}.")
+        if found:
+            return f"{before}.ssvdo_adapters.{after}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)  # type: ignore[no-any-return]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

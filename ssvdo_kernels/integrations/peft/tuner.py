@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -24,10 +24,11 @@ from .scaling import Scaled
 _BASES = ("basis", "null_basis")
 
 
-def new_adapter(weight: Tensor, config: SSVDOConfig, key: str) -> Adapter:
+def new_adapter(weight: Tensor, config: SSVDOConfig, key: str, known: Sequence[Adapter] = ()) -> Adapter:
     """An adapter of W0 (out_features x in_features) as `config` means it for the layer called `key`.
 
-    That of a weight on the meta device has no factors until `TunerLayer.arrive` makes them.
+    That of a weight on the meta device has no factors until `TunerLayer.arrive` makes them. known: new ones of the same
+    weight, whose factors serve this one too, where its sizes are the same.
 
     Raises:
         ValueError: the sizes do not fit, or the weight is not finite.
@@ -35,8 +36,11 @@ def new_adapter(weight: Tensor, config: SSVDOConfig, key: str) -> Adapter:
     rows, columns = weight.shape
     own = config.core(key).fitting(rows, columns)
     shape = LayerShape.of(rows, columns, own)
-    late = weight.is_meta
-    factors = None if late else factorize(weight, shape, name=f"{key}.weight", cache_dir=config.factor_cache)
+    factors = next((one.factors for one in known if one.shape == shape), None)
+    if weight.is_meta:
+        factors = None
+    elif factors is None:
+        factors = factorize(weight, shape, name=f"{key}.weight", cache_dir=config.factor_cache)
     adapter = Adapter(shape, own, factors, weight, buffers=True)
     adapter.name = key
     if not config.init_weights and not adapter.inner_scale.is_meta:  # PEFT fills in what it loads

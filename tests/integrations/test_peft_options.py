@@ -127,6 +127,56 @@ def test_dropout_is_that_of_the_change_in_training_alone(tmp_path):
     torch.testing.assert_close(layers(model)[0](tokens), whole)
 
 
+class Renamed(nn.Linear):
+    """A subclass that computes what nn.Linear does."""
+
+
+def conv1d():
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(24, 10)
+
+
+class Whole(nn.Linear):
+    """Adapted as a parameter, not as a layer."""
+
+
+KINDS = {"subclass": lambda: Renamed(10, 24), "Conv1D": conv1d, "parameter": lambda: Whole(10, 24),
+         "convolution": lambda: nn.Conv1d(10, 24, 3, padding=1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_gives_its_change_and_drops_what_it_is_given(kind):
+    if kind == "parameter" and not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+        pytest.skip("target_parameters needs PEFT 0.21")
+
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(KINDS[kind]()).double()
+
+    def model_of(**options):
+        own = config([], target_parameters=["0.weight"]) if kind == "parameter" else config(["0"], **options)
+        torch.manual_seed(3)
+        return get_peft_model(made(), own, autocast_adapter_dtype=False)
+
+    model, plain, tokens = model_of(), made(), x().mT[None] if kind == "convolution" else x()
+    change = model.base_model.model[0].get_delta_weight("default")
+    assert change.shape == plain[0].weight.shape and float(change.norm()) > 0.1
+    with torch.no_grad():
+        plain[0].weight += change
+    torch.testing.assert_close(model(tokens), plain(tokens))
+    if kind != "parameter":
+        dropping = model_of(dropout=0.3)
+        torch.manual_seed(7)
+        y = dropping(tokens)
+        torch.manual_seed(7)
+        dropped = nn.functional.dropout(tokens, 0.3)
+        torch.testing.assert_close(y, made()(tokens) + plain(dropped) - made()(dropped))
+    unloaded = model.merge_and_unload()
+    assert type(unloaded[0]) is type(plain[0])
+    torch.testing.assert_close(unloaded(tokens), plain(tokens))
+
+
 def test_each_of_several_adapters_draws_its_own_mask():
     model = adapted(["0"], dropout=0.3)
     model.add_adapter("second", config(["0"], dropout=0.6))

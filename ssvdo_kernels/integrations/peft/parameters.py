@@ -72,6 +72,11 @@ class ParamWrapper(TunerLayer):
                 for matrix, own in zip(self.stack(), by_matrix, strict=True)]  # fmt: skip
         return torch.stack(made).view(self._own.shape)
 
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """W' - W0, laid out as the parameter."""
+        return self.adapted([adapter]) - self.stack().view(self._own.shape)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes with W' in its parameter."""
         if kwargs.pop("adapter_names", None) is not None and not self.disable_adapters:

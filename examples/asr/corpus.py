@@ -156,13 +156,6 @@ def _check_length(path: Path, samples: int, seconds: int) -> None:
         raise ValueError(f"{path}: {samples / RATE:.1f} s long; the context holds {seconds} s")
 
 
-def check_audio(utterances: Iterable[Utterance], seconds: int = SECONDS) -> None:
-    """Raises what `load_audio` would, as far as the recordings' headers tell; reads no samples."""
-    for u in utterances:
-        with _opened(u.path) as file:
-            _part(u.path, file, u.start, u.stop, seconds)
-
-
 def load_audio(path: Path, start: float = 0.0, stop: float | None = None, seconds: int = SECONDS) -> Tensor:
     """Mono float32 samples at 16 kHz; channels are averaged, other rates resampled by a windowed sinc.
 

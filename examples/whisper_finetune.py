@@ -2,7 +2,8 @@
 
     python -m examples.whisper_finetune MODEL MANIFEST --out adapter [--steps 500] [--eval-manifest DEV.tsv]
 
-MODEL: a local folder with config.json, model.safetensors and the processor's files (as `save_pretrained` writes them).
+MODEL: a local folder with config.json, generation_config.json, model.safetensors and the processor's files, as
+`save_pretrained` of the model and of the processor writes them.
 MANIFEST: a TSV with the columns `path` (relative to it) and `text`; recordings as long as the model's context, 30 s.
 All recordings and texts are read once before the model is. Writes the adapter with save_ssvdo; with an eval manifest it
 prints the word error rate before and after, merged. Needs the extra [asr].

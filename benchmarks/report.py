@@ -84,6 +84,8 @@ def as_markdown(header: Row, rows: list[Row]) -> list[str]:
 def markdown(results: dict[str, Any]) -> str:
     """The tables as Markdown under a line that says where and when."""
     lines = [describe(results), "", *as_markdown(*table(results))]
+    if any(m.get("queued") is False for r in results["rows"] for m in r["methods"].values()):
+        lines += ["", "A star: the GPU waited for the host while it was timed."]
     losses = [r["planner"]["loss"] for r in results["rows"] if r["planner"]["loss"] is not None]
     if losses:
         near = sum(loss <= 0.05 for loss in losses)

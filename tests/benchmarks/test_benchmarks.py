@@ -160,7 +160,10 @@ def test_report(tmp_path):
     results = {"device": "x", "threads": 2, "dtype": "float32", "torch": "2", "commit": "c", "date": "d", "rows": [row]}
     text = markdown(json.loads(json.dumps(results)))
     assert "| 8->32 T=4 p=0.5 l=2 | 2.0 | 1.50 | - | 1.25 (50%) |  | folded (3%) |" in text
-    assert text.endswith("within 5% of the fastest at 1 of 1 points.\n")
+    assert text.endswith("within 5% of the fastest at 1 of 1 points.\n") and "A star" not in text
+    own = {"SSVD-O, cached": {**row["methods"]["LoRA"], "host_ms": 0.25, "queued": False}}
+    text = markdown({**results, "rows": [{**row, "methods": {**row["methods"], **own}}]})
+    assert "| - / - / 0.25* |" in text and "A star: the GPU waited" in text
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     plot(results, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

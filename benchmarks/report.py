@@ -139,7 +139,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.plot(*zip(*panel[method], strict=True), color=COLOURS[method], marker="o", ms=4,
                       lw=2.4 if method.startswith("SSVD-O") else 1.3)  # fmt: skip
         axis.set(xscale="log", yscale="log", title=name, xlabel="tokens", ylabel="time / frozen nn.Linear",
-                 ylim=(bottom, top), xlim=(counts[0] / 1.2, counts[-1] * (counts[-1] / counts[0]) ** 0.6 * 1.2))
+                 ylim=(bottom, top), xlim=(counts[0] / 1.2, counts[-1] * (counts[-1] / counts[0]) ** 0.8 * 1.2))
         axis.set_xticks(counts, [f"{t:,}" for t in counts])
         axis.set_yticks([t for t in TICKS if bottom <= t <= top], [f"{t:g}" for t in TICKS if bottom <= t <= top])
         axis.minorticks_off()

@@ -122,6 +122,9 @@ def test_files_hold_what_was_trained_and_merged_models_the_scaled_weight(tmp_pat
         torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x()), half)
     loaded = PeftModel.from_pretrained(base(), tmp_path, autocast_adapter_dtype=False)
     assert torch.equal(loaded(x()), whole)
+    with rescale_adapter_scale(model, 0.5):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x()), half)  # what has been handed over is left alone
 
 
 def test_experts_are_scaled():

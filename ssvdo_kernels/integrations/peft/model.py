@@ -254,9 +254,13 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
     ) -> Any:  # fmt: skip
         """PEFT's; every layer is checked before the first changes. No two W' are held at once, so that a safe merge
         makes each twice."""
-        for layer in self._layers() if merge else ():
+        layers = self._layers()
+        for layer in layers if merge else ():
             layer.check_mergeable(safe_merge, adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        for layer in layers:
+            layer.handed_over()
+        return unloaded
 
     def _layers(self) -> list[TunerLayer]:
         return [layer for _, layer in hosts(self.model) if isinstance(layer, TunerLayer)]

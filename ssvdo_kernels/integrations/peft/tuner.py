@@ -237,6 +237,11 @@ class TunerLayer(Scaled, Host, BaseTunerLayer):  # type: ignore[misc]
         self._merged_as = None
         self.merged_adapters.clear()
 
+    def handed_over(self) -> None:
+        """Lets go of what is merged: the base layer, with the weight that it has, is somebody else's now."""
+        self.merged_adapters.clear()
+        self.ssvdo_original, self._merged_as = None, None
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, adapter in self.named_adapters():  # in one order in every process

@@ -38,6 +38,7 @@ def test_every_step_runs_whatever_failed_before(tmp_path, capsys):
     assert results(tmp_path / "out") == found
     shown, log = capsys.readouterr().out, (tmp_path / "out" / "log.txt").read_text()
     assert "| breaks | failed | 3 |" in shown and "| absent | failed | 127 |" in shown and "    begun" in shown
+    assert "    breaks []" in shown
     assert "last ['--minutes', '0." in log and shown.endswith((tmp_path / "out" / "summary.md").read_text() + "\n")
     with tarfile.open(tmp_path / "all.tar.gz") as archive:
         assert {"out/log.txt", "out/steps.jsonl", "out/summary.md"} <= set(archive.getnames())

@@ -3,8 +3,12 @@
     SSVDO_BUILD=0       leaves it out; =1: what cannot be built is an error, not a smaller install
     SSVDO_CUDA_ARCHS    for which GPUs, e.g. "80,90a"; "none": no CUDA part. Default: those of ARCHS that nvcc knows
     SSVDO_CXXFLAGS      more flags for the host compiler, which CC and CXX name ("ccache g++" is fine)
+
+What is left out, and why, is written to ssvdo_kernels/_build.json, for `python -m ssvdo_kernels.info`. A wheel without the
+core is tagged for every platform.
 """
 
+import json
 import os
 import platform
 import re
@@ -15,7 +19,9 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -27,10 +33,24 @@ SOURCES += ["csrc/cuda/bindings.cpp", "csrc/cuda/emulate.cpp"]
 SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp"] if X86 else []
 ARCHS = ("80", "86", "89", "90a", "100", "120")
 STRICT = os.environ.get("SSVDO_BUILD") == "1"
+LEFT_OUT = {"core": "", "cuda": ""}  # part -> why; "": it is there
 
 
 def say(text):
     print(f"ssvdo_kernels: {text}. SSVDO_BUILD=1 makes this an error.", file=sys.stderr)
+
+
+def short(error):
+    """One line; of a command that failed its name alone."""
+    line = re.sub(r"Command '\['([^']+)'.*\]' returned non-zero exit status (\d+)\.", r"\1 ended with \2", str(error))
+    return f"{line.splitlines()[0] if line else type(error).__name__}, in the build"
+
+
+def record(folder):
+    """Writes LEFT_OUT into the package below `folder`."""
+    target = Path(folder) / "ssvdo_kernels" / "_build.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(LEFT_OUT) + "\n", encoding="utf-8")
 
 
 class Cuda:
@@ -40,8 +60,9 @@ class Cuda:
         home = os.environ.get("CUDA_HOME")
         self.nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
         asked = os.environ.get("SSVDO_CUDA_ARCHS", "")
+        self.archs = []
         if asked == "none" or not self.nvcc:
-            self.archs = []
+            LEFT_OUT["cuda"] = "SSVDO_CUDA_ARCHS=none" if asked == "none" else "no nvcc was found"
         else:
             known = subprocess.run([self.nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
             known = {line.removeprefix("compute_") for line in known.split()}
@@ -100,6 +121,7 @@ class Build(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             if STRICT:
                 raise
+            LEFT_OUT["cuda"] = short(error)
             say(f"the CUDA part was not built ({error})")
 
     def has_openmp(self):
@@ -123,17 +145,41 @@ class Build(build_ext):
         except Exception as error:
             if STRICT:
                 raise
+            LEFT_OUT["core"] = short(error)
             say(f"the compiled core was not built ({error}); the package runs on PyTorch alone")
+        record("." if self.inplace or self.editable_mode else self.build_lib)
+
+
+class Python(build_py):
+    """Says what is left out where no extension is built, which would say it."""
+
+    def run(self):
+        super().run()
+        if not self.distribution.has_ext_modules():
+            record("." if self.editable_mode else self.build_lib)
+
+
+class Wheel(bdist_wheel):
+    """Without the compiled core, it is for every platform."""
+
+    def run(self):
+        self.run_command("build")
+        if LEFT_OUT["core"]:
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
 
 
 def extensions():
     if os.environ.get("SSVDO_BUILD") == "0":
+        LEFT_OUT["core"] = "SSVDO_BUILD=0"
         return []
     try:
         import pybind11
     except ImportError:
         if STRICT:
             raise
+        LEFT_OUT["core"] = "pybind11 was not installed"
         say("pybind11 is not installed, so the compiled core is left out")
         return []
     depends = ["setup.py"]
@@ -142,4 +188,4 @@ def extensions():
                       language="c++", optional=False)]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build, "build_py": Python, "bdist_wheel": Wheel})

@@ -11,9 +11,9 @@ import torch
 
 from . import __version__
 from .console import print_anything, show
-from .ops.device import architectures
+from .ops.device import architectures, not_built
 from .ops.dispatch import preparation, token_path
-from .ops.host import absent, description
+from .ops.host import description
 from .traffic import machine
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -34,7 +34,7 @@ def info() -> dict[str, str]:
         "triton": _version("triton"), "cpu threads": str(torch.get_num_threads()),
         "cuda device": torch.cuda.get_device_name() if cuda else "none",
         "compiled core": description().removeprefix("compiled core, "),
-        "cuda kernels": f"built for sm_{archs}" if archs else absent or "not built",
+        "cuda kernels": f"built for sm_{archs}" if archs else not_built(),
     }
     tf32 = torch.backends.cuda.matmul.allow_tf32
     if cuda:

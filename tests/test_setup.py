@@ -1,9 +1,12 @@
-"""How setup.py asks the compiler for OpenMP."""
+"""How setup.py asks the compiler for OpenMP, and what it makes and writes down where a part cannot be built."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,46 @@ def test_a_compiler_without_openmp_is_said_aloud(tmp_path, command):
     assert done.stdout == "False\n" and "is built without OpenMP and will use one thread (" in done.stderr
     strict = openmp(tmp_path, CXX=command, SSVDO_BUILD="1")
     assert strict.returncode == 1 and "CompileError" in strict.stderr
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """The package's sources; setup.py is run there by `python -c CODE`."""
+    if not SETUP.is_file():
+        pytest.skip("no sources")
+    ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(SETUP.with_name(name), tmp_path)
+    for name in ("csrc", "ssvdo_kernels"):
+        shutil.copytree(SETUP.with_name(name), tmp_path / name, ignore=ignored)
+    return tmp_path
+
+
+@pytest.mark.parametrize("before, variables, said", [
+    ("sys.modules['pybind11'] = None", {}, "pybind11 was not installed"), ("", {"SSVDO_BUILD": "0"}, "SSVDO_BUILD=0"),
+    ("", {"CC": "false", "CXX": "false"}, "false ended with 1, in the build")])  # fmt: skip
+def test_a_wheel_without_the_core_is_for_every_platform_and_says_why(sources, before, variables, said):
+    code = f"import sys; {before}\nsys.argv = ['setup.py', '-q', 'bdist_wheel']\nexec(open('setup.py').read())"
+    own = {"SSVDO_BUILD": "", "SSVDO_CUDA_ARCHS": "none"} | variables
+    subprocess.run([sys.executable, "-c", code], cwd=sources, check=True, capture_output=True, env=os.environ | own)
+    (wheel,) = (sources / "dist").iterdir()
+    assert wheel.name == "ssvdo_kernels-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        assert json.loads(archive.read("ssvdo_kernels/_build.json"))["core"] == said
+        assert b"Root-Is-Purelib: true" in archive.read("ssvdo_kernels-0.1.0.dist-info/WHEEL")
+        assert "ssvdo_kernels/cli.py" in archive.namelist() and not any(".data/" in n for n in archive.namelist())
+
+
+@pytest.mark.parametrize("nvcc, said", [("exit 3", "nvcc ended with 3, in the build"), (None, "No such file")])
+def test_why_the_cuda_part_is_left_out_is_written_down(tmp_path, nvcc, said):
+    (tmp_path / "bin").mkdir()
+    if nvcc:
+        (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+    code = CODE[: CODE.index("from distutils")] + (
+        "build.build_temp = '.'\nbuild.add_cuda(setuptools.Extension('x', []))\n"
+        "print(type(build).add_cuda.__globals__['LEFT_OUT']['cuda'])")
+    own = {"CUDA_HOME": str(tmp_path), "SSVDO_BUILD": "", "SSVDO_CUDA_ARCHS": ""}
+    done = subprocess.run([sys.executable, "-c", code, str(SETUP)], capture_output=True, text=True, check=True,
+                          env=os.environ | own)  # fmt: skip
+    assert said in done.stdout and "the CUDA part was not built" in done.stderr

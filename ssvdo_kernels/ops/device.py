@@ -13,19 +13,25 @@ import torch
 from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
-from .host import _C, Tensors, absent, inner_sizes
+from .host import _C, Tensors, absent, inner_sizes, left_out
 
 
 def obstacle(device: torch.device) -> str:
     """Why the kernels cannot serve `device`; "" where they can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"there are no kernels for {device.type} devices"
-    if _C is None:
-        return absent
-    if not _C.device_architectures():
-        return "the compiled core was built without CUDA (no working nvcc at installation, or SSVDO_CUDA_ARCHS=none)"
+    if why := not_built():
+        return why
     capability = torch.cuda.get_device_capability(device)
     return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+
+
+def not_built() -> str:
+    """Why there are no CUDA kernels; "" where there are."""
+    if architectures():
+        return ""
+    noted = left_out("cuda") or "no working nvcc at installation, or SSVDO_CUDA_ARCHS=none"
+    return absent or f"the compiled core was built without CUDA ({noted})"
 
 
 def architectures() -> str:

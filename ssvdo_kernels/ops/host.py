@@ -7,6 +7,7 @@ Every argument that is a list has one tensor a layer, all float32 or all float64
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -23,13 +24,22 @@ INTERFACE = 1
 """interface_version in csrc/bindings.h, where this file calls the core rightly."""
 
 
+def left_out(part: str) -> str:
+    """Why "core" or "cuda" was left out when this was built, as setup.py wrote it down; "" where it did not."""
+    try:
+        return str(json.loads((Path(__file__).parents[1] / "_build.json").read_text(encoding="utf-8"))[part])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _load() -> tuple[Any, str]:
     """(the compiled core, ""), or (None, why the package runs on PyTorch alone). Warns of a core that is of no use."""
     try:
         core = importlib.import_module("ssvdo_kernels._C")
     except ModuleNotFoundError:
         there = [f.name for f in Path(__file__).parents[1].glob("_C.*") if f.name[2:] not in EXTENSION_SUFFIXES]
-        why = f"for this Python, only {there[0]}" if there else "(no C++ compiler or pybind11 then, or SSVDO_BUILD=0)"
+        noted = left_out("core") or "no C++ compiler or pybind11 then, or SSVDO_BUILD=0"
+        why = f"for this Python, only {there[0]}" if there else f"({noted})"
         return None, f"the compiled core was not built at installation {why}"
     except ImportError as error:
         why = f"does not load: {error}"

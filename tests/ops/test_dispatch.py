@@ -125,12 +125,14 @@ OWN = f"_C{EXTENSION_SUFFIXES[0]}"
 
 @pytest.mark.parametrize("file, content, said", [
     ("README", b"", "was not built at installation (no C++ compiler or pybind11 then, or SSVDO_BUILD=0)"),
+    ("_build.json", b'{"core": "pybind11 was not installed", "cuda": ""}',
+     "was not built at installation (pybind11 was not installed)"),
     ("_C.cpython-27m.so", b"", "was not built at installation for this Python, only _C.cpython-27m.so"),
     (OWN, b"\x7fELF", "is there but does not load: "),
     ("_C.py", b"openmp = True", "is there but is of another version (interface 0, needed: ")])  # fmt: skip
 def test_why_there_is_no_core(tmp_path, file, content, said):
     """One that is there and of no use gives a warning too, and PyTorch serves."""
-    shutil.copytree(PACKAGE, tmp_path / "ssvdo_kernels", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    shutil.copytree(PACKAGE, tmp_path / "ssvdo_kernels", ignore=shutil.ignore_patterns("_C*", "_build*", "__pycache__"))
     (tmp_path / "ssvdo_kernels" / file).write_bytes(content)
     code = ("import runpy, sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
             "runpy.run_module('ssvdo_kernels.info', run_name='__main__')")  # fmt: skip

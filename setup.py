@@ -4,8 +4,8 @@
     SSVDO_CUDA_ARCHS    for which GPUs, e.g. "80,90a"; "none": no CUDA part. Default: those of ARCHS that nvcc knows
     SSVDO_CXXFLAGS      more flags for the host compiler, which CC and CXX name ("ccache g++" is fine)
 
-What is left out, and why, is written to ssvdo_kernels/_build.json, for `python -m ssvdo_kernels.info`. A wheel without the
-core is tagged for every platform.
+What is left out, and why, is written to ssvdo_kernels/_build.json, for `python -m ssvdo_kernels.info`. A wheel without
+the core is tagged for every platform.
 """
 
 import json

@@ -92,3 +92,21 @@ def test_why_the_cuda_part_is_left_out_is_written_down(tmp_path, nvcc, said):
     done = subprocess.run([sys.executable, "-c", code, str(SETUP)], capture_output=True, text=True, check=True,
                           env=os.environ | own)  # fmt: skip
     assert said in done.stdout and "the CUDA part was not built" in done.stderr
+
+
+def test_the_source_archive_holds_what_its_make_targets_need_and_no_recordings(tmp_path):
+    root = SETUP.parent
+    if not (root / ".git").exists():
+        pytest.skip("no checkout")
+    done = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True)
+    kept = {f for f in done.stdout.splitlines() if not f.startswith(("examples/asr/speech/", ".ci/", ".git"))}
+    code = f"import sys; sys.argv = ['setup.py', '-q', 'sdist', '-d', {str(tmp_path)!r}]\nexec(open('setup.py').read())"
+    shutil.copytree(root, tmp_path / "own", ignore=lambda at, names: [
+        n for n in names if n.startswith((".", "build")) or n.endswith((".egg-info", "speech"))])  # fmt: skip
+    (tmp_path / "own" / "examples" / "asr" / "speech").mkdir()
+    (tmp_path / "own" / "examples" / "asr" / "speech" / "one.flac").touch()
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "own", check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert kept <= held, sorted(kept - held)
+    assert not any(name.endswith((".flac", ".wav", ".so")) for name in held)

@@ -96,6 +96,9 @@ def read_manifest(path: Path) -> list[Utterance]:
         ValueError: a column is missing, a text is empty, or a recording does not exist; names the file and line.
     """
     path = Path(path)
+    if path == SPEECH and not path.is_file():
+        raise ValueError(f"{path.parent}: no recordings, as in every source archive; clone the repository, or make "
+                         "them with espeak-ng: python -m examples.asr.make_speech")
     utterances = []
     for number, row in read_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE):
         if missing := {"path", "text"} - set(row):

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, WhisperForConditionalGeneration
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
 
 from .corpus import RATE, SPEECH, Utterance, batches, features, load_audio, read_manifest
-from .demo import splits
+from .demo_speech import splits
 from .methods import adapt
 from .options import COUNT
 from .recognise import transcribe, wer

@@ -25,6 +25,8 @@ from examples.asr.whisper import ENGLISH, SIZES, cache_folder, load_whisper
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, save_ssvdo
 from ssvdo_kernels.cli import main
 
+if not SPEECH.is_file():
+    pytest.skip("a source archive has no recordings", allow_module_level=True)
 UTTERANCES = [u for u in read_manifest(SPEECH) if u.voice == "en-us"][1:3]
 GREEDY = {"beam_size": 1, "suppress_tokens": [], "suppress_blank": False}
 

@@ -41,4 +41,4 @@ gpu gpu-layers gpu-models gpu-soak:
 	$(PYTHON) -m benchmarks.gpu_run $@ --minutes $${MINUTES:-8.5} $(if $(OUT),--archive $(OUT)/gpu-run.tar.gz) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info ssvdo_kernels/*.so
+	rm -rf $(VENV) build *.egg-info ssvdo_kernels/*.so ssvdo_kernels/_build.json

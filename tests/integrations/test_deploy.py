@@ -27,7 +27,7 @@ from ssvdo_kernels.cli import main
 
 if not SPEECH.is_file():
     pytest.skip("a source archive has no recordings", allow_module_level=True)
-UTTERANCES = [u for u in read_manifest(SPEECH) if u.voice == "en-us"][1:3]
+UTTERANCES = [u for u in read_manifest(SPEECH) if u.voice == "en-us"][:2]
 GREEDY = {"beam_size": 1, "suppress_tokens": [], "suppress_blank": False}
 
 
@@ -138,6 +138,7 @@ def test_whisper_cpp_s_file_holds_the_merged_weights(merged, ggml):
 
 
 def test_whisper_cpp_says_the_same(merged, ggml):
+    """Of an utterance about which the model is in no doubt, as the file is float16."""
     pywhispercpp = pytest.importorskip("pywhispercpp.model", reason="pywhispercpp is not installed")
     _, model, tokenizer = merged
     engine = pywhispercpp.Model(str(ggml), n_threads=1, print_progress=False, print_realtime=False)

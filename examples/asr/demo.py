@@ -129,7 +129,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     speech = parser.add_mutually_exclusive_group()
     speech.add_argument("--corpus", type=FOLDER, help="speechocean762, unpacked or made by make_real: children")
     speech.add_argument("--manifest", type=FILE, help=f"your own recordings, at most {SECONDS} s each")
-    parser.add_argument("--steps", type=COUNT, default=80, help="optimiser steps of 8 utterances (default: 80)")
+    parser.add_argument("--steps", type=COUNT, default=100, help="optimiser steps of 8 utterances (default: 100)")
     parser.add_argument("--rate", type=LEARNING_RATE, default=2e-4, help="learning rate (default: 2e-4)")
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--adapter", type=TARGET, help="folder to keep the adapter in (default: a temporary one)")

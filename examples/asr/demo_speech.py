@@ -36,8 +36,8 @@ def committed() -> Speech:
     utterances = read_manifest(SPEECH)
     train, test = splits(utterances, "scottish")
     return Speech("Scottish, synthetic", train, test, "en-us, synthetic", splits(utterances, "en-us")[1],
-                  "These voices are SYNTHETIC (espeak-ng), far more regular than people: error rates\nfall further "
-                  "than on recordings. To adapt to real children: --corpus FOLDER.")  # fmt: skip
+                  "These voices are SYNTHETIC (espeak-ng), far more regular than people: error rates fall further than "
+                  "on recordings. To adapt to real children: --corpus FOLDER.")  # fmt: skip
 
 
 def own_recordings(manifest: Path) -> Speech:

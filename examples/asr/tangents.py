@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +28,29 @@ from .tables import markdown
 from .train import loss_of
 from .whisper import load_whisper, prompt_of
 
+PARTS = ("inner_rotation", "inner_scale", "outer")
+SPLITS = ((0.5, 24), (0.003, 40), (0.25, 36), (0.75, 4), (0.78, 0))  # (p, l), nearly one size
 
-def shares(weight: Tensor, gradient: Tensor, shape: LayerShape, rank: int, seed: int = 0) -> dict[str, float]:
-    """Energy of `gradient` along LoRA's directions and each part's of SSVD-O, and all of it. Both: out x in."""
+
+def lora_share(gradient: Tensor, rank: int, seed: int = 0) -> float:
+    """Energy of `gradient` (out x in) in the rows that a drawn A (rank x in) spans."""
+    drawn = torch.randn(gradient.shape[1], rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return float((gradient.double() @ torch.linalg.qr(drawn).Q).square().sum())
+
+
+def shares(weight: Tensor, gradient: Tensor, shapes: Sequence[LayerShape]) -> list[dict[str, float]]:
+    """Energy of `gradient` along each part of SSVD-O, for each of several k and l. Both matrices: out x in."""
     W, D = weight.double(), gradient.double()
-    drawn = torch.randn(W.shape[1], rank, dtype=W.dtype, generator=torch.Generator().manual_seed(seed))
-    lora = (D @ torch.linalg.qr(drawn).Q).square().sum()
-    if shape.transposed:
+    if shapes[0].transposed:
         W, D = W.T, D.T
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    k = shape.k
-    inside, weights = U[:, :k].T @ D @ Vh[:k].T, S[:k, None] * torch.ones(k, dtype=W.dtype)
-    turned = (weights * inside - (weights * inside).T).square() / (weights.square() + weights.T.square())
-    new = D @ Vh[: shape.l].T
-    new = new - U @ (U.T @ new)
-    parts = {"LoRA": lora, "inner_rotation": turned.triu(1).sum(), "inner_scale": inside.diagonal().square().sum(),
-             "outer": new.square().sum(), "all": D.square().sum()}  # fmt: skip
-    return {name: float(value) for name, value in parts.items()}
+    inside = U.T @ D @ Vh.T
+    outside = (D @ Vh.T - U @ inside).square().sum(0)
+    scaled = S[:, None] * inside
+    turned = (scaled - scaled.T).square() / (S.square()[:, None] + S.square())
+    return [{"inner_rotation": float(turned[: s.k, : s.k].triu(1).sum()),
+             "inner_scale": float(inside.diagonal()[: s.k].square().sum()),
+             "outer": float(outside[: s.l].sum())} for s in shapes]  # fmt: skip
 
 
 def gradients(model: nn.Module, names: list[str], source: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -60,29 +67,32 @@ def gradients(model: nn.Module, names: list[str], source: list[tuple[Tensor, Ten
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a row per kind of layer."""
+    """Prints a row per method and split of the budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=COUNT, default=6, help="of 8 utterances (default: 6)")
     count = parser.parse_args(arguments).batches
     model, tokenizer = load_whisper("tiny.en", 10)
-    config = SSVDOConfig(inner_ratio=0.5, outer_rank=24, target_modules=FEED_FORWARD)
-    matrices = layer_matrices(model, config)
-    rank = lora_rank(matrices, trained_numbers(model, config))
-    layers = {name: shape for name, (_, shape) in chosen(matrices, config).items()}
+    configs = [SSVDOConfig(inner_ratio=p, outer_rank=rank, target_modules=FEED_FORWARD) for p, rank in SPLITS]
+    matrices = layer_matrices(model, configs[0])
+    rank = lora_rank(matrices, trained_numbers(model, configs[0]))
     said = open_corpus("speech").of("child", "train")[: 8 * count]
     source = batches(features(said, 10), said, tokenizer, 8, 0, prompt_of(model))
-    found = gradients(model, list(layers), [next(source) for _ in range(count)])
-    sums: dict[str, dict[str, float]] = {}
-    for name, shape in layers.items():
-        parts = shares(model.get_submodule(name).weight.detach(), found[name], shape, rank)  # type: ignore[operator]
-        for kind in (" ".join(name.split(".")[1::3]), "all layers"):
-            own = sums.setdefault(kind, dict.fromkeys(parts, 0.0))
-            for part, energy in parts.items():
-                own[part] += energy
-    columns = ("LoRA", "inner_rotation", "inner_scale", "outer")
-    print(markdown(["layers", *columns, "SSVD-O"], [
-        [kind, *(f"{own[c] / own['all']:.2%}" for c in columns), f"{sum(own[c] for c in columns[1:]) / own['all']:.2%}"]
-        for kind, own in sums.items()]))  # fmt: skip
+    found = gradients(model, list(matrices), [next(source) for _ in range(count)])
+    total, lora, parts = 0.0, 0.0, [dict.fromkeys(PARTS, 0.0) for _ in SPLITS]
+    for name, own in found.items():
+        total += float(own.double().square().sum())
+        lora += lora_share(own, rank)
+        shapes = [chosen({name: matrices[name]}, c)[name][1] for c in configs]
+        for sums, split in zip(parts, shares(model.get_submodule(name).weight.detach(), own, shapes), strict=True):  # type: ignore[operator]
+            for part, energy in split.items():
+                sums[part] += energy
+    rows = [[f"LoRA r = {rank}", f"{trained:,}", "-", "-", "-", f"{lora / total:.1%}"]
+            for trained in [rank * sum(m.out_features + m.in_features for m in matrices.values())]]  # fmt: skip
+    for config, sums in zip(configs, parts, strict=True):
+        name, size = f"SSVD-O p = {config.inner_ratio:g}, l = {config.outer_rank}", trained_numbers(model, config)
+        rows.append([name, f"{size:,}", *(f"{energy / total:.1%}" for energy in sums.values()),
+                     f"{sum(sums.values()) / total:.1%}"])  # fmt: skip
+    print(markdown(["method", "trained", *PARTS, "all of it"], rows))
     return 0
 
 

@@ -1,6 +1,7 @@
 """The share of a gradient that a method can follow first, beside the directions that the layer itself moves in."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 for needed in ("transformers", "tokenizers", "soundfile"):
     pytest.importorskip(needed, reason="the speech example needs the extra: pip install 'ssvdo_kernels[asr]'")
 
-from examples.asr.tangents import gradients, shares
+from examples.asr.tangents import gradients, lora_share, shares
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo
 from ssvdo_kernels.budget import Matrix, chosen
 
@@ -23,7 +24,8 @@ def test_shares_are_projections_on_what_the_layer_can_do_first(out_features, in_
     layer, bias = model[0], base.bias.detach()
     gradient = torch.randn_like(base.weight)
     ((_, shape),) = chosen({"0": Matrix(out_features, in_features, 8)}, config).values()
-    found = shares(base.weight.detach(), gradient, shape, rank=3)
+    smaller = replace(shape, k=1, l=1)
+    found, less = shares(base.weight.detach(), gradient, [shape, smaller])
     eye = torch.eye(in_features, dtype=torch.float64)
     for part in ("inner_rotation", "inner_scale", "outer"):
         parameter = getattr(layer.adapters()[0], part)
@@ -41,9 +43,14 @@ def test_shares_are_projections_on_what_the_layer_can_do_first(out_features, in_
         J = torch.stack(columns, 1)
         expected = (J @ torch.linalg.pinv(J, rtol=1e-6) @ gradient.flatten()).square().sum()
         assert found[part] == pytest.approx(float(expected), rel=1e-4), part
-    assert found["all"] == pytest.approx(float(gradient.square().sum()))
-    assert 0 < found["LoRA"] < found["all"]
-    assert shares(base.weight.detach(), gradient, shape, rank=in_features)["LoRA"] == pytest.approx(found["all"])
+    assert less["inner_rotation"] == 0 < less["inner_scale"] < found["inner_scale"] and less["outer"] < found["outer"]
+
+
+def test_lora_follows_what_its_rows_span():
+    gradient = torch.randn(20, 8)
+    everything = float(gradient.double().square().sum())
+    assert 0 < lora_share(gradient, 3) < lora_share(gradient, 5) < everything
+    assert lora_share(gradient, 8) == pytest.approx(everything)
 
 
 def test_gradients_are_the_mean_over_batches(monkeypatch):

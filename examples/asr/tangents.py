@@ -1,4 +1,4 @@
-"""How much of the full gradient each method can follow in its first step, at one budget.
+"""How much of the full gradient each method can follow in its first step, and how far Adam then moves, at one budget.
 
     python -m examples.asr.tangents [--batches 6]        # Whisper tiny.en on the children of corpus "speech"
 
@@ -10,18 +10,22 @@ skew, and N V_l^T with N orthogonal to U. It says what can be learnt first, not 
 from __future__ import annotations
 
 import argparse
+import copy
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import WhisperForConditionalGeneration
 
 from ssvdo_kernels import SSVDOConfig
 from ssvdo_kernels.budget import chosen, layer_matrices, lora_rank, trained_numbers
 from ssvdo_kernels.config import LayerShape
 
 from .corpus import batches, features
-from .methods import FEED_FORWARD
+from .methods import FEED_FORWARD, adapt
 from .options import COUNT
 from .readers import open_corpus
 from .tables import markdown
@@ -29,6 +33,7 @@ from .train import loss_of
 from .whisper import load_whisper, prompt_of
 
 PARTS = ("inner_rotation", "inner_scale", "outer")
+STEPS = (*(("ssvdo", part, 2e-4) for part in PARTS), ("lora", "lora_B", 2e-3))
 SPLITS = ((0.5, 24), (0.003, 40), (0.25, 36), (0.75, 4), (0.78, 0))  # (p, l), nearly one size
 
 
@@ -53,6 +58,18 @@ def shares(weight: Tensor, gradient: Tensor, shapes: Sequence[LayerShape]) -> li
              "outer": float(outside[: s.l].sum())} for s in shapes]  # fmt: skip
 
 
+@torch.no_grad()
+def moved(model: WhisperForConditionalGeneration, settings: Mapping[str, Any], part: str, rate: float) -> float:
+    """|W' - W0| over all layers after every number of one part moved by `rate`, up or down, as in Adam's first step."""
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    adapted, generator = adapt(copy.deepcopy(model), {**settings, "init_angle": 0.0}), torch.Generator().manual_seed(0)
+    for name, p in adapted.model.named_parameters():
+        if p.requires_grad and part in name.split("."):
+            p += rate * (2 * torch.randint(0, 2, p.shape, generator=generator) - 1)
+    after = dict(adapted.bake().named_parameters())
+    return math.sqrt(sum(float((after[name] - W).square().sum()) for name, W in before.items()))
+
+
 def gradients(model: nn.Module, names: list[str], source: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
     """The mean gradient over batches of the named layers' weights."""
     weights = [model.get_submodule(name).weight for name in names]
@@ -72,6 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=COUNT, default=6, help="of 8 utterances (default: 6)")
     count = parser.parse_args(arguments).batches
     model, tokenizer = load_whisper("tiny.en", 10)
+    steps = []
+    for method, part, rate in STEPS:
+        settings = {"method": method, "inner_ratio": SPLITS[0][0], "outer_rank": SPLITS[0][1]}
+        steps.append([method, part, f"{rate:g}", f"{moved(model, settings, part, rate):.2g}"])
+    print(markdown(["method", "part", "rate", "|W' - W0| after a step"], steps) + "\n")
     configs = [SSVDOConfig(inner_ratio=p, outer_rank=rank, target_modules=FEED_FORWARD) for p, rank in SPLITS]
     matrices = layer_matrices(model, configs[0])
     rank = lora_rank(matrices, trained_numbers(model, configs[0]))

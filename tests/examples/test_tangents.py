@@ -9,7 +9,10 @@ import torch
 for needed in ("transformers", "tokenizers", "soundfile"):
     pytest.importorskip(needed, reason="the speech example needs the extra: pip install 'ssvdo_kernels[asr]'")
 
-from examples.asr.tangents import gradients, lora_share, shares
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from examples.asr.tangents import gradients, lora_share, moved, shares
+from examples.asr.whisper import config_of
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo
 from ssvdo_kernels.budget import Matrix, chosen
 
@@ -51,6 +54,16 @@ def test_lora_follows_what_its_rows_span():
     everything = float(gradient.double().square().sum())
     assert 0 < lora_share(gradient, 3) < lora_share(gradient, 5) < everything
     assert lora_share(gradient, 8) == pytest.approx(everything)
+
+
+def test_a_step_moves_one_part_alone():
+    small = {**config_of().to_dict(), "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48,
+             "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}  # fmt: skip
+    model = WhisperForConditionalGeneration(WhisperConfig(**small))
+    settings = {"method": "ssvdo", "inner_ratio": 1.0, "outer_rank": 4}
+    scales, nothing = (moved(model, settings, part, 1e-4) for part in ("inner_scale", "nothing"))
+    assert scales == pytest.approx(1e-4 * (4 * 16) ** 0.5, rel=0.02)  # each of 4 x 16 singular values by the rate
+    assert nothing < 1e-5 < moved(model, settings, "outer", 1e-4)
 
 
 def test_gradients_are_the_mean_over_batches(monkeypatch):

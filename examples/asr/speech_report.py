@@ -72,6 +72,8 @@ def differences(runs: Runs, than: str = "lora") -> str:
             a, b = (ends([pair[i] for pair in pairs], voice) for i in (0, 1))
             line += [_less(a, b), between(over_seeds([x["wer"] - y["wer"] for x, y in zip(a, b, strict=True)]))]
         lines.append(line)
+    if not lines:
+        return "No other method has been run beside LoRA yet."
     return markdown(["less LoRA's WER, points", "seeds", "target", "over seeds", "source", "over seeds"], lines)
 
 

@@ -60,6 +60,8 @@ def show(value: str) -> str:
     plain = json.loads(value)
     if isinstance(plain, list):
         return ", ".join(map(str, plain))
+    if isinstance(plain, dict):
+        return ", ".join(f"{name} x {factor:g}" for name, factor in plain.items())
     return "default" if plain is None else NAMES.get(plain, str(plain)) if isinstance(plain, str) else f"{plain:g}"
 
 

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     for method, part, rate in STEPS:
         settings = {"method": method, "inner_ratio": SPLITS[0][0], "outer_rank": SPLITS[0][1]}
         steps.append([method, part, f"{rate:g}", f"{moved(model, settings, part, rate):.2g}"])
-    print(markdown(["method", "part", "rate", "|W' - W0| after a step"], steps) + "\n")
+    print(markdown(["method", "part", "rate", "norm of W' - W0 after a step"], steps) + "\n")
     configs = [SSVDOConfig(inner_ratio=p, outer_rank=rank, target_modules=FEED_FORWARD) for p, rank in SPLITS]
     matrices = layer_matrices(model, configs[0])
     rank = lora_rank(matrices, trained_numbers(model, configs[0]))

@@ -72,11 +72,13 @@ def changed_weight(changes: Sequence[Change], base: Base, weight_of: Callable[[A
 
 def _product(x: Tensor, base: Base) -> Tensor:
     """x W0^T with a gradient to x. x: (..., in_features)."""
+    kind = base.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    tokens = base.to(x.dtype)
     if base.held:
-        return nn.functional.linear(x, base.to(x.dtype).dense())
-    if torch.is_autocast_enabled(base.device.type):
-        x = x.to(torch.get_autocast_dtype(base.device.type))
-    y: Tensor = _Quantized.apply(x.reshape(-1, x.shape[-1]), base.to(x.dtype))  # type: ignore[no-untyped-call]
+        return nn.functional.linear(x, tokens.dense())
+    y: Tensor = _Quantized.apply(x.reshape(-1, x.shape[-1]), tokens)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_close, make_layer, randomise_all, reference_linear, three
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, merge_ssvdo
@@ -58,6 +59,32 @@ def test_without_dropout_a_training_layer_computes_what_it_did(monkeypatch):
     layer, x = make_layer(24, 8, outer_rank=3), tokens(5, 8)
     monkeypatch.setattr(torch.nn.functional, "dropout", None)
     assert_close("y", layer.train()(x), reference_linear(layer, x), TIGHT)
+
+
+@pytest.mark.parametrize("weight, autocast", [(torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)])
+def test_half_precision(weight, autocast):
+    layer = make_layer(24, 8, dtype=weight, outer_rank=3, dropout=P)
+    x = tokens(64, 8).detach().to(torch.float32 if autocast else weight)
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    wide = make_layer(24, 8, outer_rank=3)
+    wide.weight.data = layer.weight.double()
+    wide.bias.data = layer.bias.double()
+    want = by_the_equations(wide, x.double(), as_drawn(x, 7).double(), [p.detach().double() for p in three(layer)])
+    assert y.dtype == torch.bfloat16
+    # x, W0 and three products, each rounded to 2^-9; what is dropped makes them 1 / (1 - p) as large
+    assert_close("y", y, want, 5 / (1 - P) * 2**-9)
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_layers_without_numbers(where):
+    layer, x = make_layer(24, 8, outer_rank=3, dropout=P), torch.randn(5, 8, dtype=torch.float64)
+    if where == "meta":
+        assert layer.to("meta")(x.to("meta")).shape == (5, 24)
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == (5, 24)
 
 
 def test_dropout_keeps_the_mean():

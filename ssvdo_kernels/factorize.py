@@ -235,8 +235,8 @@ def departure(
         return 0.0  # W0 = 0
     probe = torch.randn(shape.c, 8, dtype=torch.float64, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     probe = (probe / probe.norm(dim=0)).to(tall.device, work)
-    made = Projector(DenseBase(weight.detach()), shape.transposed, factors.basis, inverse, factors.null_basis,
-                     shape.large)  # fmt: skip
+    made = Projector(DenseBase(weight.detach()), shape.transposed, factors.basis, factors.singular_values, shape.width,
+                     factors.null_basis, shape.large)  # fmt: skip
     z = project([made], [probe], shape.c, shape.large)[0].double()
     lean = (v.mT @ (a.mT @ z))[inverse > 0] / s[inverse > 0, None]
     return DEPARTURE_ANGLE * float((lean / z.norm(dim=0)).abs().max())

@@ -87,10 +87,9 @@ def outer_layers(case, count):
     layers = []
     for i in range(count):
         U, V, null = orthonormal(c + d, d), orthonormal(d, d), min(1, d - l)
-        inverse = 1 / (torch.rand(d).double() + 0.5)
-        tall = shifted((U / inverse) @ V.mT, i)
-        inverse[d - null :] = 0
-        projector = Projector(DenseBase(tall), False, V, inverse, U[:, d - null :] if null else None, len(tall))
+        S = torch.rand(d).double() + 0.5
+        tall = shifted((U * S) @ V.mT, i)
+        projector = Projector(DenseBase(tall), False, V, S, d, U[:, d - null :] if null else None, len(tall))
         turned = U[:, :l].contiguous() if outer == "rotation" else None
         layers.append(Outer(outer=make_outer(kind, c, l), scale=0.5, U=turned, projector=projector, tau=tau))
     return layers

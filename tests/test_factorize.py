@@ -45,8 +45,8 @@ def test_thin_svd(m, n):
 
 def projector(weight, factors, shape):
     """P of one layer, as preparation has it."""
-    inverse = inverse_of(factors.singular_values, shape.width, factors.null)
-    return Projector(DenseBase(weight), shape.transposed, factors.basis, inverse, factors.null_basis, shape.large)
+    return Projector(DenseBase(weight), shape.transposed, factors.basis, factors.singular_values, shape.width,
+                     factors.null_basis, shape.large)  # fmt: skip
 
 
 def as_matrix(made, large):

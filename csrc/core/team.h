@@ -7,12 +7,11 @@
 #if defined(__CUDACC__)
 #define SSVDO_HD __host__ __device__ __forceinline__
 #define SSVDO_UNROLL _Pragma("unroll")
-#define SSVDO_UNROLL_BY(n) SSVDO_TEXT_PRAGMA(unroll n)
-#define SSVDO_TEXT_PRAGMA(text) _Pragma(#text)
+#define SSVDO_ROLLED _Pragma("unroll 1")  // where registers are scarce
 #else
-#define SSVDO_UNROLL_BY(n)
 #define SSVDO_HD inline
 #define SSVDO_UNROLL
+#define SSVDO_ROLLED
 #endif
 
 #ifndef SSVDO_ISA

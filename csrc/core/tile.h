@@ -1,110 +1,181 @@
-// One M x N tile of a product by a team of 256 lanes: operands pass through shared memory in slices of `K`, two deep,
-// and each lane keeps TM x TN sums. A team smaller than that, on the host, plays several lanes a worker.
+// One M x 64 tile of a product by a team of 256 lanes, eight warps: operands pass through shared memory in slices of 64
+// bytes' depth, two deep. A team smaller than that, on the host, plays several whole warps a worker.
 #pragma once
 
-#include <type_traits>
-
-#include "number.h"
+#include "mma.h"
 
 namespace ssvdo {
 namespace SSVDO_ISA {
 
-template <class T, int M_, int N_, int TM_, int TN_>
-struct TileShape {
-    using Number = T;
-    static constexpr int M = M_, N = N_, TM = TM_, TN = TN_, K = 8;
-    static constexpr int lanes = M / TM * (N / TN);
-    static constexpr int pad = 16 / int(sizeof(T));      // rows in shared memory begin at multiples of 16 bytes
-    static constexpr int stage = K * (M + N + 2 * pad);  // one slice of both operands
-    static constexpr int shared = 2 * stage;             // elements of shared memory
-};
-template <class T>
-using Square = TileShape<T, 64, 64, 4, 4>;
-template <class T>  // what 128 registers a lane hold
-using Large = typename std::conditional<sizeof(T) == 4, TileShape<T, 128, 64, 8, 4>, Square<T>>::type;
+constexpr int lanes = 256;
 
-// Element (i, j) inside of rows x columns, else 0. RowMajor: at data[i * ld + j], else at data[j * ld + i].
-template <class T, class S, bool RowMajor>
+// Number i among words, and back: halves never lie apart, which would take a register each.
+template <class S>
+SSVDO_HD S number(const std::uint32_t* words, int i) {
+    S x;
+    if constexpr (sizeof(S) == 2)
+        x.bits = std::uint16_t(words[i / 2] >> i % 2 * 16);
+    else
+        __builtin_memcpy(&x, words + i * (sizeof(S) / 4), sizeof x);
+    return x;
+}
+template <class S>
+SSVDO_HD void pack_four(const S* x, std::uint32_t* words) {
+    if constexpr (sizeof(S) == 2) {
+        words[0] = x[0].bits | std::uint32_t(x[1].bits) << 16;
+        words[1] = x[2].bits | std::uint32_t(x[3].bits) << 16;
+    } else {
+        __builtin_memcpy(words, x, 4 * sizeof(S));
+    }
+}
+
+// An operand as lines (A's rows, B's columns) of `depth` numbers: number k of a line at data[line * ld + k] where `along`,
+// else at data[k * ld + line]; 0 outside.
+template <class S>
 struct Matrix {
-    static constexpr bool row_major = RowMajor;  // lanes next to each other then read along j
+    using Stored = S;
     const S* data;
-    int rows, columns;
-    ptrdiff_t ld;
-    SSVDO_HD T operator()(int i, int j) const {
-        if (i >= rows || j >= columns) return T(0);
-        return T(value(RowMajor ? data[i * ld + j] : data[j * ld + i]));
+    int lines, depth;
+    unsigned ld;  // fewer than 2^32 numbers in all
+    bool along, aligned;
+
+    SSVDO_HD Matrix(const S* from, int lines, int depth, unsigned ld, bool along)
+        : data(from), lines(lines), depth(depth), ld(ld), along(along),
+          aligned(ld % 4 == 0 && reinterpret_cast<size_t>(from) % (4 * sizeof(S)) == 0) {}
+    // Four next to each other in memory, from (line, k) on. They stay as they come, so that nobody waits for them here.
+    SSVDO_HD void four(int line, int k, std::uint32_t* out) const {
+        const S* from = data + (along ? unsigned(line) * ld + k : unsigned(k) * ld + line);
+        const int left = (along ? line < lines : k < depth) ? along ? depth - k : lines - line : 0;
+        if (aligned && left >= 4) {
+            __builtin_memcpy(out, __builtin_assume_aligned(from, 4 * sizeof(S) < 16 ? 4 * sizeof(S) : 16), 4 * sizeof(S));
+            return;
+        }
+        S each[4];
+SSVDO_UNROLL
+        for (int i = 0; i < 4; i++) each[i] = i < left ? from[i] : S();
+        pack_four(each, out);
+    }
+    SSVDO_HD static S made(S x) { return x; }  // of a number that has come
+};
+
+// An operand whose numbers are computed: at(line, k), 0 outside. Neighbours are along k where `along_k`.
+template <class S, bool along_k, class At>
+struct Computed {
+    using Stored = S;
+    static constexpr bool along = along_k;
+    At at;
+    SSVDO_HD void four(int line, int k, std::uint32_t* out) const {
+        S each[4];
+SSVDO_UNROLL
+        for (int i = 0; i < 4; i++) each[i] = along ? at(line, k + i) : at(line + i, k);
+        pack_four(each, out);
+    }
+    SSVDO_HD static S made(S x) { return x; }
+};
+template <class S, bool along, class At>
+SSVDO_HD Computed<S, along, At> computed(At at) {
+    return {at};
+}
+
+// A slice of one operand on its way to shared memory: `Lines` lines of Kind::words words, four words a lane at a time.
+template <class Kind, int Lines, int Panels, class Source>
+struct Slice {
+    using Word = typename Kind::Word;
+    using Stored = typename Source::Stored;
+    static constexpr int ld = Kind::words + 4;  // no two lines of a fragment's eight in one bank
+    static constexpr int size = Panels * Lines * ld, tasks = Lines * Kind::words / 4, each = (tasks + lanes - 1) / lanes;
+    static constexpr int four = sizeof(Stored);  // words of four numbers
+    std::uint32_t held[each][Kind::numbers * four];
+
+    // Task t: words k .. k + 3 of a line, or word k of four lines.
+    SSVDO_HD static void place(bool along, int t, int& line, int& k) {
+        constexpr int groups = Kind::words / 4;
+        if (along)
+            line = t / groups, k = t % groups * 4;
+        else
+            line = t / (4 * Kind::words) * 16 + t % 4 * 4, k = t / 4 % Kind::words;
+    }
+    SSVDO_HD void fetch(const Source& from, int lane, int first, int k0) {
+SSVDO_UNROLL
+        for (int i = 0; i < each; i++) {
+            int line, k;
+            if (lane + i * lanes >= tasks) break;
+            place(from.along, lane + i * lanes, line, k);
+SSVDO_UNROLL
+            for (int j = 0; j < Kind::numbers; j++)
+                from.four(first + line, k0 + k * Kind::numbers + (from.along ? 4 * j : j), held[i] + j * four);
+        }
+    }
+    SSVDO_HD void put(const Source& from, int lane, Word* to) const {
+        const bool along = from.along;
+SSVDO_UNROLL
+        for (int i = 0; i < each; i++) {
+            int line, k;
+            if (lane + i * lanes >= tasks) break;
+            place(along, lane + i * lanes, line, k);
+            Word* const at = to + line * ld + k;
+            const auto word = [&](int first, int second, Word* place) {
+                const Stored pair[2] = {from.made(number<Stored>(held[i], first)),
+                                        from.made(number<Stored>(held[i], second))};
+                Word words[Panels];
+                Kind::split(pair, words);
+SSVDO_UNROLL
+                for (int p = 0; p < Panels; p++) place[p * Lines * ld] = words[p];
+            };
+            constexpr int more = Kind::numbers - 1;  // a word's second number is the next one, or below it
+SSVDO_UNROLL
+            for (int j = 0; along && j < 4; j++) word(j + more * j, j + more * j + more, at + j);
+SSVDO_UNROLL
+            for (int j = 0; !along && j < 4; j++) word(j, j + 4 * more, at + j * ld);
+        }
     }
 };
-template <class T, class S>
-SSVDO_HD Matrix<T, S, true> matrix(const S* data, int rows, int columns, ptrdiff_t ld) {
-    return {data, rows, columns, ld};
-}
-template <class T, class S>
-SSVDO_HD Matrix<T, S, false> transposed(const S* data, int rows, int columns, ptrdiff_t ld) {
-    return {data, rows, columns, ld};
-}
 
-template <class Shape, class Team>
+template <class Kind, int M, class Team>
 struct Sums {
-    using T = typename Shape::Number;
-    static constexpr int part = Shape::lanes / Team::size;
-    T sum[part][Shape::TM * Shape::TN];
+    using T = typename Kind::Sum;
+    using Word = typename Kind::Word;
+    static constexpr int N = 64, part = lanes / Team::size;
+    static constexpr int down = M / 64, across = 4;  // blocks of 16 x 8 a warp, of which four lie below and two beside another
+    static constexpr int ld = Kind::words + 4, stage = (M + Kind::panels * N) * ld;
+    static constexpr size_t shared = 2 * stage * sizeof(Word);  // bytes
+    T sum[down][across][part][4];
 
     SSVDO_HD void clear() {
-        for (int p = 0; p < part; p++)
-            for (int i = 0; i < Shape::TM * Shape::TN; i++) sum[p][i] = T(0);
+        for (int i = 0; i < down * across * part * 4; i++) (&sum[0][0][0][0])[i] = T(0);
     }
 
-    // sum += A(m0 + ., :) B(:, n0 + .) over `depth`. A(i, k), B(k, j): functors that give 0 outside of the matrix, k >= depth
-    // included.
+    // sum += A(m0 .. m0 + M - 1, from .. to - 1) B(from .. to - 1, n0 .. n0 + 63).
     template <class A, class B>
-    SSVDO_HD void add(const Team& team, T* shared, int m0, int n0, int depth, const A& a, const B& b) {
-        constexpr unsigned M = Shape::M, N = Shape::N, K = Shape::K;
-        constexpr int na = M * K / Shape::lanes, nb = N * K / Shape::lanes;
-        constexpr int lda = M + Shape::pad, ldb = N + Shape::pad;
-        T next_a[part][na], next_b[part][nb];
-        auto fetch = [&](int k0) {
+    SSVDO_HD void add(const Team& team, void* memory, const int& m0, const int& n0, int from, const int& to, const A& a,
+                      const B& b) {
+        constexpr int deep = Kind::words * Kind::numbers;
+        Word* shared = static_cast<Word*>(memory);
+        Slice<Kind, M, 1, A> left[part];
+        Slice<Kind, N, Kind::panels, B> right[part];
+        const auto fetch = [&](int k) {
+            const Team own = team.again();
             for (int p = 0; p < part; p++) {
-                const unsigned lane = team.rank + p * Team::size;
-SSVDO_UNROLL
-                for (int i = 0; i < na; i++) {
-                    const unsigned e = lane + i * Shape::lanes, m = A::row_major ? e / K : e % M;
-                    const unsigned k = A::row_major ? e % K : e / M;
-                    next_a[p][i] = a(int(m0 + m), int(k0 + k));
-                }
-SSVDO_UNROLL
-                for (int i = 0; i < nb; i++) {
-                    const unsigned e = lane + i * Shape::lanes, n = B::row_major ? e % N : e / K;
-                    const unsigned k = B::row_major ? e / N : e % K;
-                    next_b[p][i] = b(int(k0 + k), int(n0 + n));
-                }
+                left[p].fetch(a, own.rank * part + p, m0, k);
+                right[p].fetch(b, own.rank * part + p, n0, k);
             }
         };
-        auto put = [&](T* to) {
+        const auto put = [&](Word* at) {
+            const Team own = team.again();
             for (int p = 0; p < part; p++) {
-                const unsigned lane = team.rank + p * Team::size;
-SSVDO_UNROLL
-                for (int i = 0; i < na; i++) {
-                    const unsigned e = lane + i * Shape::lanes, m = A::row_major ? e / K : e % M;
-                    to[(A::row_major ? e % K : e / M) * lda + m] = next_a[p][i];
-                }
-SSVDO_UNROLL
-                for (int i = 0; i < nb; i++) {
-                    const unsigned e = lane + i * Shape::lanes, n = B::row_major ? e % N : e / K;
-                    to[K * lda + (B::row_major ? e / N : e % K) * ldb + n] = next_b[p][i];
-                }
+                left[p].put(a, own.rank * part + p, at);
+                right[p].put(b, own.rank * part + p, at + M * ld);
             }
         };
-        if (depth <= 0) return;
-        fetch(0);
+        if (to <= from) return;
+        fetch(from);
         put(shared);  // which nobody reads any more: the last slice of an earlier `add` ended with a barrier
         team.sync();
-        const int slices = (depth + K - 1) / K;
-        for (int slice = 0; slice < slices; slice++) {
-            const bool more = slice + 1 < slices;
-            if (more) fetch((slice + 1) * K);
-            multiply(team, shared + (slice & 1) * Shape::stage);
-            if (more) put(shared + (~slice & 1) * Shape::stage);
+        for (int k = from, odd = 0; k < to; k += deep, odd ^= 1) {
+            const bool more = k + deep < to;
+            if (more) fetch(k + deep);
+            multiply(team, shared + odd * stage);
+            if (more) put(shared + (odd ^ 1) * stage);
             team.sync();
         }
     }
@@ -113,31 +184,65 @@ SSVDO_UNROLL
     template <class Each>
     SSVDO_HD void store(const Team& team, Each each) const {
         for (int p = 0; p < part; p++) {
-            const unsigned lane = team.rank + p * Team::size, m = lane / (Shape::N / Shape::TN) * Shape::TM;
-            const unsigned n = lane % (Shape::N / Shape::TN) * Shape::TN;
+            const Place at(team.rank * part + p);
 SSVDO_UNROLL
-            for (int i = 0; i < Shape::TM; i++)
+            for (int i = 0; i < down; i++)
 SSVDO_UNROLL
-                for (int j = 0; j < Shape::TN; j++) each(int(m + i), int(n + j), sum[p][i * Shape::TN + j]);
+                for (int j = 0; j < across; j++)
+SSVDO_UNROLL
+                    for (int e = 0; e < 4; e++)
+                        each(at.m + 16 * i + at.group + e / 2 * 8, at.n + 8 * j + 2 * at.quad + e % 2, sum[i][j][p][e]);
         }
     }
 
   private:
-    SSVDO_HD void multiply(const Team& team, const T* from) {
-        constexpr int TM = Shape::TM, TN = Shape::TN, lda = Shape::M + Shape::pad, ldb = Shape::N + Shape::pad;
-        for (int p = 0; p < part; p++) {
-            const unsigned lane = team.rank + p * Team::size;
-            const T* a = from + lane / (Shape::N / TN) * TM;
-            const T* b = from + Shape::K * lda + lane % (Shape::N / TN) * TN;
-SSVDO_UNROLL_BY(4)
-            for (int k = 0; k < Shape::K; k++) {
-                T left[TM], right[TN];
-                __builtin_memcpy(left, __builtin_assume_aligned(a + k * lda, 16), sizeof left);
-                __builtin_memcpy(right, __builtin_assume_aligned(b + k * ldb, 16), sizeof right);
+    struct Place {  // of a lane: its warp's corner, and which it is there
+        int m, n, group, quad;
+        SSVDO_HD explicit Place(int lane) : m(lane / 64 * (M / 4)), n(lane / 32 % 2 * 32), group(lane % 32 / 4),
+                                            quad(lane % 4) {}
+    };
+
+    // sum += a slice's product, a step of the depth and eight columns at a time.
+    SSVDO_HD void multiply(const Team& whole, const Word* from) {
+        const Team team = whole.again();
+        constexpr int deep = 4 * Kind::right;
+SSVDO_ROLLED
+        for (int k = 0; k < Kind::words; k += deep) {
+            Word a[down][part][Kind::left];
+            for (int p = 0; p < part; p++) {
+                const Place at(team.rank * part + p);
 SSVDO_UNROLL
-                for (int i = 0; i < TM; i++)
+                for (int i = 0; i < down; i++)
 SSVDO_UNROLL
-                    for (int j = 0; j < TN; j++) sum[p][i * TN + j] += left[i] * right[j];
+                    for (int r = 0; r < Kind::left; r++)
+                        a[i][p][r] = from[(at.m + 16 * i + at.group + r % 2 * 8) * ld + k + at.quad + r / 2 * 4];
+            }
+SSVDO_UNROLL
+            for (int j = 0; j < across; j++) {
+                T fresh[down][part][4] = {};
+SSVDO_UNROLL
+                for (int product = 0; product < Kind::products; product++) {
+                    const int term = Kind::right_term(product), panel = Kind::panels > 1 ? term : 0;
+                    Word pieces[part][Kind::left], b[part][Kind::right];
+                    for (int p = 0; p < part; p++) {
+                        const Place at(team.rank * part + p);
+                        const int line = M + panel * N + at.n + 8 * j + at.group;
+SSVDO_UNROLL
+                        for (int r = 0; r < Kind::right; r++)
+                            b[p][r] = Kind::piece(from[line * ld + k + at.quad + 4 * r], term);
+                    }
+SSVDO_UNROLL
+                    for (int i = 0; i < down; i++) {
+                        for (int p = 0; p < part; p++)
+SSVDO_UNROLL
+                            for (int r = 0; r < Kind::left; r++)
+                                pieces[p][r] = Kind::piece(a[i][p][r], Kind::left_term(product));
+                        multiply_add<Kind, part>(Kind::rounds ? sum[i][j] : fresh[i], pieces, b);
+                    }
+                }
+                if constexpr (!Kind::rounds)
+                    for (int i = 0; i < down; i++)
+                        for (int e = 0; e < part * 4; e++) (&sum[i][j][0][0])[e] += (&fresh[i][0][0])[e];
             }
         }
     }

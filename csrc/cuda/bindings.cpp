@@ -33,123 +33,129 @@ void on_device(int index, Work work) {
     work();
 }
 
-template <class T, class S>
-void run_product(ProductGroup<T> g, const Addresses& layers, std::uintptr_t stream, int device) {
-    auto run = emulated::product<T, S>;
+template <class T>
+const Device<T>& kernels([[maybe_unused]] int device) {
 #ifdef SSVDO_CUDA
-    if (device >= 0) run = device::product<T, S>;
+    if (device >= 0) return *device::table<T>();
 #endif
+    return *emulated::table<T>();
+}
+
+// Calls `launch` with groups of at most max_layers, each filled in by fill(group, addresses of a layer, its index there).
+template <class Group, class Fill, class Launch>
+void in_groups(Group g, const Addresses& layers, int device, Fill fill, Launch launch) {
     for (size_t first = 0; first < layers.size(); first += max_layers) {
         g.count = int(std::min<size_t>(max_layers, layers.size() - first));
-        for (int i = 0; i < g.count; i++) {
-            const auto& a = layers[first + i];
-            g.left[i] = reinterpret_cast<const void*>(a[0]);
-            g.right[i] = reinterpret_cast<const T*>(a[1]);
-            g.out[i] = reinterpret_cast<T*>(a[2]);
-        }
-        on_device(device, [&] { run(g, reinterpret_cast<void*>(stream)); });
+        for (int i = 0; i < g.count; i++) fill(g, layers[first + i], i);
+        on_device(device, [&] { launch(g, first); });
     }
 }
 
 template <class T>
-void run_factor(const Stacked& stacked, int l, int count, std::uintptr_t stream, int device) {
-    const FactorGroup<T> g{l, count, reinterpret_cast<const T*>(stacked[0]), reinterpret_cast<T*>(stacked[1]),
-                           reinterpret_cast<T*>(stacked[2]), reinterpret_cast<int*>(stacked[3])};
-    auto run = emulated::factor<T>;
-#ifdef SSVDO_CUDA
-    if (device >= 0) run = device::factor<T>;
-#endif
-    on_device(device, [&] { run(g, reinterpret_cast<void*>(stream)); });
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Stored stored(const std::string& name, const std::string& work) {
+    if (name == work) return Stored::work;
+    if (work == "float32" && name == "bfloat16") return Stored::bfloat16;
+    if (work == "float32" && name == "float16") return Stored::float16;
+    throw py::value_error("a matrix of " + name + " beside " + work + " has no kernel; allowed: float32, bfloat16 or float16 "
+                          "with float32, float64 with float64");
+}
+
+struct OuterSizes {
+    int large, c, d, l, width, null, passes;
+    bool by_rows, additive;
+    ptrdiff_t tall_ld, basis_ld, F_ld, dF_ld, room;
+    double scale, tau, least;
+    std::string tall, basis, rest;
+};
+
+template <class T>
+OuterGroup<T> outer_group(const OuterSizes& s, const std::string& dtype) {
+    OuterGroup<T> g{};
+    g.large = s.large, g.c = s.c, g.d = s.d, g.l = s.l, g.width = s.width, g.null = s.null, g.passes = s.passes;
+    g.tall_type = stored(s.tall, dtype), g.basis_type = stored(s.basis, dtype), g.rest_type = stored(s.rest, dtype);
+    g.by_rows = s.by_rows, g.tall_ld = s.tall_ld, g.basis_ld = s.basis_ld, g.F_ld = s.F_ld, g.dF_ld = s.dF_ld;
+    g.scale = T(s.scale), g.tau = T(s.tau), g.least = T(s.least), g.room = s.room;
+    return g;
+}
+
+template <class T>
+void run_outer(bool forward, const OuterSizes& s, const std::string& dtype, const Addresses& layers, const Stacked& stacked,
+               std::uintptr_t stream, int device) {
+    in_groups(
+        outer_group<T>(s, dtype), layers, device,
+        [&](OuterGroup<T>& g, const auto& a, int i) {
+            g.tall[i] = pointer<void>(a[0]), g.basis[i] = pointer<void>(a[1]), g.turned[i] = pointer<void>(a[2]);
+            g.rest[i] = pointer<void>(a[3]), g.singular[i] = pointer<T>(a[4]), g.outer[i] = pointer<T>(a[5]);
+            g.F[i] = pointer<T>(a[6]), g.X[i] = pointer<T>(a[7]);
+            g.dF[i] = forward ? nullptr : pointer<T>(a[8]), g.d_outer[i] = forward ? nullptr : pointer<T>(a[9]);
+        },
+        [&](OuterGroup<T>& g, size_t first) {
+            g.work = pointer<T>(stacked[0]), g.gate = pointer<unsigned>(stacked[1]) + 2 * first;
+            g.info = forward ? pointer<int>(stacked[2]) + first : nullptr;
+            const Device<T>& own = kernels<T>(device);
+            (forward ? own.outer_forward : own.outer_backward)(g, pointer<void>(stream));
+        });
 }
 
 template <class T>
 void run_inner(bool forward, const InnerShape& s, const Addresses& layers, const Stacked& stacked, std::uintptr_t stream,
                int device) {
-    const InnerDevice<T>* table = emulated::inner_device<T>();
-#ifdef SSVDO_CUDA
-    if (device >= 0) table = device::inner_device<T>();
-#endif
-    for (size_t first = 0; first < layers.size(); first += max_layers) {
-        InnerGroup<T> g{};
-        g.k = s.k, g.l = s.l, g.q = s.q, g.width = s.width, g.cayley = s.rotation == Rotation::cayley;
-        g.count = int(std::min<size_t>(max_layers, layers.size() - first));
-        for (int i = 0; i < g.count; i++) {
-            const auto& a = layers[first + i];
-            g.packed[i] = reinterpret_cast<const T*>(a[0]);
-            g.shift[i] = reinterpret_cast<const T*>(a[1]);
-            g.singular[i] = reinterpret_cast<const T*>(a[2]);
-            g.mixer[i] = reinterpret_cast<T*>(a[3]);
-            g.G[i] = reinterpret_cast<T*>(a[4]);
-            g.saved[i] = reinterpret_cast<T*>(a[5]);
-            g.d_packed[i] = forward ? nullptr : reinterpret_cast<T*>(a[6]);
-            g.d_shift[i] = forward ? nullptr : reinterpret_cast<T*>(a[7]);
-        }
-        g.work = reinterpret_cast<T*>(stacked[0]);
-        if (forward) {
-            g.norms = reinterpret_cast<T*>(stacked[1]);
-            g.gate = reinterpret_cast<unsigned*>(stacked[2]) + first;
-            g.info = reinterpret_cast<int*>(stacked[3]) + first;
-        }
-        on_device(device, [&] { (forward ? table->forward : table->backward)(g, reinterpret_cast<void*>(stream)); });
-    }
+    InnerGroup<T> sizes{};
+    sizes.k = s.k, sizes.l = s.l, sizes.q = s.q, sizes.width = s.width, sizes.cayley = s.rotation == Rotation::cayley;
+    in_groups(
+        sizes, layers, device,
+        [&](InnerGroup<T>& g, const auto& a, int i) {
+            g.packed[i] = pointer<T>(a[0]), g.shift[i] = pointer<T>(a[1]), g.singular[i] = pointer<T>(a[2]);
+            g.mixer[i] = pointer<T>(a[3]), g.saved[i] = pointer<T>(a[4]);
+            g.d_packed[i] = forward ? nullptr : pointer<T>(a[5]), g.d_shift[i] = forward ? nullptr : pointer<T>(a[6]);
+        },
+        [&](InnerGroup<T>& g, size_t first) {
+            g.work = pointer<T>(stacked[0]);
+            if (forward) {
+                g.norms = pointer<T>(stacked[1]);
+                g.gate = pointer<unsigned>(stacked[2]) + first, g.info = pointer<int>(stacked[3]) + first;
+            }
+            const Device<T>& own = kernels<T>(device);
+            (forward ? own.inner_forward : own.inner_backward)(g, pointer<void>(stream));
+        });
 }
 
-using Lies = std::pair<bool, ptrdiff_t>;  // a Layout, as Python gives it
-
-void product(const std::string& dtype, const std::string& stored, const Addresses& layers, int rows, int inner,
-             int columns, Lies left, Lies right, ptrdiff_t ld, std::uintptr_t stream, int device) {
-    check(layers, 3);
-    at_least("rows", rows, 1);
-    at_least("inner", inner, 1);
-    at_least("columns", columns, 1);
-    at_least("leading dimension of left", left.second, left.first ? inner : rows);
-    at_least("leading dimension of right", right.second, right.first ? columns : inner);
-    at_least("ld", ld, columns);
-    const auto run = [&](auto number, auto storage) {
-        using T = decltype(number);
-        const Layout a{left.first, left.second}, b{right.first, right.second};
-        run_product<T, decltype(storage)>(ProductGroup<T>{rows, inner, columns, 0, a, b, ld, {}, {}, {}}, layers, stream,
-                                          device);
-    };
-    if (dtype == "float32" && stored == "float32")
-        run(0.0f, 0.0f);
-    else if (dtype == "float32" && stored == "bfloat16")
-        run(0.0f, Bfloat16{});
-    else if (dtype == "float32" && stored == "float16")
-        run(0.0f, Float16{});
-    else if (dtype == "float64" && stored == "float64")
-        run(0.0, 0.0);
-    else
-        throw py::value_error("a product of " + stored + " with " + dtype + " has no kernel; allowed: float32, bfloat16 "
-                              "or float16 with float32, float64 with float64");
+template <class Single, class Double>
+void by_dtype(const std::string& dtype, Single single, Double twice) {
+    if (dtype == "float32") return single();
+    if (dtype == "float64") return twice();
+    throw py::type_error("dtype=" + dtype + "; allowed: float32, float64");
 }
 
-void factor(const std::string& dtype, const Stacked& stacked, int l, int count, std::uintptr_t stream, int device) {
-    check({stacked}, 4);
-    at_least("l", l, 1);
-    at_least("count", count, 1);
-    if (l > 46340) refuse("l", l, "<= 46340");              // l * l is an int
-    if (count > 65535) refuse("count", count, "<= 65535");  // a grid's second dimension
-    if (dtype == "float32")
-        run_factor<float>(stacked, l, count, stream, device);
-    else if (dtype == "float64")
-        run_factor<double>(stacked, l, count, stream, device);
-    else
-        throw py::type_error("dtype=" + dtype + "; allowed: float32, float64");
+void check_outer(const OuterSizes& s) {
+    at_least("l", s.l, 1);
+    if (s.l > 46340) refuse("l", s.l, "<= 46340");  // l * l is an int
+    at_least("c", s.c, 1);
+    at_least("d", s.d, s.l);
+    at_least("large", s.large, s.c);
+    at_least("width", s.width, 1);
+    at_least("null", s.null, 0);
+    at_least("passes", s.passes, 1);
+    at_least("room", s.room, 0);
+    at_least("tall_ld", s.tall_ld, s.by_rows ? s.d : s.large);
+    at_least("basis_ld", s.basis_ld, s.d);
+    at_least("F_ld", s.F_ld, s.l);
+    at_least("dF_ld", s.dF_ld, s.l);
 }
 
 void inner(bool forward, const std::string& dtype, const Addresses& layers, const Stacked& stacked, const InnerShape& s,
            std::uintptr_t stream, int device) {
     if (s.rotation == Rotation::neumann)
         throw py::value_error("rotation='neumann' has no device code; allowed: 'cayley', 'first_order'");
-    check(layers, forward ? 6 : 8, s.k == 1 ? 1u | 1u << 6 : 0u);  // packed and its gradient are empty
+    check(layers, forward ? 5 : 7, s.k == 1 ? 1u | 1u << 5 : 0u);  // packed and its gradient are empty
     check({stacked}, forward ? 4 : 1);
-    if (dtype == "float32")
-        run_inner<float>(forward, s, layers, stacked, stream, device);
-    else if (dtype == "float64")
-        run_inner<double>(forward, s, layers, stacked, stream, device);
-    else
-        throw py::type_error("dtype=" + dtype + "; allowed: float32, float64");
+    by_dtype(
+        dtype, [&] { run_inner<float>(forward, s, layers, stacked, stream, device); },
+        [&] { run_inner<double>(forward, s, layers, stacked, stream, device); });
 }
 
 }  // namespace
@@ -162,14 +168,40 @@ void bind_device(py::module_& m) {
 #else
     m.def("device_architectures", [] { return ""; }, "What the CUDA code was built for; \"\": not built.");
 #endif
-    m.def("device_product", &product, py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("stored"),
-          py::arg("layers"), py::kw_only(), py::arg("rows"), py::arg("inner"), py::arg("columns"), py::arg("left"),
-          py::arg("right"), py::arg("ld"), py::arg("stream"), py::arg("device"),
-          "out = left right. One row of addresses a layer: left, right, out; left and right: (by rows?, leading "
-          "dimension). device < 0: emulated on the host.");
-    m.def("device_factor", &factor, py::call_guard<py::gil_scoped_release>(), py::arg("dtype"), py::arg("stacked"),
-          py::kw_only(), py::arg("l"), py::arg("count"), py::arg("stream"), py::arg("device"),
-          "Stacked over layers: gram, work, inverse, info. device < 0: emulated on the host.");
+    m.def(
+        "device_outer_work",
+        [](int large, int d, int l, int null) {
+            OuterGroup<float> g{};
+            g.large = large, g.d = d, g.l = l, g.null = null;
+            return outer_work(g);
+        },
+        py::arg("large"), py::arg("d"), py::arg("l"), py::arg("null"), "Elements of scratch a layer, but for `room`.");
+    for (bool forward : {true, false}) {
+        m.def(
+            forward ? "device_outer_forward" : "device_outer_backward",
+            [forward](const std::string& dtype, const Addresses& layers, const Stacked& stacked, int large, int c, int d,
+                      int l, int width, int null, int passes, bool by_rows, bool additive, ptrdiff_t tall_ld,
+                      ptrdiff_t basis_ld, ptrdiff_t F_ld, ptrdiff_t dF_ld, ptrdiff_t room, double scale, double tau,
+                      double least, const std::string& tall, const std::string& basis, const std::string& rest,
+                      std::uintptr_t stream, int device) {
+                const OuterSizes s{large,    c,    d,     l,    width, null,  passes, by_rows, additive, tall_ld,
+                                   basis_ld, F_ld, dF_ld, room, scale, tau,   least,  tall,    basis,    rest};
+                check_outer(s);
+                check(layers, forward ? 8 : 10, (additive ? 1u << 2 : 0u) | (null ? 0u : 1u << 3));
+                check({stacked}, forward ? 3 : 2);
+                py::gil_scoped_release release;
+                by_dtype(
+                    dtype, [&] { run_outer<float>(forward, s, dtype, layers, stacked, stream, device); },
+                    [&] { run_outer<double>(forward, s, dtype, layers, stacked, stream, device); });
+            },
+            py::arg("dtype"), py::arg("layers"), py::arg("stacked"), py::kw_only(), py::arg("large"), py::arg("c"),
+            py::arg("d"), py::arg("l"), py::arg("width"), py::arg("null"), py::arg("passes"), py::arg("by_rows"),
+            py::arg("additive"), py::arg("tall_ld"), py::arg("basis_ld"), py::arg("F_ld"), py::arg("dF_ld"),
+            py::arg("room"), py::arg("scale"), py::arg("tau"), py::arg("least"), py::arg("tall"), py::arg("basis"),
+            py::arg("rest"), py::arg("stream"), py::arg("device"),
+            "One row of addresses a layer: tall, basis, turned, rest, singular, outer, F, X (backward: and dF, d_outer). "
+            "Stacked: work, gate, info (backward: work, gate). tall, basis, rest: dtypes. device < 0: emulated on the host.");
+    }
     for (bool forward : {true, false}) {
         m.def(
             forward ? "device_inner_forward" : "device_inner_backward",
@@ -181,7 +213,7 @@ void bind_device(py::module_& m) {
             },
             py::arg("dtype"), py::arg("layers"), py::arg("stacked"), py::kw_only(), py::arg("k"), py::arg("l"),
             py::arg("q"), py::arg("width"), py::arg("rotation"), py::arg("stream"), py::arg("device"),
-            "One row of addresses a layer: packed, shift, singular, mixer, G, saved (backward: and d_packed, d_shift). "
+            "One row of addresses a layer: packed, shift, singular, mixer, saved (backward: and d_packed, d_shift). "
             "Stacked: work, norms, gate, info (backward: work). device < 0: emulated on the host.");
     }
 }

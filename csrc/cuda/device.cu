@@ -22,6 +22,12 @@ struct Block {  // a thread block
     static constexpr int size = 256;
     int rank;
     __device__ void sync() const { __syncthreads(); }
+    // The same, unknown to the compiler: what follows from `rank` is not kept in registers over what lies between.
+    __device__ Block again() const {
+        int same = rank;
+        asm volatile("" : "+r"(same));
+        return {same};
+    }
     // The blocks of one layer: returns when all have come `meeting` times. They must be on the device together.
     __device__ void meet(unsigned* gate, int blocks, unsigned meeting) const {
         __syncthreads();
@@ -35,23 +41,11 @@ struct Block {  // a thread block
     }
 };
 
-template <class Kernel, class T>
-__device__ void run_on(const Kernel& kernel) {
-    extern __shared__ __align__(16) unsigned char shared[];
-    kernel(Block{int(threadIdx.x)}, int(blockIdx.x), int(blockIdx.y), reinterpret_cast<T*>(shared));
-}
-
-template <class Kernel, class T>
+template <class Kernel>
 __global__ void __launch_bounds__(256, Kernel::min_blocks) run_kernel(const __grid_constant__ Kernel kernel) {
-    run_on<Kernel, T>(kernel);
+    extern __shared__ __align__(16) unsigned char shared[];
+    kernel(Block{int(threadIdx.x)}, int(blockIdx.x), int(blockIdx.y), shared);
 }
-
-template <class T>
-T number_of(const ProductGroup<T>&);
-template <class T>
-T number_of(const FactorGroup<T>&);
-template <class T>
-T number_of(const InnerGroup<T>&);
 
 struct Cuda {
     static int attribute(cudaDeviceAttr name) {
@@ -60,41 +54,35 @@ struct Cuda {
         check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
         return value;
     }
-    static size_t shared_limit() { return size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
 
     template <class Kernel>
-    static auto entry(const Kernel& kernel, size_t bytes) {
-        using T = decltype(number_of(kernel.g));
-        const auto function = run_kernel<Kernel, T>;
+    static auto entry(size_t bytes) {
+        const auto function = run_kernel<Kernel>;
         if (bytes > 48 * 1024)
             check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
                   "cudaFuncSetAttribute");
         return function;
     }
-    template <class Kernel>
-    static size_t bytes(const Kernel& kernel) {
-        return size_t(kernel.shared()) * sizeof(decltype(number_of(kernel.g)));
-    }
 
     template <class Kernel>
     static void run(const Kernel& kernel, void* stream) {
-        const size_t shared = bytes(kernel);
-        entry(kernel, shared)<<<dim3(kernel.count(), kernel.g.count), 256, shared, cudaStream_t(stream)>>>(kernel);
+        const size_t bytes = kernel.shared();
+        entry<Kernel>(bytes)<<<dim3(kernel.count(), kernel.g.count), 256, bytes, cudaStream_t(stream)>>>(kernel);
         check(cudaGetLastError(), "launch");
     }
 
     template <class Kernel>
     static void together(Kernel kernel, void* stream) {
-        const size_t shared = bytes(kernel);
-        const auto function = entry(kernel, shared);
+        const size_t bytes = kernel.shared();
+        const auto function = entry<Kernel>(bytes);
         int resident = 0;
-        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, 256, shared), "occupancy");
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, 256, bytes), "occupancy");
         resident *= attribute(cudaDevAttrMultiProcessorCount);
-        const int side = (kernel.g.k + Kernel::B - 1) / Kernel::B;
-        kernel.blocks = std::max(1, std::min({resident / kernel.g.count, side * side, max_blocks}));
+        kernel.blocks = std::max(1, std::min(resident / kernel.g.count, kernel.most()));
+        if (kernel.blocks == 1) return run(kernel, stream);  // nobody waits: more layers than fit may take turns
         void* arguments[] = {&kernel};
         check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(function), dim3(kernel.blocks, kernel.g.count),
-                                          dim3(256), arguments, shared, cudaStream_t(stream)),
+                                          dim3(256), arguments, bytes, cudaStream_t(stream)),
               "cooperative launch");
     }
 };

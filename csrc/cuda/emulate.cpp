@@ -1,9 +1,12 @@
 // The kernels with threads in place of blocks' lanes: how they are tested where there is no GPU. Slow.
 #define SSVDO_ISA emulated
+#include <algorithm>
 #include <cmath>
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "device.h"
@@ -37,34 +40,25 @@ struct Threads {
     int rank;
     Barrier *own, *layer;
     void sync() const { own->wait(); }
+    Threads again() const { return *this; }
     void meet(unsigned*, int, unsigned) const { layer->wait(); }
 };
 
-template <class T>
-T number_of(const ProductGroup<T>&);
-template <class T>
-T number_of(const FactorGroup<T>&);
-template <class T>
-T number_of(const InnerGroup<T>&);
-
 struct Emulator {
-    static size_t shared_limit() { return 48 * 1024; }
-
     // Teams first .. first + count - 1 of one layer, alive together.
     template <class Kernel>
     static void teams(const Kernel& kernel, int first, int count, int layer) {
-        using T = decltype(number_of(kernel.g));
+        using Line = std::aligned_storage<64, 64>::type;
         Barrier all(count * Threads::size);
-        std::vector<std::vector<T>> shared(count, std::vector<T>(size_t(kernel.shared()) + 8, T(NAN)));
+        std::vector<std::vector<Line>> shared(count, std::vector<Line>(kernel.shared() / sizeof(Line) + 1));
+        for (auto& one : shared) std::memset(one.data(), 0xff, one.size() * sizeof(Line));  // not a number, in every type
         std::vector<std::thread> pool;
         std::vector<Barrier*> own;
         for (int i = 0; i < count; i++) own.push_back(new Barrier(Threads::size));
         for (int i = 0; i < count; i++)
             for (int rank = 0; rank < Threads::size; rank++)
                 pool.emplace_back([&, i, rank] {
-                    const auto address = reinterpret_cast<std::uintptr_t>(shared[i].data());
-                    T* aligned = reinterpret_cast<T*>((address + 15) / 16 * 16);
-                    kernel(Threads{rank, own[i], &all}, first + i, layer, aligned);
+                    kernel(Threads{rank, own[i], &all}, first + i, layer, reinterpret_cast<unsigned char*>(shared[i].data()));
                 });
         for (auto& thread : pool) thread.join();
         for (Barrier* barrier : own) delete barrier;
@@ -77,7 +71,7 @@ struct Emulator {
     }
     template <class Kernel>
     static void together(Kernel kernel, void*) {
-        kernel.blocks = 3;
+        kernel.blocks = std::min(3, kernel.most());
         for (int layer = 0; layer < kernel.g.count; layer++) teams(kernel, 0, kernel.blocks, layer);
     }
 };

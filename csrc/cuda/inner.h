@@ -1,4 +1,4 @@
-// The inner part's kernels: packed K -> G and the mixer M, and back (core/skew.h).
+// The inner part's kernels: packed K -> (I + K)^-1 and the mixer M, and back (core/skew.h).
 //
 // Cayley: A = I + K is inverted by blocks of 64 without pivots, in one launch for all layers: step p turns the whole
 // matrix from one buffer into another (Gauss-Jordan in blocks), so that a layer's teams meet once a step. Without pivots
@@ -6,8 +6,8 @@
 // Newton's step M + M R squares it.
 #pragma once
 
+#include "../core/eliminate.h"
 #include "../core/skew.h"
-#include "../core/tile.h"
 #include "api.h"
 
 namespace ssvdo {
@@ -15,22 +15,31 @@ namespace SSVDO_ISA {
 
 template <class T>
 struct InnerKernel {
-    static constexpr int min_blocks = 2;
+    using Kind = typename OwnKind<T>::type;
+    static constexpr int min_blocks = sizeof(T) == 4 ? 2 : 1;
     InnerGroup<T> g;
 
     SSVDO_HD ptrdiff_t square() const { return ptrdiff_t(g.k) * g.k; }
     SSVDO_HD MixerShape mixer() const { return {g.k, g.l, g.q, g.width}; }
+    // G(i, j) from `saved`: 2 (I + K)^-1 - I, or I - 2K.
+    SSVDO_HD T rotation(T saved, int i, int j) const {
+        const T one = i == j ? T(1) : T(0);
+        return g.cayley ? 2 * saved - one : one - 2 * saved;
+    }
 
-    // Row `row` of M from G(i, j).
-    template <class Team, class G>
-    SSVDO_HD void write_row(const Team& team, int layer, int row, G get) const {
+    // Row `row` of M from saved(i, j).
+    template <class Team, class Saved>
+    SSVDO_HD void write_row(const Team& team, int layer, int row, Saved saved) const {
         const MixerRow<T> m = mixer_row(mixer(), g.singular[layer], g.shift[layer], row);
         T* to = g.mixer[layer] + ptrdiff_t(row) * g.width;
         for (int j = team.rank; j < g.width; j += team.size) {
-            T made = m.source >= 0 && j < g.k ? m.factor * get(m.source, j) : T(0);
+            T made = m.source >= 0 && j < g.k ? m.factor * rotation(saved(m.source, j), m.source, j) : T(0);
             to[j] = j == m.at && m.value != T(0) ? made + m.value : made;
         }
     }
+    // A whole k x k matrix by rows: as A, and as B.
+    SSVDO_HD Matrix<T> left(const T* data) const { return {data, g.k, g.k, unsigned(g.k), true}; }
+    SSVDO_HD Matrix<T> right(const T* data) const { return {data, g.k, g.k, unsigned(g.k), false}; }
 };
 
 template <class T>
@@ -44,50 +53,29 @@ struct Skew {  // K and its parts from the packed upper triangle
 
 template <class T>
 struct InvertKernel : InnerKernel<T> {
-    using Shape = Square<T>;
-    static constexpr int B = Shape::M, ld = B + 1, min_blocks = 1;
-    int blocks;  // that share a layer
-    static constexpr int needs = Shape::shared + 2 * B * ld + 2 * B + 256;
-    static_assert(needs * sizeof(T) <= 99 * 1024, "beyond what a block may have on sm_86, sm_89 and sm_120");
-    int count() const { return blocks; }
-    int shared() const { return needs; }
-
-    struct Shifted {  // A = I + K
-        static constexpr bool row_major = true;
-        Skew<T> K;
-        SSVDO_HD T operator()(int i, int j) const {
-            return i < K.k && j < K.k ? K(i, j) + (i == j ? T(1) : T(0)) : T(0);
-        }
+    using typename InnerKernel<T>::Kind;
+    template <class Team>
+    using Tile = Sums<Kind, 64, Team>;
+    struct Nobody {
+        static constexpr int size = lanes;
     };
-
-    // D (b x b, in shared memory) becomes its inverse; `row` and `column`: B elements each.
-    template <class Team>
-    static SSVDO_HD void gauss_jordan(const Team& team, T* D, T* row, T* column, int b) {
-        for (int p = 0; p < b; p++) {
-            team.sync();
-            for (int i = team.rank; i < b; i += team.size) row[i] = D[p * ld + i], column[i] = D[i * ld + p];
-            team.sync();
-            const T inverse = T(1) / row[p];
-            for (int e = team.rank; e < b * b; e += team.size) {
-                const int i = e / b, j = e % b;
-                T& x = D[i * ld + j];
-                if (i == p)
-                    x = j == p ? inverse : row[j] * inverse;
-                else
-                    x = j == p ? -column[i] * inverse : x - column[i] * (row[j] * inverse);
-            }
-        }
-        team.sync();
-    }
+    static constexpr int B = 64, ld = B + 4, elements = 2 * B * ld + 4 * B + lanes;
+    static constexpr size_t needs = Tile<Nobody>::shared + elements * sizeof(T);
+    static_assert(needs <= 99 * 1024, "beyond what a block may have on sm_86, sm_89 and sm_120");
+    int blocks;  // that share a layer
+    SSVDO_HD int side() const { return (this->g.k + B - 1) / B; }
+    int most() const { return side() * side() < max_blocks ? side() * side() : max_blocks; }
+    int count() const { return blocks; }
+    size_t shared() const { return needs; }
 
     template <class Team>
-    SSVDO_HD void operator()(const Team& team, int block, int layer, T* shared) const {
+    SSVDO_HD void operator()(const Team& team, int block, int layer, unsigned char* memory) const {
         const auto& g = this->g;
-        const int k = g.k, n = (k + B - 1) / B;
+        const int k = g.k, n = side();
         const Skew<T> K{g.packed[layer], k};
         const ptrdiff_t square = this->square();
-        T *D = shared + Shape::shared, *turned = D + B * ld, *row = turned + B * ld, *column = row + B;
-        T* partial = column + B;
+        T *D = reinterpret_cast<T*>(memory + Tile<Nobody>::shared), *turned = D + B * ld, *edge = turned + B * ld;
+        T* partial = edge + 4 * B;
         T *other = g.work + 2 * layer * square, *residual = other + square, *now = g.saved[layer];
         unsigned* gate = g.gate + layer;
         unsigned meetings = 0;
@@ -101,30 +89,29 @@ struct InvertKernel : InnerKernel<T> {
         const int first = block * n * n / blocks, last = (block + 1) * n * n / blocks;  // this team's tiles, row by row
         for (int p = 0; p < n; p++, swap(now, other)) {
             const int p0 = p * B, b = k - p0 < B ? k - p0 : B;
-            const auto old = matrix<T>(static_cast<const T*>(now), k, k, k);
             if (first < last) {
-                for (int e = team.rank; e < b * b; e += team.size)
-                    D[e / b * ld + e % b] = now[ptrdiff_t(p0 + e / b) * k + p0 + e % b];
-                gauss_jordan(team, D, row, column, b);
+                Block64<T, Team> own;
+                own.load(team, b, [&](int i, int j) { return now[ptrdiff_t(p0 + i) * k + p0 + j]; });
+                own.template eliminate<true>(team, edge);
+                own.store(team, [&](int i, int j, T value) { D[i * ld + j] = value; });
+                team.sync();
             }
-            const auto inverse = matrix<T>(static_cast<const T*>(D), b, b, ld);
+            const Matrix<T> column(now + p0, k, b, k, true), band(now + ptrdiff_t(p0) * k, k, b, k, false);
             int held = -1;  // the row of tiles for which `turned` holds A_ip D
             for (int tile = first; tile < last; tile++) {
                 const int ti = tile / n, tj = tile % n, i0 = ti * B, j0 = tj * B;
                 if (ti != p && held != ti) {
-                    Sums<Shape, Team> sums;
+                    Tile<Team> sums;
                     sums.clear();
-                    sums.add(team, shared, i0, 0, b, part(now, p0, b), inverse);
+                    sums.add(team, memory, i0, 0, 0, b, column, Matrix<T>(D, b, b, ld, false));
                     sums.store(team, [&](int i, int j, T sum) { turned[i * ld + j] = sum; });
                     team.sync();
                     held = ti;
                 }
-                Sums<Shape, Team> sums;
+                Tile<Team> sums;
                 sums.clear();
-                const auto band = matrix<T>(static_cast<const T*>(now + ptrdiff_t(p0) * k), b, k, k);
                 if (tj != p)
-                    sums.add(team, shared, 0, j0, b, ti == p ? inverse : matrix<T>(static_cast<const T*>(turned), B, b, ld),
-                             band);
+                    sums.add(team, memory, 0, j0, 0, b, Matrix<T>(ti == p ? D : turned, ti == p ? b : B, b, ld, true), band);
                 sums.store(team, [&](int i, int j, T sum) {
                     const int m = i0 + i, c = j0 + j;
                     if (m >= k || c >= k) return;
@@ -132,7 +119,7 @@ struct InvertKernel : InnerKernel<T> {
                     if (ti == p)
                         made = tj == p ? D[i * ld + j] : sum;
                     else
-                        made = tj == p ? -turned[i * ld + j] : old(m, c) - sum;
+                        made = tj == p ? -turned[i * ld + j] : now[ptrdiff_t(m) * k + c] - sum;
                     other[ptrdiff_t(m) * k + c] = made;
                 });
             }
@@ -141,7 +128,7 @@ struct InvertKernel : InnerKernel<T> {
         T before = T(0);
         const T rounding = (sizeof(T) == 4 ? T(1.1920929e-7) : T(2.220446049250313e-16)) * T(4 * k);
         for (int step = 0;; step++) {
-            const T size = test(team, shared, partial, K, now, residual, block, layer, first, last, n, meet);
+            const T size = test(team, memory, partial, K, now, residual, block, layer, first, last, n, meet);
             if (size <= rounding || step == 8 || !(size < T(1)) || (step && size >= before / 2)) {
                 if (block == 0 && team.rank == 0) g.info[layer] = size < T(inverse_residual) ? 0 : 1;
                 break;
@@ -149,10 +136,9 @@ struct InvertKernel : InnerKernel<T> {
             before = size;
             for (int tile = first; tile < last; tile++) {
                 const int i0 = tile / n * B, j0 = tile % n * B;
-                Sums<Shape, Team> sums;
+                Tile<Team> sums;
                 sums.clear();
-                sums.add(team, shared, i0, j0, k, matrix<T>(static_cast<const T*>(now), k, k, k),
-                         matrix<T>(static_cast<const T*>(residual), k, k, k));
+                sums.add(team, memory, i0, j0, 0, k, this->left(now), this->right(residual));
                 sums.store(team, [&](int i, int j, T sum) {
                     const ptrdiff_t e = ptrdiff_t(i0 + i) * k + j0 + j;
                     if (i0 + i < k && j0 + j < k) other[e] = now[e] + sum;
@@ -162,15 +148,11 @@ struct InvertKernel : InnerKernel<T> {
             meet();
         }
         T* saved = g.saved[layer];
-        for (ptrdiff_t e = ptrdiff_t(block) * team.size + team.rank; e < square; e += ptrdiff_t(blocks) * team.size) {
-            const T value = now[e];
-            if (saved != now) saved[e] = value;
-            g.G[layer][e] = 2 * value - (e / k == e % k ? T(1) : T(0));
-        }
+        for (ptrdiff_t e = ptrdiff_t(block) * team.size + team.rank; saved != now && e < square;
+             e += ptrdiff_t(blocks) * team.size)
+            saved[e] = now[e];
         for (int r = block; r < this->mixer().rows(); r += blocks)
-            this->write_row(team, layer, r, [&](int i, int j) {
-                return 2 * now[ptrdiff_t(i) * k + j] - (i == j ? T(1) : T(0));
-            });
+            this->write_row(team, layer, r, [&](int i, int j) { return now[ptrdiff_t(i) * k + j]; });
     }
 
   private:
@@ -180,28 +162,29 @@ struct InvertKernel : InnerKernel<T> {
         T* c = a;
         a = b, b = c;
     }
-    // Columns p0 .. p0 + b of the matrix at `data`, as k x b.
-    SSVDO_HD auto part(const T* data, int p0, int b) const { return matrix<T>(data + p0, this->g.k, b, this->g.k); }
 
     // |I - A M|_F, the same bits in every team; writes the residual.
     template <class Team, class Meet>
-    SSVDO_HD T test(const Team& team, T* shared, T* partial, const Skew<T>& K, const T* M, T* residual, int block,
-                    int layer, int first, int last, int n, const Meet& meet) const {
+    SSVDO_HD T test(const Team& team, unsigned char* memory, T* partial, const Skew<T>& K, const T* M, T* residual,
+                    int block, int layer, int first, int last, int n, const Meet& meet) const {
         const int k = this->g.k;
-        T own[Sums<Shape, Team>::part] = {};
+        const auto A = computed<T, true>([=](int i, int j) {
+            return i < k && j < k ? K(i, j) + (i == j ? T(1) : T(0)) : T(0);
+        });
+        T own = 0;
         for (int tile = first; tile < last; tile++) {
             const int i0 = tile / n * B, j0 = tile % n * B;
-            Sums<Shape, Team> sums;
+            Tile<Team> sums;
             sums.clear();
-            sums.add(team, shared, i0, j0, k, Shifted{K}, matrix<T>(M, k, k, k));
+            sums.add(team, memory, i0, j0, 0, k, A, this->right(M));
             sums.store(team, [&](int i, int j, T sum) {
                 if (i0 + i >= k || j0 + j >= k) return;
                 const T r = (i0 + i == j0 + j ? T(1) : T(0)) - sum;
                 residual[ptrdiff_t(i0 + i) * k + j0 + j] = r;
-                own[0] += r * r;
+                own += r * r;
             });
         }
-        partial[team.rank] = own[0];
+        partial[team.rank] = own;
         team.sync();
         T* norms = this->g.norms + layer * max_blocks;
         if (team.rank == 0) {
@@ -217,26 +200,22 @@ struct InvertKernel : InnerKernel<T> {
 };
 
 template <class T>
-struct FirstOrderKernel : InnerKernel<T> {  // G = I - 2K and K; one team a row of G or M
+struct FirstOrderKernel : InnerKernel<T> {  // K and M; one team a row of either
     int count() const { return this->mixer().rows() + this->g.k; }
-    int shared() const { return 1; }
+    size_t shared() const { return 0; }
     template <class Team>
-    SSVDO_HD void operator()(const Team& team, int row, int layer, T*) const {
+    SSVDO_HD void operator()(const Team& team, int row, int layer, unsigned char*) const {
         const Skew<T> K{this->g.packed[layer], this->g.k};
-        const auto G = [&](int i, int j) { return (i == j ? T(1) : T(0)) - 2 * K(i, j); };
         const int rows = this->mixer().rows(), k = this->g.k;
-        if (row < rows) return this->write_row(team, layer, row, G);
-        for (int i = row - rows, j = team.rank; j < k; j += team.size) {
-            this->g.G[layer][ptrdiff_t(i) * k + j] = G(i, j);
+        if (row < rows) return this->write_row(team, layer, row, K);
+        for (int i = row - rows, j = team.rank; j < k; j += team.size)
             this->g.saved[layer][ptrdiff_t(i) * k + j] = K(i, j);
-        }
     }
 };
 
 // -- backward: dB from dM, dG = diag(S + dS) dB, d shift = rows of dB * G; Z = -2 M^T dG M^T; d packed = upper(Z - Z^T) -----
 template <class T>
 struct RotationGradient {  // dG
-    static constexpr bool row_major = true;
     MixerShape shape;
     const T *d_mixer, *singular, *shift;
     SSVDO_HD T inner(int i, int j) const { return inner_gradient(shape, d_mixer + j, shape.width, singular, i); }
@@ -247,26 +226,27 @@ struct RotationGradient {  // dG
 
 template <class T>
 struct HalfwayKernel : InnerKernel<T> {  // work = dG M^T (Cayley), and d shift
-    using Shape = Large<T>;
-    static constexpr int rows = 32, share = 8;  // rows of d shift a team, lanes a row
-    int product_tiles() const { return this->g.cayley ? down() * across() : 0; }
-    SSVDO_HD int down() const { return (this->g.k + Shape::M - 1) / Shape::M; }
-    SSVDO_HD int across() const { return (this->g.k + Shape::N - 1) / Shape::N; }
-    int count() const { return product_tiles() + (this->g.k + rows - 1) / rows; }
-    int shared() const { return Shape::shared; }
+    using typename InnerKernel<T>::Kind;
+    static constexpr int M = 128, N = 64, rows = 32, share = 8;  // rows of d shift a team, lanes a row
+    SSVDO_HD int across() const { return (this->g.k + N - 1) / N; }
+    SSVDO_HD int products() const { return this->g.cayley ? (this->g.k + M - 1) / M * across() : 0; }
+    int count() const { return products() + (this->g.k + rows - 1) / rows; }
+    size_t shared() const { return Sums<Kind, M, typename InvertKernel<T>::Nobody>::shared; }
 
     template <class Team>
-    SSVDO_HD void operator()(const Team& team, int tile, int layer, T* shared) const {
+    SSVDO_HD void operator()(const Team& team, int tile, int layer, unsigned char* memory) const {
         const auto& g = this->g;
-        const int k = g.k, products = g.cayley ? down() * across() : 0;
+        const int k = g.k;
+        const T* saved = g.saved[layer];
         const RotationGradient<T> dG{this->mixer(), g.mixer[layer], g.singular[layer], g.shift[layer]};
-        if (tile >= products) {
-            const int first = (tile - products) * rows;
+        if (tile >= products()) {
+            T* shared = reinterpret_cast<T*>(memory);
+            const int first = (tile - products()) * rows;
             for (int lane = team.rank; lane < rows * share; lane += team.size) {
                 const int i = first + lane / share;
                 T sum = 0;
                 for (int j = lane % share; i < k && j < k; j += share)
-                    sum += dG.inner(i, j) * g.G[layer][ptrdiff_t(i) * k + j];
+                    sum += dG.inner(i, j) * this->rotation(saved[ptrdiff_t(i) * k + j], i, j);
                 shared[lane] = sum;
             }
             team.sync();
@@ -277,10 +257,10 @@ struct HalfwayKernel : InnerKernel<T> {  // work = dG M^T (Cayley), and d shift
             }
             return;
         }
-        const int m0 = tile / across() * Shape::M, n0 = tile % across() * Shape::N;
-        Sums<Shape, Team> sums;
+        const int m0 = tile / across() * M, n0 = tile % across() * N;
+        Sums<Kind, M, Team> sums;
         sums.clear();
-        sums.add(team, shared, m0, n0, k, dG, transposed<T>(static_cast<const T*>(g.saved[layer]), k, k, k));
+        sums.add(team, memory, m0, n0, 0, k, computed<T, true>(dG), this->left(saved));  // lines of M^T are M's rows
         T* to = g.work + layer * this->square();
         sums.store(team, [&](int m, int n, T sum) {
             if (m0 + m < k && n0 + n < k) to[ptrdiff_t(m0 + m) * k + n0 + n] = sum;
@@ -290,22 +270,22 @@ struct HalfwayKernel : InnerKernel<T> {  // work = dG M^T (Cayley), and d shift
 
 template <class T>
 struct PackKernel : InnerKernel<T> {  // d packed from work and M (Cayley), or from dG: Z = -2 dG
-    using Shape = Square<T>;
-    static constexpr int B = Shape::M, ld = B + 1;
+    using typename InnerKernel<T>::Kind;
+    static constexpr int B = 64, ld = B + 1;
+    static constexpr size_t sums_shared = Sums<Kind, B, typename InvertKernel<T>::Nobody>::shared;
     int count() const { return side() * (side() + 1) / 2; }
     SSVDO_HD int side() const { return (this->g.k + B - 1) / B; }
-    int shared() const { return Shape::shared + B * ld; }
+    size_t shared() const { return sums_shared + B * ld * sizeof(T); }
 
     // A tile of Z; each(i, j, value).
     template <class Team, class Each>
-    SSVDO_HD void part(const Team& team, T* shared, int layer, int m0, int n0, Each each) const {
+    SSVDO_HD void part(const Team& team, unsigned char* memory, int layer, int m0, int n0, Each each) const {
         const auto& g = this->g;
-        const int k = g.k;
         if (g.cayley) {
-            Sums<Shape, Team> sums;
+            Sums<Kind, B, Team> sums;
             sums.clear();
-            sums.add(team, shared, m0, n0, k, transposed<T>(static_cast<const T*>(g.saved[layer]), k, k, k),
-                     matrix<T>(static_cast<const T*>(g.work + layer * this->square()), k, k, k));
+            sums.add(team, memory, m0, n0, 0, g.k, this->right(g.saved[layer]),
+                     this->right(g.work + layer * this->square()));
             return sums.store(team, [&](int i, int j, T sum) { each(i, j, -2 * sum); });
         }
         const RotationGradient<T> dG{this->mixer(), g.mixer[layer], g.singular[layer], g.shift[layer]};
@@ -313,15 +293,15 @@ struct PackKernel : InnerKernel<T> {  // d packed from work and M (Cayley), or f
     }
 
     template <class Team>
-    SSVDO_HD void operator()(const Team& team, int tile, int layer, T* shared) const {
+    SSVDO_HD void operator()(const Team& team, int tile, int layer, unsigned char* memory) const {
         int ti = 0;
         for (int left = tile; left >= side() - ti; ti++) left -= side() - ti, tile = left;
         const int i0 = ti * B, j0 = (ti + tile) * B, k = this->g.k;
-        T* below = shared + Shape::shared;  // the tile below the diagonal, transposed
-        part(team, shared, layer, j0, i0, [&](int i, int j, T z) { below[j * ld + i] = z; });
+        T* below = reinterpret_cast<T*>(memory + sums_shared);  // the tile below the diagonal, transposed
+        part(team, memory, layer, j0, i0, [&](int i, int j, T z) { below[j * ld + i] = z; });
         team.sync();
         T* to = this->g.d_packed[layer];
-        part(team, shared, layer, i0, j0, [&](int i, int j, T z) {
+        part(team, memory, layer, i0, j0, [&](int i, int j, T z) {
             if (i0 + i < j0 + j && j0 + j < k) to[packed_row(i0 + i, k) + j0 + j] = z - below[i * ld + j];
         });
     }

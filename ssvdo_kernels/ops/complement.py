@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,15 +32,21 @@ def one_by_one(matrices: Sequence[Tensor], columns: Sequence[Tensor]) -> list[Te
 
 @dataclass(frozen=True)
 class Projector:
-    """P of one layer. base, transposed: what A (large x d) is a view of; inverse: S^-1 in the dtype of the work, d, 0
-    where it is of no use; null: N or None."""
+    """P of one layer. base, transposed: what A (large x d) is a view of; singular: S (d) in the dtype of the work; width:
+    max(k, l), of which the last are columns of N; null: N or None."""
 
     base: Base
     transposed: bool
     basis: Tensor  # V, d x d
-    inverse: Tensor
+    singular: Tensor
+    width: int
     null: Tensor | None
     large: int
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """S^-1 (d), 0 where it is of no use: the last columns of N among the first `width`, and weak components."""
+        return inverse_of(self.singular, self.width, 0 if self.null is None else self.null.shape[1])
 
     @property
     def tall(self) -> Tensor:
@@ -54,7 +61,7 @@ class Projector:
     @property
     def passes(self) -> int:
         """How often P is applied: twice where V is of half precision."""
-        return 1 if self.basis.dtype == self.inverse.dtype else 2
+        return 1 if self.basis.dtype == self.singular.dtype else 2
 
 
 LEAST = 1e-3

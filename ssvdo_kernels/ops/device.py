@@ -1,5 +1,5 @@
-"""The CUDA kernels (csrc/cuda) on batches of layers of one shape: the products and the factor from which outer.py makes
-the outer part, a launch each; the inner part of preparation.py whole, one launch forward and two backward.
+"""The CUDA kernels (csrc/cuda) on batches of layers of one shape: the outer part of outer.py, a launch each way, and the
+inner part of preparation.py, one launch forward and two backward.
 
 On CPU tensors the same kernels are emulated with threads, which is how they are tested where there is no GPU.
 """
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..config import LayerShape, SSVDOConfig
+from .complement import LEAST
 from .host import _C, Tensors, absent, inner_sizes, left_out
+from .outer import Outer
 
 
 def obstacle(device: torch.device) -> str:
@@ -40,21 +42,21 @@ def architectures() -> str:
 
 
 def _call(
-    function: str, operands: Sequence[Tensors], stacked: Tensors, *types: torch.dtype, check: bool = True, **sizes: Any
-) -> None:
-    """operands: of each kind one tensor a layer. check: that all are contiguous and on one device."""
-    tensors = [t for many in (*operands, stacked) for t in many]
+    function: str, operands: Sequence[Sequence[Tensor | None]], stacked: Tensors, dtype: torch.dtype, check: bool = True,
+    **sizes: Any,
+) -> None:  # fmt: skip
+    """operands: of each kind one tensor a layer, or None. check: that all are contiguous and on one device."""
+    tensors = [t for many in (*operands, stacked) for t in many if t is not None]
     like = tensors[0]
     for tensor in tensors if check else ():
         if tensor.device != like.device or not tensor.is_contiguous():
             raise ValueError(f"a tensor of {function} is on {tensor.device} with strides {tensor.stride()}; "
                              f"allowed: contiguous, on {like.device}")
-    addresses: list[Any] = [[[t.data_ptr() for t in row] for row in zip(*operands, strict=True)]] if operands else []
-    addresses += [[t.data_ptr() for t in stacked]] if stacked else []
+    addresses = [[0 if t is None else t.data_ptr() for t in row] for row in zip(*operands, strict=True)]
     where = {"device": -1, "stream": 0}
     if like.is_cuda:
         where = {"device": like.get_device(), "stream": torch.cuda.current_stream(like.device).cuda_stream}
-    getattr(_C, function)(*(str(t).removeprefix("torch.") for t in types), *addresses, **where, **sizes)
+    getattr(_C, function)(_name(dtype), addresses, [t.data_ptr() for t in stacked], **where, **sizes)
 
 
 def _scratch(like: Tensor, layers: int, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -71,60 +73,61 @@ def _layout(matrix: Tensor) -> tuple[bool, int] | None:
     return None
 
 
-def product(matrices: Tensors, columns: Tensors) -> list[Tensor]:
-    """[A_i B_i], rows x cols in the dtype of the columns, for A_i: rows x inner and B_i: inner x cols.
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
-    Sums are in the dtype of the columns: float32 for matrices in float32, bfloat16 or float16, float64 for float64.
-    Layers that lie alike, by rows or by columns with one leading dimension, share a launch; what lies otherwise is
-    copied first.
+
+def _outer(
+    forward: bool, many: Sequence[Outer], F: Tensors, X: Tensors, more: Sequence[Tensors], stacked: Tensors
+) -> None:
+    """Calls the kernel of either way. more: backward: dF and d outer; stacked: beside the scratch."""
+    one, like, n = many[0], many[0].outer, len(many)
+    tall = [p.projector.tall for p in many]
+    lies = {_layout(a) for a in tall}
+    if len(lies) > 1 or None in lies:
+        tall = [a.contiguous() for a in tall]
+    (by_rows, tall_ld), l = _layout(tall[0]) or (True, one.d), like.shape[1]  # noqa: E741
+    basis, null = ([t.contiguous() for t in many] for many in (
+        [p.projector.basis for p in many], [p.projector.null for p in many if p.projector.null is not None]))
+    turned = [p.U.contiguous() for p in many if p.U is not None]
+    columns = null[0].shape[1] if null else 0
+    room = max(4, min(32, 96 // n)) * one.d * l
+    work = _scratch(like, n, (_C.device_outer_work(large=one.large, d=one.d, l=l, null=columns) + room,))
+    nothing = [None] * n
+    _call(f"device_outer_{'forward' if forward else 'backward'}",
+          (tall, basis, turned or nothing, null or nothing, [p.projector.singular for p in many],
+           [p.outer for p in many], F, X, *more), (*work, *stacked), like.dtype, check=False,
+          large=one.large, c=one.c, d=one.d, l=l, width=one.projector.width, null=columns, passes=one.projector.passes,
+          by_rows=by_rows, additive=not turned, tall_ld=tall_ld, basis_ld=one.d, F_ld=F[0].stride(0), room=room,
+          dF_ld=more[0][0].stride(0) if more else l, scale=one.scale, tau=one.tau, least=LEAST, tall=_name(tall[0].dtype),
+          basis=_name(basis[0].dtype), rest=_name((turned or null or basis)[0].dtype))  # fmt: skip
+
+
+def outer_forward(many: Sequence[Outer], *, gate: Tensor, info: Tensor) -> tuple[list[Tensor], Tensor]:
+    """(F, X) of `outer.forward`: large x l each, n x l x l. gate and info: int32, two and one a layer, 0; info becomes the
+    bad pivot from 1, and X and F are NaN then.
+
+    Sums are in the dtype of the work: products with float32 numbers go to the tensor cores in pieces (csrc/core/mma.h).
+    The layers' weights lie alike, by rows or by columns; what lies otherwise is copied first.
 
     Raises:
-        ValueError: the dtypes have no kernel; shapes that do not fit; matrices, or columns, that differ in more than
-            their strides.
+        ValueError: a dtype of V, U_l or the weight that has no kernel beside that of the work.
     """
-    for name, many in (("matrices", matrices), ("columns", columns)):
-        kinds = {(t.shape, t.dtype, t.device) for t in many}
-        if len(kinds) > 1 or any(len(shape) != 2 for shape, *_ in kinds):
-            found = ", ".join(f"{dtype} {tuple(shape)} on {device}" for shape, dtype, device in kinds)
-            raise ValueError(f"{name} of one product are {found}; allowed: two dimensions, one shape, dtype and device")
-    if not matrices and not columns:
-        return []
-    if len(matrices) != len(columns) or matrices[0].shape[1] != columns[0].shape[0]:
-        shapes = [tuple(t.shape) for many in (matrices, columns) for t in many[:1]]
-        raise ValueError(f"{len(matrices)} matrices and {len(columns)} blocks of columns do not fit: {shapes}")
-    if matrices[0].device != columns[0].device:
-        raise ValueError(f"matrices on {matrices[0].device} and columns on {columns[0].device}; allowed: one device")
-    (rows, inner), width = matrices[0].shape, columns[0].shape[1]
-    out = columns[0].new_empty(len(columns), rows, width)
-    results = list(out.unbind())
-    if not out.numel() or not inner:
-        out.zero_()
-        return results
-    alike: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for row in zip(matrices, columns, results, strict=True):
-        alike.setdefault((row[0].stride(), row[1].stride()), []).append(row)
-    for group in alike.values():
-        left, right, to = (list(t) for t in zip(*group, strict=True))
-        if not (left_layout := _layout(left[0])):
-            left, left_layout = [t.contiguous() for t in left], (True, inner)
-        if not (right_layout := _layout(right[0])):
-            right, right_layout = [t.contiguous() for t in right], (True, width)
-        _call("device_product", (left, right, to), (), right[0].dtype, left[0].dtype, check=False, rows=rows,
-              inner=inner, columns=width, left=left_layout, right=right_layout, ld=width)  # fmt: skip
-    return results
+    one, n = many[0], len(many)
+    l = one.outer.shape[1]  # noqa: E741
+    F, X = one.outer.new_empty(n, one.large, l), one.outer.new_empty(n, l, l)
+    _outer(True, many, F.unbind(), X.unbind(), (), (gate, info))
+    return list(F.unbind()), X
 
 
-def factor(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(X, info) of R R^T = gram (n x l x l, float32 or float64; lower triangles are read): X = R^-T, n x l x l.
-
-    info (int32, n): 0, or from 1 the pivot that is not positive and finite; X is NaN then. Another dtype: TypeError.
-    """
-    gram = gram.contiguous()
-    work, inverse = torch.empty_like(gram), torch.empty_like(gram)
-    info = torch.zeros(gram.shape[0], dtype=torch.int32, device=gram.device)
-    if gram.numel():
-        _call("device_factor", (), (gram, work, inverse, info), gram.dtype, l=gram.shape[-1], count=gram.shape[0])
-    return inverse.mT, info
+def outer_backward(many: Sequence[Outer], X: Tensors, F: Tensors, dF: Tensors) -> list[Tensor]:
+    """`outer.backward`: d outer of each layer."""
+    d_outer = [torch.empty_like(p.outer) for p in many]
+    if len({(d.stride(), d.stride(1) == 1) for d in dF}) > 1 or dF[0].stride(1) != 1:
+        dF = [d.contiguous() for d in dF]
+    gate = torch.zeros(2 * len(many), dtype=torch.int32, device=X[0].device)
+    _outer(False, many, F, X, (dF, d_outer), (gate,))
+    return d_outer
 
 
 def inner_forward(
@@ -137,28 +140,26 @@ def inner_forward(
     *,
     gate: Tensor,
     info: Tensor,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(G, saved, mixer) of each layer.
+) -> list[tuple[Tensor, Tensor]]:
+    """(saved, mixer) of each layer.
 
     shift: dS; singular: S (width); null: q. saved: (I + K)^-1 for the Cayley form, else K. gate and info:
     int32, one a layer, 0; info becomes 1 where no inverse of I + K was found.
     """
     n, k, like = len(packed), shape.k, shift[0]
-    G, saved = like.new_empty(n, k, k), like.new_empty(n, k, k)
+    saved = like.new_empty(n, k, k)
     mixer = like.new_empty(n, shape.width + shape.l + null, shape.width)
     cayley = config.rotation == "cayley"
     work = _scratch(like, n, (2 * k * k if cayley else 1,), (_C.max_blocks,))
-    outputs = [list(t) for t in (mixer, G, saved)]
-    _call("device_inner_forward", (packed, shift, singular, *outputs), (*work, gate, info), like.dtype,
-          **inner_sizes(shape, config, null))  # fmt: skip
-    return list(zip(G, saved, mixer, strict=True))
+    _call("device_inner_forward", (packed, shift, singular, mixer.unbind(), saved.unbind()), (*work, gate, info),
+          like.dtype, **inner_sizes(shape, config, null))  # fmt: skip
+    return list(zip(saved.unbind(), mixer.unbind(), strict=True))
 
 
 def inner_backward(
     packed: Tensors,
     shift: Tensors,
     singular: Tensors,
-    G: Tensors,
     saved: Tensors,
     d_mixer: Tensors,
     null: int,
@@ -168,7 +169,7 @@ def inner_backward(
     """(d packed, d dS) of each layer from d mixer."""
     d_packed, d_shift = [torch.empty_like(p) for p in packed], [torch.empty_like(s) for s in shift]
     (work,) = _scratch(shift[0], len(packed), (shape.k if config.rotation == "cayley" else 1, shape.k))
-    _call("device_inner_backward", (packed, shift, singular, d_mixer, G, saved, d_packed, d_shift), (work,),
+    _call("device_inner_backward", (packed, shift, singular, d_mixer, saved, d_packed, d_shift), (work,),
           shift[0].dtype, **inner_sizes(shape, config, null))  # fmt: skip
     return list(zip(d_packed, d_shift, strict=True))
 

@@ -8,16 +8,15 @@ there, the CUDA kernels do both on a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import device, host, outer
-from .complement import one_by_one
+from .complement import Product, one_by_one
 from .preparation import Gradients, Prepared, Rows, Source, check_pivot
 
-Inner = tuple[Tensor, Tensor, Tensor]  # G, saved, mixer
+Inner = tuple[Tensor | None, Tensor, Tensor]  # G where it is a series, saved, mixer
 
 
 def prepare(sources: Sequence[Source]) -> list[Prepared | None]:
@@ -33,11 +32,8 @@ def prepare_one(source: Source) -> Prepared:
     return made
 
 
-def _means(engine: str) -> dict[str, Any]:
-    """What an engine brings to `outer.forward`; its products serve `outer.backward` too."""
-    if engine == "cuda":
-        return {"product": device.product, "factor": device.factor}
-    return {"product": host.product} if engine == "host" else {}
+def _product(engine: str) -> Product:
+    return host.product if engine == "host" else one_by_one
 
 
 def _prepare(many: Sequence[Prepared]) -> list[int]:
@@ -46,17 +42,19 @@ def _prepare(many: Sequence[Prepared]) -> list[int]:
     F: Sequence[Tensor] = [p.shift.new_zeros(p.shape.large, 0) for p in many]
     X: Tensor | Sequence[Tensor] = [p.shift.new_zeros(0, 0) for p in many]
     late = one.shift.is_cuda or one.engine == "cuda"  # waiting for a GPU's news would stall its stream
-    counts = torch.zeros(3, len(many), dtype=torch.int32, device=one.shift.device) if late else None
+    counts = torch.zeros(5, len(many), dtype=torch.int32, device=one.shift.device) if late else None
     inner = _inner(many, counts)
     parts = [p.outer for p in many if p.outer is not None]
-    if parts:
-        F, X, status = outer.forward(parts, **_means(one.engine))
+    if parts and one.engine == "cuda" and counts is not None:
+        F, X = device.outer_forward(parts, gate=counts[3:], info=counts[2])
+    elif parts:
+        F, X, status = outer.forward(parts, _product(one.engine))
         if counts is None:
             info = status.tolist()
         else:
             counts[2] = status
     watch = counts is not None and not (counts.is_cuda and torch.cuda.is_current_stream_capturing())
-    verdict = device.Verdict(counts[1:]) if watch and counts is not None else None
+    verdict = device.Verdict(counts[1:3]) if watch and counts is not None else None
     for i, p in enumerate(many):
         p.finish(inner[i], F[i], X[i], None if verdict is None else (verdict, i))
     return info
@@ -74,10 +72,10 @@ def _inner(many: Sequence[Prepared], counts: Tensor | None) -> list[Inner]:
         operands = ([p.rotation for p in fit], [p.shift for p in fit], [p.singular for p in fit], one.null, one.shape,
                     one.config)  # fmt: skip
         if one.engine == "host":
-            made = host.inner_forward(*operands)
+            made: Sequence[Inner] = host.inner_forward(*operands)
         else:
             assert counts is not None
-            made = device.inner_forward(*operands, gate=counts[0], info=counts[1])
+            made = [(None, *two) for two in device.inner_forward(*operands, gate=counts[0], info=counts[1])]
         found = dict(zip(map(id, fit), made, strict=True))
     return [found[id(p)] if id(p) in found else p.inner_reference() for p in many]
 
@@ -94,9 +92,9 @@ def adjoint(
     d_outer: Sequence[Tensor | None] = [None] * len(many)
     if parts:
         l = one.shape.l  # noqa: E741
-        product = _means(one.engine).get("product", one_by_one)
-        dF = [d[:, :l].to(one.dtype) for d in d_columns]
-        d_outer = outer.backward(parts, [p.X for p in many], [p.columns[:, :l] for p in many], dF, product)
+        state = [p.X for p in many], [p.columns[:, :l] for p in many], [d[:, :l].to(one.dtype) for d in d_columns]
+        cuda = one.engine == "cuda"
+        d_outer = device.outer_backward(parts, *state) if cuda else outer.backward(parts, *state, _product(one.engine))
     inner = _inner_gradients(many, d_mixer)
     return [(_through(p, pair[0]) if p.rotation.numel() else None, _through(p, pair[1]), outer)
             for p, pair, outer in zip(many, inner, d_outer, strict=True)]  # fmt: skip
@@ -113,13 +111,13 @@ def _inner_gradients(many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows])
     rows = [d for d in d_mixer if not isinstance(d, Tensor)]
     if one.engine == "reference" or (one.engine == "cuda" and (rows or one.config.rotation == "neumann")):
         return [p.inner_reference_backward(d) for p, d in zip(many, d_mixer, strict=True)]
-    state = ([p.rotation for p in many], [p.shift for p in many], [p.singular for p in many],
-             [p.G.contiguous() for p in many], [p.saved.contiguous() for p in many])  # fmt: skip
-    rest = one.null, one.shape, one.config
+    state = [p.rotation for p in many], [p.shift for p in many], [p.singular for p in many]
+    saved, rest = [p.saved.contiguous() for p in many], (one.null, one.shape, one.config)
+    dense = [d.to(one.dtype).contiguous() for d in d_mixer if isinstance(d, Tensor)]
+    if one.engine == "cuda":
+        return device.inner_backward(*state, saved, dense, *rest)
+    state = *state, [p.G.contiguous() for p in many], saved
     if not rows:
-        dense = [d.to(one.dtype).contiguous() for d in d_mixer if isinstance(d, Tensor)]
-        if one.engine == "cuda":
-            return device.inner_backward(*state, dense, *rest)
         return host.inner_backward(*state, dense, *rest)
     pairs = [(d.left.to(one.dtype).contiguous(), d.right.to(one.dtype).contiguous()) for d in rows]
     left, right = ([pair[i] for pair in pairs] for i in range(2))

@@ -44,6 +44,11 @@ class Outer:
         return self.outer.shape[0]
 
     @property
+    def d(self) -> int:
+        """Columns of A."""
+        return self.projector.basis.shape[0]
+
+    @property
     def large(self) -> int:
         """Rows of Z and F."""
         return self.projector.large

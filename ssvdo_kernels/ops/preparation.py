@@ -24,7 +24,7 @@ from ..factorize import Factors, compute_dtype
 from ..origin import Origin
 from . import host
 from .base import Base
-from .complement import Projector, inverse_of
+from .complement import Projector
 from .device import Verdict
 from .dispatch import preparation
 from .matrices import Matrices
@@ -145,9 +145,8 @@ class Prepared(Matrices):
     def _outer(self, outer: Tensor) -> Outer:
         shape, factors = self.shape, self.factors
         singular = factors.singular_values.to(self.dtype)
-        projector = Projector(self.source.base, shape.transposed, factors.basis,
-                              inverse_of(singular, shape.width, factors.null), factors.null_basis,
-                              shape.large)  # fmt: skip
+        projector = Projector(self.source.base, shape.transposed, factors.basis, singular, shape.width,
+                              factors.null_basis, shape.large)  # fmt: skip
         U = factors.outer_basis if self.config.outer == "rotation" else None
         return Outer(outer, self.source.scale * shape.outer_scale(self.config), U, projector, self.config.tau)
 
@@ -214,9 +213,10 @@ class Prepared(Matrices):
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def finish(
-        self, inner: tuple[Tensor, Tensor, Tensor], F: Tensor, X: Tensor, verdict: tuple[Verdict, int] | None
+        self, inner: tuple[Tensor | None, Tensor, Tensor], F: Tensor, X: Tensor, verdict: tuple[Verdict, int] | None
     ) -> None:
-        """Takes what `engines.prepare` made of this layer. inner: (G, saved, mixer); F: large x l."""
+        """Takes what `engines.prepare` made of this layer. inner: (G, where rotation="neumann", saved, mixer);
+        F: large x l."""
         G, self.saved, self._mixer = inner
         self.series = G if self.config.rotation == "neumann" else None
         null = self.factors.null_basis

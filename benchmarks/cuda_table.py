@@ -18,12 +18,13 @@ from .kernel_table import PAGE, put
 
 BEGIN, END = "<!-- cuda: begin -->", "<!-- cuda: end -->"
 ARCHS = ["80", "90a", "100"]
-TYPES = {"f": "fp32", "d": "fp64", "7Float16": "fp16", "8Bfloat16": "bf16"}
+OTHERS = ["86", "89", "120"]  # compiled, too, where there is time
+TYPES = {"f": "fp32", "d": "fp64"}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas said of one kernel. types: of the work, or of the work and of the frozen factors."""
+    """What ptxas said of one kernel. types: of the work."""
 
     kernel: str
     types: str
@@ -38,12 +39,12 @@ def parse(log: str) -> list[Compiled]:
     found = []
     for block in blocks:
         name, arch = re.match(r"(\S+)' for 'sm_(\w+)'", block).groups()  # type: ignore[union-attr]
-        kernel = re.search(r"INS0_\d+(\w+?Kernel)I(\S*?)EE", name)
+        kernel = re.search(r"INS0_\d+(\w+?Kernel)I([fd])(?:NS0_\d+Outer(\w+?)E)?E", name)
         registers, spills = re.search(r"Used (\d+) registers", block), re.findall(r"(\d+) bytes spill", block)
         if kernel is None or registers is None or not spills:
             raise ValueError(f"cannot read ptxas's report of {name}")
-        types = [TYPES[t] for t in re.findall("7Float16|8Bfloat16|f|d", kernel[2])]
-        found.append(Compiled(kernel[1], ", ".join(types), arch, int(registers[1]), sum(map(int, spills))))
+        label = kernel[1] + (f", {kernel[3].lower()}" if kernel[3] else "")
+        found.append(Compiled(label, TYPES[kernel[2]], arch, int(registers[1]), sum(map(int, spills))))
     return found
 
 
@@ -58,13 +59,12 @@ def compile_for(archs: list[str]) -> list[Compiled]:
 
 
 def markdown(results: list[Compiled]) -> str:
-    """One row a kernel and its types; registers a thread, by architecture, the most of any layout of a product."""
+    """One row a kernel and its type; registers a thread, by architecture."""
     archs = sorted({r.arch for r in results}, key=lambda arch: int(arch.rstrip("af")))
     rows: dict[tuple[str, str], dict[str, int]] = {}
     for r in results:
-        by = rows.setdefault((r.kernel, r.types), {})
-        by[r.arch] = max(r.registers, by.get(r.arch, 0))
-    lines = ["| kernel | types | " + " | ".join(f"sm_{a}" for a in archs) + " |", "|---" * (2 + len(archs)) + "|"]
+        rows.setdefault((r.kernel, r.types), {})[r.arch] = r.registers
+    lines = ["| kernel | work | " + " | ".join(f"sm_{a}" for a in archs) + " |", "|---" * (2 + len(archs)) + "|"]
     for (kernel, types), by in sorted(rows.items()):
         lines.append(f"| {kernel} | {types} | " + " | ".join(str(by[a]) for a in archs) + " |")
     return "\n".join(lines) + "\n"

@@ -145,6 +145,9 @@ void check_outer(const OuterSizes& s) {
     at_least("basis_ld", s.basis_ld, s.d);
     at_least("F_ld", s.F_ld, s.l);
     at_least("dF_ld", s.dF_ld, s.l);
+    for (auto [name, elements] : {std::pair<const char*, ptrdiff_t>{"tall", (s.by_rows ? s.large : s.d) * s.tall_ld},
+                                  {"F", s.large * s.F_ld}, {"dF", s.large * s.dF_ld}})
+        if (elements >> 32) refuse(std::string("elements of ") + name, elements, "< 2^32");
 }
 
 void inner(bool forward, const std::string& dtype, const Addresses& layers, const Stacked& stacked, const InnerShape& s,

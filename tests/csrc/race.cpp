@@ -1,5 +1,6 @@
 // The CUDA kernels, emulated, for the sanitizers: every kernel over sizes of one tile and of several, arrays of exactly what
 // each needs.
+#include <cmath>
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -18,38 +19,40 @@ static float* draw(size_t count, double spread) {
     return kept.back().data();
 }
 
-// rows x inner by inner x columns, either side by rows and by columns, with and without gaps.
+// Two layers, W0 by rows and by columns, gaps between lines, a null space of one column where there is room.
 template <class S>
-static void product(int rows, int inner, int columns, int gap) {
-    for (bool left : {true, false})
-        for (bool right : {true, false}) {
-            ProductGroup<float> g{};
-            g.rows = rows, g.inner = inner, g.columns = columns, g.count = 2, g.ld = columns + gap;
-            g.left_layout = {left, (left ? inner : rows) + gap};
-            g.right_layout = {right, (right ? columns : inner) + gap};
-            std::vector<std::vector<S>> stored;
-            for (int i = 0; i < g.count; i++) {
-                stored.emplace_back(size_t(left ? rows : inner) * g.left_layout.ld - gap);
-                g.left[i] = stored.back().data();
-                g.right[i] = draw(size_t(right ? inner : columns) * g.right_layout.ld - gap, 1);
-                g.out[i] = draw(size_t(rows) * g.ld - gap, 1);
-            }
-            emulated::product<float, S>(g, nullptr);
-            for (int i = 0; i < g.count; i++)
-                if (g.out[i][rows * g.ld - gap - 1] != 0) std::printf("product\n");  // of zeros
-        }
-}
-
-static void factor(int l) {
-    std::vector<int> info(3, -1);
+static void outer(Stored type, int large, int c, int d, int l, bool by_rows, bool additive, int gap) {
+    OuterGroup<float> g{};
+    g.large = large, g.c = c, g.d = d, g.l = l, g.width = l + (l < d), g.null = l < d, g.count = 2, g.by_rows = by_rows;
+    g.passes = type == Stored::work ? 1 : 2, g.tall_type = g.basis_type = g.rest_type = type;
+    g.tall_ld = (by_rows ? d : large) + gap, g.basis_ld = d + gap, g.F_ld = g.dF_ld = l + gap;
+    g.scale = 0.5f, g.tau = 0.1f, g.least = 1e-3f, g.room = 4 * d * l;
+    std::vector<std::vector<S>> stored;
+    const auto zeros = [&](size_t count) {
+        stored.emplace_back(count);
+        return stored.back().data();
+    };
     const size_t square = size_t(l) * l;
-    float* gram = draw(info.size() * square, 0.01);
-    for (size_t i = 0; i < info.size(); i++)
-        for (int j = 0; j < l; j++) gram[i * square + j * l + j] = i == 1 ? -1.f : 9.f;
-    const FactorGroup<float> g{l, int(info.size()), gram, draw(info.size() * square, 1), draw(info.size() * square, 1),
-                               info.data()};
-    emulated::factor<float>(g, nullptr);
-    if (info[0] || info[1] != 1 || info[2]) std::printf("pivot\n");
+    for (int i = 0; i < g.count; i++) {
+        g.tall[i] = zeros(size_t(by_rows ? large : d) * g.tall_ld - gap);
+        g.basis[i] = zeros(size_t(d) * g.basis_ld - gap);
+        g.turned[i] = additive ? nullptr : zeros(size_t(large) * l);
+        g.rest[i] = g.null ? zeros(size_t(large) * g.null) : nullptr;
+        float* singular = draw(d, 0);
+        for (int j = 0; j < d; j++) singular[j] = 1;
+        g.singular[i] = singular, g.outer[i] = draw(size_t(c) * l, i ? NAN : 0.01);
+        g.F[i] = draw(size_t(large) * g.F_ld - gap, 0), g.X[i] = draw(square, 0);
+        g.dF[i] = draw(size_t(large) * g.dF_ld - gap, 1), g.d_outer[i] = draw(size_t(c) * l, 0);
+    }
+    std::vector<int> info(g.count, -1);
+    std::vector<unsigned> gate(2 * g.count, 0);
+    g.info = info.data(), g.gate = gate.data();
+    g.work = draw(g.count * (outer_work(g) + g.room), 0);
+    emulated::table<float>()->outer_forward(g, nullptr);
+    gate.assign(gate.size(), 0);
+    emulated::table<float>()->outer_backward(g, nullptr);
+    if (info[0] || info[1] != 1) std::printf("pivot\n");
+    if (std::fabs(g.X[0][square - 1] - 1 / std::sqrt(0.1f)) > 0.1f) std::printf("X\n");  // W0 = 0
 }
 
 static void inner(int k, bool cayley) {
@@ -62,27 +65,26 @@ static void inner(int k, bool cayley) {
         for (int j = 0; j < g.width; j++) singular[j] = 1;
         g.singular[i] = singular;
         g.mixer[i] = draw(size_t(g.width + g.l + g.q) * g.width, 1);
-        g.G[i] = draw(size_t(k) * k, 0), g.saved[i] = draw(size_t(k) * k, 0);
+        g.saved[i] = draw(size_t(k) * k, 0);
         g.d_packed[i] = draw(size_t(k) * (k - 1) / 2, 0), g.d_shift[i] = draw(k, 0);
     }
     std::vector<int> info(g.count, 0);
     std::vector<unsigned> gate(g.count, 0);
     g.info = info.data(), g.gate = gate.data();
     g.work = draw(size_t(g.count) * 2 * k * k, 1), g.norms = draw(size_t(g.count) * max_blocks, 0);
-    emulated::inner_device<float>()->forward(g, nullptr);
-    emulated::inner_device<float>()->backward(g, nullptr);
+    emulated::table<float>()->inner_forward(g, nullptr);
+    emulated::table<float>()->inner_backward(g, nullptr);
     for (int one : info)
         if (one) std::printf("inverse\n");
 }
 
 int main() {
     for (int gap : {0, 3}) {
-        product<float>(7, 5, 3, gap);
-        product<float>(130, 20, 70, gap);
-        product<Bfloat16>(5, 70, 66, gap);
-        product<Float16>(129, 9, 5, gap);
+        outer<float>(Stored::work, 9, 5, 4, 3, true, false, gap);
+        outer<Bfloat16>(Stored::bfloat16, 140, 70, 20, 20, false, true, gap);
+        outer<Float16>(Stored::float16, 270, 30, 5, 2, true, false, gap);  // a depth that two teams share
     }
-    for (int l : {1, 9, 40, 112}) factor(l);  // the last outside of shared memory
+    outer<float>(Stored::work, 150, 80, 70, 66, false, false, 0);  // two blocks of the factor
     for (bool cayley : {true, false})
         for (int k : {2, 20, 130}) inner(k, cayley);
     std::printf("ok\n");

@@ -4,11 +4,12 @@ import math
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from cases import STORED, inner_cases, inner_layers, lying, outer_cases, outer_layers, product_cases, unprepared
+from cases import inner_cases, inner_layers, lying, outer_cases, outer_layers, unprepared
 from helpers import assert_close, randomise
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,9 @@ from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo
 from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.ops import device, host, outer, preparation
+from ssvdo_kernels.ops.base import DenseBase
+from ssvdo_kernels.ops.complement import Projector
+from ssvdo_kernels.ops.outer import Outer
 
 if not host.available():
     pytest.skip("the compiled core was not built", allow_module_level=True)
@@ -27,154 +31,126 @@ def ints(*sizes):
     return torch.zeros(*sizes, dtype=torch.int32)
 
 
-def assert_products(got, matrices, columns):
-    """Each sum errs by at most inner u |A| |B|, u = eps / 2, and so does the one in float64 it is compared with."""
-    assert len(got) == len(matrices)
-    for out, A, B in zip(got, matrices, columns, strict=True):
-        A, wide, eps = A.double(), B.double(), torch.finfo(B.dtype).eps
-        assert out.dtype == B.dtype and out.shape == (A.shape[0], B.shape[1])
-        assert bool(((out.double() - A @ wide).abs() <= A.shape[1] * eps * (A.abs() @ wide.abs())).all())
-
-
-@given(case=product_cases())
-@example((STORED[1], 2, (129, 65, 65), ((False, 3, 1), (True, 1, 3)), 0))
-def test_products(case):
-    (work, stored), count, (rows, inner, columns), (left, right), seed = case
-    torch.manual_seed(seed)
-    A = [lying(torch.randn(rows, inner, dtype=torch.float64).to(stored), *left) for _ in range(count)]
-    B = [lying(torch.randn(inner, columns, dtype=work), *right) for _ in range(count)]
-    assert_products(device.product(A, B), A, B)
-
-
-def test_products_of_what_lies_in_other_ways(monkeypatch):
-    original, launches = device._call, []
-
-    def counting(function, operands, *rest, **sizes):
-        launches.append(len(operands[0]))
-        original(function, operands, *rest, **sizes)
-
-    monkeypatch.setattr(device, "_call", counting)
-    many = torch.randn(6, 14, 10)
-    for expected, A in [
-        ([3], [many[i, :5, :7] for i in range(3)]),  # parts of several, by rows
-        ([3], [many[i, :7, :5].mT for i in range(3)]),  # and by columns
-        ([3], [many[i, ::2, 3:10] for i in range(3)]),  # every second row
-        ([3], [many[i, ::2, :5].mT for i in range(3)]),
-        ([3], [torch.randn(2, 10, 14)[0, ::2, ::2] for _ in range(3)]),  # gaps both ways
-        ([3], [torch.randn(1, 7).expand(5, 7) for _ in range(3)]),  # one row five times
-        ([3], [torch.randn(1, 1).expand(5, 7) for _ in range(3)]),
-        ([1, 1, 1], [torch.randn(5, 7), torch.randn(7, 5).mT, torch.randn(5, 9)[:, :7]]),  # in one list
-        ([1, 2], [torch.randn(5, 14)[:, ::2], *many[:2, :5, :7].unbind()]),
-    ]:
-        B = [torch.randn(7, 4) for _ in A]
-        launches.clear()
-        assert_products(device.product(A, B), A, B)
-        assert launches == expected
-        swapped = [b.mT for b in B], [a.mT for a in A]
-        assert_products(device.product(*swapped), *swapped)
-
-
-@pytest.mark.parametrize("sizes", [(0, 3, 2), (3, 0, 2), (3, 2, 0), (0, 0, 0), (1, 1, 1), (1, 5, 1), (5, 1, 5)])
-@pytest.mark.parametrize("by_rows", [True, False])
-def test_products_of_little(sizes, by_rows):
-    rows, inner, columns = sizes
-    A, B = [torch.randn(rows, inner)] * 2, [torch.randn(inner, columns)] * 2
-    if not by_rows:
-        A, B = ([t.mT.contiguous().mT for t in many] for many in (A, B))
-    assert_products(device.product(A, B), A, B)
-    assert device.product([], []) == []
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_half_number_is_exact(dtype):
-    """All 2^16 of them, subnormal and not finite ones included."""
-    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1)
-    (got,) = device.product([numbers], [torch.ones(1, 1)])
-    assert torch.equal(got.nan_to_num(7.0), numbers.float().nan_to_num(7.0))
-    assert torch.equal(got.isnan(), numbers.isnan())
-
-
-def test_products_that_are_refused():
-    ones = torch.ones
-    for A, B, message in [
-        ([ones(2, 3)], [ones(2, 3)], "do not fit"),
-        ([ones(2, 3)] * 2, [ones(3, 2)], "2 matrices and 1 blocks"),
-        ([], [ones(3, 2)], "0 matrices"),
-        ([ones(2, 3), ones(2, 4)], [ones(3, 2)] * 2, "matrices of one product are"),
-        ([ones(2, 3)] * 2, [ones(3, 2), ones(3, 2).double()], "columns of one product are .*float64"),
-        ([ones(1, 2, 3)], [ones(3, 2)], "allowed: two dimensions"),
-        ([ones(2, 3)], [ones(3, 2, device="meta")], "matrices on cpu and columns on meta"),
-        ([ones(2, 3)], [ones(3, 2).double()], "a product of float32 with float64 has no kernel"),
-        ([ones(2, 3).bfloat16()], [ones(3, 2).bfloat16()], "allowed: float32, bfloat16 or float16 with float32"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            device.product(A, B)
-
-
-FACTORED = st.sampled_from([1, 2, 7, 20, 64, 77, 78, 130])  # in float64, 78 and more lie outside of shared memory
-
-
-@settings(max_examples=30)
-@given(l=FACTORED, dtype=st.sampled_from([torch.float32, torch.float64]), power=st.floats(-6, 0))
-def test_factor(l, dtype, power):  # noqa: E741
-    """R^-1 errs by eps times the condition of the Gram matrix (here up to 1e6), a few of them as l grows."""
-    L = torch.randn(3, 2 * l, l, dtype=torch.float64) * torch.logspace(0, power / 2, l, dtype=torch.float64)
-    gram = (L.mT @ L / l + 10**power * torch.eye(l)).to(dtype)
-    close = gram + torch.full_like(gram, math.nan).triu(1)  # which nobody is to read
-    apart = lying(close.view(3 * l, l), True, 1).unflatten(0, (3, l))
-    before = close.clone()
-    X, info = device.factor(close)
-    assert info.tolist() == [0] * 3 and info.dtype == torch.int32 and X.dtype == dtype
-    assert torch.equal(device.factor(apart)[0], X)
-    assert all(torch.equal(t.nan_to_num(7.0), before.nan_to_num(7.0)) for t in (close, apart))
-    for one, exact in zip(X, gram.double(), strict=True):
-        want = torch.linalg.inv(torch.linalg.cholesky(exact)).mT
-        condition = float(torch.linalg.cond(exact))
-        assert bool((one.tril(-1) == 0).all())
-        assert_close("X", one, want, 8 * condition * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("l", [5, 130])
-@pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, math.inf])
-def test_bad_pivots(l, value):  # noqa: E741
-    gram = torch.eye(l, dtype=torch.float64).repeat(4, 1, 1)
-    for layer, pivot in ((0, 1), (1, 3), (3, l)):
-        gram[layer, pivot - 1, pivot - 1] = value
-    X, info = device.factor(gram)
-    assert info.tolist() == [1, 3, 0, l]
-    assert torch.equal(X[2], torch.eye(l, dtype=torch.float64))
-    assert bool(X[info != 0].isnan().all())
-    if value <= 0:
-        assert info.tolist() == outer.factor(gram)[1].tolist()
-
-
-def test_factors_of_nothing():
-    for sizes in ((0, 4, 4), (2, 0, 0)):
-        X, info = device.factor(torch.zeros(sizes))
-        assert X.shape == sizes and info.tolist() == [0] * sizes[0]
-    with pytest.raises(TypeError, match="dtype=bfloat16; allowed: float32, float64"):
-        device.factor(torch.eye(2, dtype=torch.bfloat16)[None])
+def factored(many):
+    """`device.outer_forward` of a group whose factors all exist."""
+    info = ints(len(many))
+    F, X = device.outer_forward(many, gate=ints(2, len(many)), info=info)
+    assert info.tolist() == [0] * len(many)
+    return F, X
 
 
 @settings(max_examples=40)
 @given(case=outer_cases(), count=st.sampled_from([1, 3]))
+@example((70, 60, 65, "normal", 0.1, "rotation", 0), 2)  # several blocks of the factor
+@example((40, 530, 3, "normal", 0.1, "rotation", 0), 1)  # a depth that several teams share
 def test_outer_part(case, count):
-    """What outer.py makes of the kernels against what it makes of PyTorch: each step errs by a few eps of its size, and
-    R^-1 by the Gram matrix's condition times that."""
+    """What the kernels make against PyTorch: each step errs by a few eps of its size, and R^-1 by the Gram matrix's
+    condition times that."""
     layers = outer_layers(case, count)
-    F, X, info = outer.forward(layers, device.product, device.factor)
+    F, X = factored(layers)
     want_F, want_X, _ = outer.forward(layers)
-    assert info.tolist() == [0] * count
     dF = [torch.randn_like(f) for f in F]
-    got = outer.backward(layers, X, F, dF, device.product)
+    got = device.outer_backward(layers, X.unbind(), F, dF)
     want = outer.backward(layers, want_X, want_F, dF)
     for i, layer in enumerate(layers):
         condition = 1 + float(torch.linalg.matrix_norm(layer.L, 2)) ** 2 / layer.tau
         tolerance = 64 * condition * 2**-52
+        assert bool((X[i].tril(-1) == 0).all())
         assert_close("X", X[i], want_X[i], tolerance)
         assert_close("F", F[i], want_F[i], tolerance)
         dX_norm = float(torch.linalg.matrix_norm(X[i], 2)) * condition  # the gradient's intermediate terms
         assert float((got[i] - want[i]).norm()) <= 64 * 2**-52 * condition * dX_norm * float(dF[i].norm())
+
+
+def stored_as(layer, work, weight, basis, by_rows=True, pad=0):
+    """The same layer in other dtypes, its weight lying otherwise."""
+    p, half = layer.projector, weight if weight.itemsize == 2 else work
+    base = DenseBase(lying(p.base.weight.to(weight), by_rows, pad))
+    null = None if p.null is None else p.null.to(half).contiguous()
+    projector = Projector(base, False, p.basis.to(basis), p.singular.to(work), p.width, null, p.large)
+    U = None if layer.U is None else layer.U.to(half)
+    return Outer(layer.outer.to(work), layer.scale, U, projector, layer.tau)
+
+
+@pytest.mark.parametrize("weight, basis", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+                                           (torch.float16, torch.float16), (torch.bfloat16, torch.float32)])  # fmt: skip
+def test_products_of_pieces_are_as_exact_as_float32(weight, basis):
+    """The kernels' error against float64 is no more than a small multiple of PyTorch's own in float32."""
+    work, wide = torch.float32, torch.float64
+    kept = [stored_as(one, wide, weight, basis) for one in outer_layers((70, 200, 33, "normal", 0.1, "rotation", 1), 2)]
+    own = [stored_as(one, work, weight, basis) for one in kept]
+    truth = [stored_as(one, wide, weight, basis if basis != work else wide) for one in own]  # alike but for sums
+    F, X, _ = outer.forward(truth)
+    dF = [torch.randn_like(f).float() for f in F]
+    want = [*F, *X, *outer.backward(truth, X, F, [d.double() for d in dF])]
+    made_F, made_X, _ = outer.forward(own)
+    plain = [*made_F, *made_X, *outer.backward(own, made_X, made_F, dF)]
+    for by_rows, pad in ((True, 0), (True, 3), (False, 0)):  # whole vectors, single numbers, transposed
+        lies = [stored_as(one, work, weight, basis, by_rows, pad) for one in own]
+        got_F, got_X = factored(lies)
+        got = [*got_F, *got_X, *device.outer_backward(lies, got_X.unbind(), got_F, dF)]
+        for a, b, exact in zip(got, plain, want, strict=True):
+            assert a.dtype == work
+            error, theirs = ((t - exact).norm() / exact.norm() for t in (a, b))
+            assert float(error) <= 2 * float(theirs) + 4 * torch.finfo(work).eps
+
+
+def test_weights_that_lie_in_other_ways(monkeypatch):
+    """Layers that differ, and what has no dense lines, are copied first; rows of F and its gradient may lie apart."""
+    layers = outer_layers((5, 9, 3, "normal", 0.1, "rotation", 0), 3)
+    want, X = factored(layers)
+    gappy = layers[1].projector.base.weight.repeat_interleave(2, 1)[:, ::2]
+    for i, weight in ((0, layers[0].projector.base.weight.mT.contiguous().mT), (1, gappy)):
+        object.__setattr__(layers[i].projector, "base", DenseBase(weight))
+    for a, b in zip(factored(layers)[0], want, strict=True):
+        assert torch.equal(a, b)
+    dF = [torch.randn_like(f) for f in want]
+    gradients = device.outer_backward(layers, X.unbind(), want, dF)
+    apart = [[torch.cat([t, t], 1)[:, :3] for t in many] for many in (want, dF)]
+    for a, b in zip(device.outer_backward(layers, X.unbind(), *apart), gradients, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(device.outer_backward(layers, X.unbind(), want, [d.mT.contiguous().mT for d in dF]), gradients,
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("l", [5, 70])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_pivots(l, value):  # noqa: E741
+    layers = outer_layers((l, l, l, "normal", 0.1, "additive", 0), 3)
+    layers[1].outer[0, l - 1] = value
+    info = ints(3)
+    F, X = device.outer_forward(layers, gate=ints(2, 3), info=info)
+    # W0 makes all of Z's rows of what one row has, so that the Gram matrix loses one row and column
+    assert info.tolist() == [0, l, 0]
+    assert bool(X[1].isnan().all()) and bool(F[1].isnan().all()) and bool(X[::2].isfinite().all())
+
+
+def test_a_gram_matrix_that_is_not_positive():
+    """tau I alone, so that the pivots are known: R^-T = I / sqrt(tau)."""
+    layer = outer_layers((70, 70, 66, "zero", 0.25, "additive", 0), 1)[0]
+    assert_close("X", factored([layer])[1][0], 2 * torch.eye(66), 1e-15)
+    info = ints(1)
+    device.outer_forward([replace(layer, tau=-0.25)], gate=ints(2, 1), info=info)
+    assert info.tolist() == [1]
+
+
+def test_dtypes_that_have_no_kernel():
+    (layer,) = outer_layers((5, 9, 3, "normal", 0.1, "rotation", 0), 1)
+    half = replace(layer.projector, base=DenseBase(layer.projector.base.weight.bfloat16()))
+    with pytest.raises(ValueError, match="a matrix of bfloat16 beside float64 has no kernel; allowed: float32, bfloat16"):
+        factored([replace(layer, projector=half)])
+
+
+def test_tiles(tmp_path):
+    """Products of every kind of piece, layout and alignment within the error that tests/csrc/tiles.cpp derives."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    program = tmp_path / "tiles"
+    subprocess.run(["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "tests/csrc/tiles.cpp", "-o", str(program)],
+                   cwd=Path(__file__).parents[2], check=True)  # fmt: skip
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "ok\n", done.stdout + done.stderr
 
 
 @settings(max_examples=40)
@@ -186,11 +162,11 @@ def test_inner_part(case, count):
     got = device.inner_forward(packed, shift, singular, q, shape, config, gate=ints(count), info=info)
     assert info.tolist() == [0] * count
     d_mixer = [torch.randn(shape.width + l + q, shape.width, dtype=torch.float64) for _ in range(count)]
-    G, saved = ([g[i] for g in got] for i in range(2))
-    gradients = device.inner_backward(packed, shift, singular, G, saved, d_mixer, q, shape, config)
+    saved = [g[0] for g in got]
+    gradients = device.inner_backward(packed, shift, singular, saved, d_mixer, q, shape, config)
     for i in range(count):
         made = unprepared(packed[i], shift[i], singular[i], q, shape, config)
-        for name, a, b in zip(("G", "saved", "mixer"), got[i], made.inner_reference(), strict=True):
+        for name, a, b in zip(("saved", "mixer"), got[i], made.inner_reference()[1:], strict=True):
             assert (a - b).abs().max() <= 1e-13 * (k + l), name
         back = made.inner_reference_backward(d_mixer[i])
         for name, a, b in zip(("packed", "shift"), gradients[i], back, strict=True):
@@ -209,13 +185,14 @@ def test_newton_mends_what_the_pivots_would_have_saved(k, size):
     K[torch.triu_indices(k, k, 1).unbind()] = packed
     factor = size / float(torch.linalg.matrix_norm(K - K.mT, 2))
     info = ints(1)
-    ((G, saved, _),) = device.inner_forward([packed * factor], [torch.zeros(k)], [torch.ones(k)], 0, shape, config,
+    ((saved, _),) = device.inner_forward([packed * factor], [torch.zeros(k)], [torch.ones(k)], 0, shape, config,
                                             gate=ints(1), info=info)  # fmt: skip
     assert info.tolist() == [0]
     A = torch.eye(k, dtype=torch.float64) + factor * (K - K.mT).double()
     error = float(torch.linalg.matrix_norm(saved.double() - torch.linalg.inv(A), 2))
     eps = torch.finfo(torch.float32).eps
     assert error <= 16 * eps * (1 + size)
+    G = 2 * saved - torch.eye(k)
     assert float((G.double() @ G.double().mT - torch.eye(k)).abs().max()) <= 64 * eps * (1 + size)
 
 
@@ -229,16 +206,18 @@ def test_what_has_no_answer_is_reported():
 
 def test_more_layers_than_one_launch_holds():
     config, shape = SSVDOConfig(inner_ratio=1.0, outer_rank=1), LayerShape(4, 2, False, 2, 1)
-    n = 50
+    n = device._C.max_layers + 2
     packed, rest = [torch.full((1,), 0.01 * i) for i in range(n)], ([torch.zeros(2)] * n, [torch.ones(2)] * n)
     got = device.inner_forward(packed, *rest, 0, shape, config, gate=ints(n), info=ints(n))
-    for i in (0, 47, 48, 49):
-        assert_close("G", got[i][0], device.inner_forward([packed[i]], rest[0][:1], rest[1][:1], 0, shape, config,
-                                                          gate=ints(1), info=ints(1))[0][0], 1e-7)  # fmt: skip
-    A, B = list(torch.randn(n, 3, 4)), list(torch.randn(n, 4, 2))
-    assert_products(device.product(A, B), A, B)
-    squares = torch.arange(1.0, n + 1).view(n, 1, 1)
-    assert_close("X", device.factor(squares**2 * torch.eye(2))[0], torch.eye(2) / squares, 1e-6)
+    layers = outer_layers((3, 4, 2, "normal", 0.1, "rotation", 0), n)
+    F, X = factored(layers)
+    back = device.outer_backward(layers, X.unbind(), F, F)
+    for i in (0, n - 3, n - 2, n - 1):
+        assert_close("saved", got[i][0], device.inner_forward([packed[i]], rest[0][:1], rest[1][:1], 0, shape, config,
+                                                              gate=ints(1), info=ints(1))[0][0], 1e-7)  # fmt: skip
+        (one,), alone = factored(layers[i : i + 1])
+        assert torch.equal(F[i], one) and torch.equal(X[i], alone[0])
+        assert torch.equal(back[i], device.outer_backward(layers[i : i + 1], alone, [one], [one])[0])
 
 
 # -- whole layers and models, with the emulated kernels in the CUDA kernels' place ------------------------------------
@@ -248,7 +227,7 @@ def emulated(monkeypatch):
     original = device._call
 
     def counting(function, operands, stacked, *rest, **sizes):
-        calls.append((function, len(operands[0] if operands else stacked[0])))
+        calls.append((function, len(operands[0])))
         return original(function, operands, stacked, *rest, **sizes)
 
     monkeypatch.setattr(device, "_call", counting)
@@ -288,8 +267,8 @@ def test_a_group_takes_one_call_each_way(emulated, monkeypatch):
     model = nn.Sequential(*(nn.Linear(8, 24) if i % 2 == 0 else nn.Linear(24, 8) for i in range(6)))
     apply_ssvdo(model, SSVDOConfig(target_modules="all-linear", outer_rank=3))
     model(torch.randn(5, 8)).sum().backward()
-    assert Counter(emulated) == {("device_inner_forward", 3): 2, ("device_inner_backward", 3): 2,
-                                 ("device_factor", 3): 2, ("device_product", 3): 2 * (7 + 10)}  # fmt: skip
+    assert Counter(emulated) == {(f"device_{part}_{way}", 3): 2 for part in ("inner", "outer")
+                                 for way in ("forward", "backward")}  # fmt: skip
     assert all(p.grad is not None for _, layer in hosts(model) for p in layer.adapters()[0].trained)
 
 
@@ -317,31 +296,32 @@ def test_bad_calls_are_refused():
     from ssvdo_kernels import _C
 
     where = {"stream": 0, "device": -1}
-    product = {"rows": 2, "inner": 3, "columns": 4, "left": (True, 3), "right": (True, 4), "ld": 4, **where}
-    for change, message in [({"rows": 0}, "rows=0"), ({"left": (True, 2)}, "leading dimension of left=2 .* >= 3"),
-                            ({"left": (False, 1)}, "left=1"), ({"right": (True, 3)}, "right=3"),
-                            ({"right": (False, 2)}, "right=2"), ({"ld": 3}, "ld=3")]:  # fmt: skip
+    sizes = {"large": 8, "c": 5, "d": 3, "l": 2, "width": 3, "null": 0, "passes": 1, "by_rows": True, "additive": False,
+             "tall_ld": 3, "basis_ld": 3, "F_ld": 2, "dF_ld": 2, "room": 0, "scale": 1.0, "tau": 0.1, "least": 0.0,
+             "tall": "float32", "basis": "float32", "rest": "float32", **where}  # fmt: skip
+    for change, message in [({"l": 0}, "l=0"), ({"l": 4}, "d=3 .* >= 4"), ({"c": 9}, "large=8"), ({"passes": 0}, "passes=0"),
+                            ({"tall_ld": 2}, "tall_ld=2"), ({"by_rows": False}, "tall_ld=3 .* >= 8"),
+                            ({"basis_ld": 2}, "basis_ld=2"), ({"F_ld": 1}, "F_ld=1"), ({"room": -1}, "room=-1"),
+                            ({"tall_ld": 2**31, "large": 8}, "elements of tall")]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            _C.device_product("float32", "float32", [], **(product | change))
+            _C.device_outer_forward("float32", [], [8] * 3, **(sizes | change))
     with pytest.raises(ValueError, match="address 2 of layer 0=0"):
-        _C.device_product("float32", "float32", [[8, 8, 0]], **product)
-    for change, message in [({"l": 0}, "l=0"), ({"l": 50000}, "l=50000"), ({"count": 70000}, "count=70000")]:
-        with pytest.raises(ValueError, match=message):
-            _C.device_factor("float32", [8] * 4, **({"l": 1, "count": 1, **where} | change))
+        _C.device_outer_forward("float32", [[8, 8, 0, 0, 8, 8, 8, 8]], [8] * 3, **sizes)
+    with pytest.raises(ValueError, match="address 9 of layer 0=0"):
+        _C.device_outer_backward("float32", [[8] * 9 + [0]], [8] * 2, **sizes)
+    with pytest.raises(TypeError, match="dtype=int8; allowed: float32, float64"):
+        _C.device_outer_forward("int8", [], [8] * 3, **sizes)
     with pytest.raises(ValueError, match="neumann"):
         _C.device_inner_forward("float32", [], [1] * 4, k=2, l=0, q=0, width=2, rotation="neumann", stream=0, device=-1)
     with pytest.raises(ValueError, match="address 1 of layer 0=0"):
-        _C.device_inner_forward("float32", [[1, 0, 1, 1, 1, 1]], [1] * 4, k=2, l=0, q=0, width=2, rotation="cayley",
+        _C.device_inner_forward("float32", [[1, 0, 1, 1, 1]], [1] * 4, k=2, l=0, q=0, width=2, rotation="cayley",
                                 stream=0, device=-1)
     with pytest.raises(ValueError, match="allowed: contiguous"):
         device.inner_forward([torch.zeros(3)], [torch.zeros(6)[::2]], [torch.ones(3)], 0, LayerShape(6, 3, False, 3, 0),
                              SSVDOConfig(outer_rank=0), gate=ints(1), info=ints(1))
-    A, B, out = torch.ones(2, 3), torch.ones(3, 4), torch.full((2, 6), 7.0)
-    _C.device_product("float32", "float32", [[t.data_ptr() for t in (A, B, out)]], **(product | {"ld": 6}))
-    assert torch.equal(out, torch.tensor([[3.0] * 4 + [7.0] * 2] * 2))  # nothing is written between rows
     if not device.architectures():
         with pytest.raises(ValueError, match="no CUDA code"):
-            _C.device_inner_forward("float32", [[1] * 6], [1] * 4, k=2, l=0, q=0, width=2, rotation="cayley", stream=0,
+            _C.device_inner_forward("float32", [[1] * 5], [1] * 4, k=2, l=0, q=0, width=2, rotation="cayley", stream=0,
                                     device=0)
 
 

@@ -25,7 +25,28 @@ def obstacle(device: torch.device) -> str:
     if why := not_built():
         return why
     capability = torch.cuda.get_device_capability(device)
-    return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    if serves(architectures(), capability):
+        return ""
+    own = "{}{}".format(*capability)
+    return (f"the compiled core was built for sm_{', sm_'.join(architectures().split())}, which does not run on sm_{own}: "
+            f"install again with SSVDO_CUDA_ARCHS={own}")
+
+
+def serves(built: str, capability: tuple[int, int]) -> bool:
+    """Whether code for architectures such as "80 90a 120" (setup.py; "80-real" without PTX: CMake) runs on a GPU.
+
+    Machine code runs on its major version from its minor version on, that of "90a" on 9.0 alone; the last one without a
+    letter is there as PTX, too, which runs on all that are newer.
+    """
+    portable = [name for name in built.split() if name.isdigit()]
+    for name in built.split():
+        major, minor = divmod(int("".join(filter(str.isdigit, name))), 10)
+        own = name.removesuffix("-real")
+        if capability[0] == major and (capability[1] >= minor if own.isdigit() else capability[1] == minor):
+            return True
+    return bool(portable) and capability >= divmod(int(portable[-1]), 10)
 
 
 def not_built() -> str:

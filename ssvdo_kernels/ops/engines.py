@@ -39,6 +39,8 @@ def _product(engine: str) -> Product:
 def _prepare(many: Sequence[Prepared]) -> list[int]:
     """Fills in all. Returns each layer's bad pivot from 1, or 0; on a GPU 0, see `Verdict`."""
     one, info = many[0], [0] * len(many)
+    for p, own in zip(many, torch.stack([p.shift for p in many]), strict=True):
+        p.shift = own
     F: Sequence[Tensor] = [p.shift.new_zeros(p.shape.large, 0) for p in many]
     X: Tensor | Sequence[Tensor] = [p.shift.new_zeros(0, 0) for p in many]
     late = one.shift.is_cuda or one.engine == "cuda"  # waiting for a GPU's news would stall its stream

@@ -121,7 +121,7 @@ class Prepared(Matrices):
         self._version = version(source.parameters[2])
         rotation, shift, outer = source.parameters
         self.dtype = compute_dtype(shift.dtype)
-        self.shift = shift.detach().to(self.dtype, copy=True)  # the way back wants dS as it is now
+        self.shift = shift.detach().to(self.dtype)  # `engines` copies it: the way back wants dS as it is now
         self.rotation = self.shift.new_zeros(0) if rotation is None else self._worked(rotation)
         if source.scale != 1:
             self.shift *= source.scale

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from cases import inner_cases, inner_layers, lying, outer_cases, outer_layers, unprepared
-from helpers import assert_close, randomise
+from helpers import assert_close, make_layer, randomise
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo
 from ssvdo_kernels.config import LayerShape
 from ssvdo_kernels.host import hosts
-from ssvdo_kernels.ops import device, host, outer, preparation
+from ssvdo_kernels.ops import device, engines, host, outer, preparation
 from ssvdo_kernels.ops.base import DenseBase
 from ssvdo_kernels.ops.complement import Projector
 from ssvdo_kernels.ops.outer import Outer
@@ -329,13 +330,69 @@ def test_why_a_device_is_not_served():
     assert "no kernels for cpu" in device.obstacle(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("built, capability, served", [
+    ("80 86 89 90a 100 120", (8, 0), True), ("80 86 89 90a 100 120", (8, 7), True), ("90a", (9, 0), True),
+    ("90a", (10, 0), False), ("90a", (8, 0), False), ("80", (9, 0), True), ("80-real", (9, 0), False), ("86", (8, 0), False),
+    ("100-real", (10, 3), True), ("80-real 120", (12, 1), True), ("120", (9, 0), False), ("80 90a", (10, 0), True),
+])  # fmt: skip
+def test_which_gpus_a_build_serves(built, capability, served):
+    """Machine code serves its major version from its minor on, "a" its own alone; the last one without a letter is there
+    as PTX, too, for all that are newer."""
+    assert device.serves(built, capability) is served
+
+
+def test_a_build_for_other_gpus_is_an_obstacle(monkeypatch):
+    monkeypatch.setattr(device, "architectures", lambda: "90a")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(device._C, "device_architectures", lambda: "90a", raising=False)
+    assert "built for sm_90a, which does not run on sm_80" in device.obstacle(torch.device("cuda"))
+
+
+class Work(TorchDispatchMode):
+    """The operations that would be launches on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and name not in ("empty", "empty_like", "new_empty", "detach", "empty_strided", "_local_scalar_dense"):
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_pytorch_does_nothing_layer_by_layer(emulated, count):
+    """What is launched beside the kernels, whatever the number of layers."""
+    layers = [make_layer(24, 8, outer_rank=3, dtype=torch.float32) for _ in range(count)]
+    sources = [replace(layer.adapter.source(layer.base()), origin=None) for layer in layers]  # checked once
+    with Work() as forward:
+        prepared = [p for p in engines.prepare(sources) if p is not None]
+    d_mixer, dF = ([torch.randn_like(t) for t in many] for many in zip(*((p.mixer, p.columns) for p in prepared),
+                                                                      strict=True))  # fmt: skip
+    with Work() as backward:
+        engines.adjoint(prepared, d_mixer, dF)
+    assert sorted(forward.names) == ["stack", "zeros"] and backward.names == ["zeros"]
+
+
+def test_a_bad_pivot_stops_the_backward_of_a_compiled_layer(emulated):
+    model = apply_ssvdo(nn.ModuleDict({"fc1": nn.Linear(4, 12)}), SSVDOConfig(outer_rank=2))
+    with torch.no_grad():
+        model["fc1"].adapter.outer[0, 0] = float("nan")
+    y = torch.compile(model["fc1"], backend="aot_eager", fullgraph=True)(torch.randn(3, 4))
+    with pytest.raises(ArithmeticError, match=r"fc1: Cholesky .* pivot 1"):
+        y.sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_the_sanitizers_find_nothing(sanitizer, tmp_path):
     """The kernels with a thread a lane: a race or a missing barrier here is one on a GPU, and so is a bad address."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     program = tmp_path / "race"
-    command = ["g++", "-std=c++17", "-O0", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread",
+    command = ["g++", "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread",
                "csrc/cuda/emulate.cpp", "tests/csrc/race.cpp", "-o", str(program)]  # fmt: skip
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     if "cannot find" in done.stderr:

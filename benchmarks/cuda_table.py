@@ -18,7 +18,6 @@ from .kernel_table import PAGE, put
 
 BEGIN, END = "<!-- cuda: begin -->", "<!-- cuda: end -->"
 ARCHS = ["80", "90a", "100"]
-OTHERS = ["86", "89", "120"]  # compiled, too, where there is time
 TYPES = {"f": "fp32", "d": "fp64"}
 
 

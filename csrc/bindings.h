@@ -14,7 +14,7 @@ namespace ssvdo {
 
 namespace py = pybind11;
 
-constexpr int interface_version = 1;  // INTERFACE in ops/host.py: raise both where functions or their arguments change
+constexpr int interface_version = 2;  // INTERFACE in ops/host.py: raise both where functions or their arguments change
 
 using Addresses = std::vector<std::vector<std::uintptr_t>>;
 

@@ -34,20 +34,6 @@ def lying(matrix, by_rows, pad=0, offset=0):
     return view if by_rows else view.mT
 
 
-STORED = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
-          (torch.float64, torch.float64)]  # fmt: skip
-"""Dtypes of the work, and of the frozen matrices beside it."""
-
-
-@st.composite
-def product_cases(draw):
-    """(dtypes, count, (rows, inner, columns), [by rows, pad, offset] of either side, seed)."""
-    size = st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 127, 128, 129, 150]))
-    side = st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 5))
-    return (draw(st.sampled_from(STORED)), draw(st.integers(1, 3)), draw(st.tuples(size, size, size)),
-            draw(st.tuples(side, side)), draw(st.integers(0, 9)))  # fmt: skip
-
-
 KINDS = ("normal", "zero", "ill-conditioned", "duplicated", "one huge entry")
 
 

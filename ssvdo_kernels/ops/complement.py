@@ -32,8 +32,8 @@ def one_by_one(matrices: Sequence[Tensor], columns: Sequence[Tensor]) -> list[Te
 
 @dataclass(frozen=True)
 class Projector:
-    """P of one layer. base, transposed: what A (large x d) is a view of; singular: S (d) in the dtype of the work; width:
-    max(k, l), of which the last are columns of N; null: N or None."""
+    """P of one layer. base, transposed: what A (large x d) is a view of; singular: S (d) in the dtype of the work;
+    width: max(k, l), of which the last are columns of N; null: N or None."""
 
     base: Base
     transposed: bool

@@ -1,5 +1,5 @@
-"""The CUDA kernels (csrc/cuda) on batches of layers of one shape: the outer part of outer.py, a launch each way, and the
-inner part of preparation.py, one launch forward and two backward.
+"""The CUDA kernels (csrc/cuda) on batches of layers of one shape: the outer part of outer.py, three launches forward
+and one backward, and the inner part of preparation.py, one forward and two backward.
 
 On CPU tensors the same kernels are emulated with threads, which is how they are tested where there is no GPU.
 """
@@ -30,8 +30,8 @@ def obstacle(device: torch.device) -> str:
     if serves(architectures(), capability):
         return ""
     own = "{}{}".format(*capability)
-    return (f"the compiled core was built for sm_{', sm_'.join(architectures().split())}, which does not run on sm_{own}: "
-            f"install again with SSVDO_CUDA_ARCHS={own}")
+    built = ", sm_".join(architectures().split())
+    return f"it was built for sm_{built}, which does not run on sm_{own}: install again with SSVDO_CUDA_ARCHS={own}"
 
 
 def serves(built: str, capability: tuple[int, int]) -> bool:
@@ -63,9 +63,13 @@ def architectures() -> str:
 
 
 def _call(
-    function: str, operands: Sequence[Sequence[Tensor | None]], stacked: Tensors, dtype: torch.dtype, check: bool = True,
+    function: str,
+    operands: Sequence[Sequence[Tensor | None]],
+    stacked: Tensors,
+    dtype: torch.dtype,
+    check: bool = True,
     **sizes: Any,
-) -> None:  # fmt: skip
+) -> None:
     """operands: of each kind one tensor a layer, or None. check: that all are contiguous and on one device."""
     tensors = [t for many in (*operands, stacked) for t in many if t is not None]
     like = tensors[0]
@@ -120,13 +124,14 @@ def _outer(
            [p.outer for p in many], F, X, *more), (*work, *stacked), like.dtype, check=False,
           large=one.large, c=one.c, d=one.d, l=l, width=one.projector.width, null=columns, passes=one.projector.passes,
           by_rows=by_rows, additive=not turned, tall_ld=tall_ld, basis_ld=one.d, F_ld=F[0].stride(0), room=room,
-          dF_ld=more[0][0].stride(0) if more else l, scale=one.scale, tau=one.tau, least=LEAST, tall=_name(tall[0].dtype),
-          basis=_name(basis[0].dtype), rest=_name((turned or null or basis)[0].dtype))  # fmt: skip
+          dF_ld=more[0][0].stride(0) if more else l, scale=one.scale, tau=one.tau, least=LEAST,
+          tall=_name(tall[0].dtype), basis=_name(basis[0].dtype),
+          rest=_name((turned or null or basis)[0].dtype))  # fmt: skip
 
 
 def outer_forward(many: Sequence[Outer], *, gate: Tensor, info: Tensor) -> tuple[list[Tensor], Tensor]:
-    """(F, X) of `outer.forward`: large x l each, n x l x l. gate and info: int32, two and one a layer, 0; info becomes the
-    bad pivot from 1, and X and F are NaN then.
+    """(F, X) of `outer.forward`: large x l each, n x l x l. gate and info: int32, two and one a layer, 0; info becomes
+    the bad pivot from 1, and X and F are NaN then.
 
     Sums are in the dtype of the work: products with float32 numbers go to the tensor cores in pieces (csrc/core/mma.h).
     The layers' weights lie alike, by rows or by columns; what lies otherwise is copied first.

@@ -41,15 +41,17 @@ def _prepare(many: Sequence[Prepared]) -> list[int]:
     one, info = many[0], [0] * len(many)
     for p, own in zip(many, torch.stack([p.shift for p in many]), strict=True):
         p.shift = own
-    F: Sequence[Tensor] = [p.shift.new_zeros(p.shape.large, 0) for p in many]
-    X: Tensor | Sequence[Tensor] = [p.shift.new_zeros(0, 0) for p in many]
+    F: Sequence[Tensor]
+    X: Tensor | Sequence[Tensor]
     late = one.shift.is_cuda or one.engine == "cuda"  # waiting for a GPU's news would stall its stream
     counts = torch.zeros(5, len(many), dtype=torch.int32, device=one.shift.device) if late else None
     inner = _inner(many, counts)
     parts = [p.outer for p in many if p.outer is not None]
-    if parts and one.engine == "cuda" and counts is not None:
+    if not parts:
+        F, X = [p.shift.new_zeros(p.shape.large, 0) for p in many], [p.shift.new_zeros(0, 0) for p in many]
+    elif one.engine == "cuda" and counts is not None:
         F, X = device.outer_forward(parts, gate=counts[3:], info=counts[2])
-    elif parts:
+    else:
         F, X, status = outer.forward(parts, _product(one.engine))
         if counts is None:
             info = status.tolist()
@@ -118,9 +120,9 @@ def _inner_gradients(many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows])
     dense = [d.to(one.dtype).contiguous() for d in d_mixer if isinstance(d, Tensor)]
     if one.engine == "cuda":
         return device.inner_backward(*state, saved, dense, *rest)
-    state = *state, [p.G.contiguous() for p in many], saved
+    G = [p.G.contiguous() for p in many]
     if not rows:
-        return host.inner_backward(*state, dense, *rest)
+        return host.inner_backward(*state, G, saved, dense, *rest)
     pairs = [(d.left.to(one.dtype).contiguous(), d.right.to(one.dtype).contiguous()) for d in rows]
     left, right = ([pair[i] for pair in pairs] for i in range(2))
-    return host.inner_backward(*state, left, *rest, rows=(left, right))
+    return host.inner_backward(*state, G, saved, left, *rest, rows=(left, right))

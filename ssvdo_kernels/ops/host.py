@@ -20,7 +20,7 @@ from torch import Tensor
 from ..config import LayerShape, SSVDOConfig
 from .complement import one_by_one
 
-INTERFACE = 1
+INTERFACE = 2
 """interface_version in csrc/bindings.h, where this file calls the core rightly."""
 
 

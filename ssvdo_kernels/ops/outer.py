@@ -11,7 +11,7 @@ dF is L^T E because P is symmetric, and P Z = Z because it is a projector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,12 +79,7 @@ def factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve_triangular(R, identity.expand_as(gram), upper=False).mT, info
 
 
-Factor = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def forward(
-    many: Sequence[Outer], product: Product = one_by_one, factor: Factor = factor
-) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+def forward(many: Sequence[Outer], product: Product = one_by_one) -> tuple[Sequence[Tensor], Tensor, Tensor]:
     """(F, X, info) of the layers: large x l each, n x l x l, n."""
     one = many[0]
     Z = project([p.projector for p in many], [p.L for p in many], one.c, one.large, product)

@@ -105,8 +105,9 @@ def peft_suite(session: nox.Session) -> None:
     """PEFT's own tests, from the source archive of the tested version, with SSVD-O in their tables."""
     version, folder, home = "0.21.2", Path(session.create_tmp()), Path.cwd()
     session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0", "wheel")
-    session.install("--no-build-isolation", "-e", ".[dev,asr]", f"peft=={version}", "parameterized", "datasets",
-                    "diffusers", env=ENVIRONMENT)  # fmt: skip
+    session.install("--no-build-isolation", "-e", ".[dev,asr]", f"peft=={version}", "torch==2.13.0",
+                    "transformers==5.23.0",  # 5.24 wants a newer PEFT
+                    "parameterized", "datasets", "diffusers", env=ENVIRONMENT)  # fmt: skip
     session.run("pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest",
                 str(folder), f"peft=={version}")  # fmt: skip
     shutil.unpack_archive(folder / f"peft-{version}.tar.gz", folder)

@@ -317,7 +317,7 @@ class Adapter(nn.Module):
             return adapted_linear(rows, pair, tokens, bias, Call(prepared, form, backend, sink))
 
     @lasting
-    def weight(self, base: Base) -> Tensor:
+    def dense(self, base: Base) -> Tensor:
         """W' (out_features x in_features) in the weight's dtype, with gradients to the parameters; a new tensor."""
         if _is_transformed() or base.device.type == "meta" or (torch._C._len_torch_dispatch_stack() and traced()):
             return self._by_equations(base)

@@ -31,6 +31,22 @@ def matrix_at(module: nn.Module, part: str) -> Base | None:
     return None if stack is None or int(index) >= len(stack) else DenseBase(stack[int(index)])
 
 
+def call_with(module: nn.Module, tensors: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """`torch.func.functional_call`; FSDP1 hides a parameter behind an attribute of its name, which is replaced then."""
+    rest, hidden = dict(tensors), []
+    for path in tensors:
+        parent, _, name = path.rpartition(".")
+        own = vars(module.get_submodule(parent))
+        if name in own:
+            hidden.append((own, name, own[name]))
+            own[name] = rest.pop(path)
+    try:
+        return torch.func.functional_call(module, rest, args, kwargs)
+    finally:
+        for own, name, tensor in hidden:
+            own[name] = tensor
+
+
 class SSVDOExperts(WrappingHost):
     """The module of the experts, below as ``base_layer``, called with W' of each expert in place of W0.
 
@@ -79,13 +95,13 @@ class SSVDOExperts(WrappingHost):
         for name, own in self.adapted.items():
             stack = list(stacks(self.base_layer)[name].unbind())
             for index, adapter in own.items():  # type: ignore[operator]
-                stack[int(index)] = adapter.weight(DenseBase(stack[int(index)]))
+                stack[int(index)] = adapter.dense(DenseBase(stack[int(index)]))
             found[name] = torch.stack(stack)
         return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes with its experts adapted."""
-        return torch.func.functional_call(self.base_layer, outside_of_graphs(self.weights)(), args, kwargs)
+        return call_with(self.base_layer, outside_of_graphs(self.weights)(), args, kwargs)
 
     @torch.no_grad()
     def plain(self, merge: bool = False) -> nn.Module:

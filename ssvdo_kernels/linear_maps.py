@@ -31,7 +31,7 @@ _WHY_NOT = {
 }
 
 
-def kind_of(layer: nn.Module) -> str:
+def kind_of(layer: object) -> str:
     """The full name of its type."""
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
@@ -163,7 +163,12 @@ def refusal(layer: nn.Module) -> str:
                 "off, adapt the layer, and put it on again)")
     if why := _why_not(layer):
         return f"is a {kind_of(layer)}: {why}; allowed: linear layers (docs/compatibility.md lists them)"
-    for name in ("weight", "bias") if quantized.format_of(layer) is None else ():
+    weight = layer._parameters.get("weight")
+    plain = quantized.format_of(layer) is None
+    if plain and isinstance(layer, nn.Linear) and weight is not None and type(weight.data) is not Tensor:
+        return (f"is a {kind_of(layer)}: its weight is a {kind_of(weight.data)} (adapt a model before fully_shard); "
+                "allowed: linear layers with a plain weight")
+    for name in ("weight", "bias") if plain else ():
         if name not in layer._parameters or (name == "weight" and layer._parameters[name] is None):
             hooks = sorted({type(h).__name__ for h in layer._forward_pre_hooks.values()}) or "none"
             return (f"has no parameter `{name}`: hooks ({hooks}) may compute it in every forward (weight_norm, "
@@ -184,10 +189,6 @@ def _why_not(layer: nn.Module) -> str:
     if isinstance(layer, nn.Linear):
         if type(layer).forward is not nn.Linear.forward and type(layer).__name__ not in _SAME:
             return "a subclass of nn.Linear with a forward of its own"
-        weight = layer._parameters.get("weight")
-        if weight is not None and type(weight.data) is not Tensor:
-            kind = type(weight.data)
-            return f"its weight is a {kind.__module__}.{kind.__qualname__} (adapt a model before fully_shard)"
         return ""
     if type(layer) in _CONVOLUTIONS:
         groups: Any = layer.groups

@@ -420,7 +420,7 @@ def test_a_weight_of_another_kind_is_refused_with_the_remedy():
     linear = nn.Linear(4, 12)
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised), requires_grad=False)
     model = nn.ModuleDict({"fc1": linear})
-    with pytest.raises(TypeError, match=r"fc1 is a .*Linear: its weight is a .*Quantised.*; allowed: linear layers"):
+    with pytest.raises(TypeError, match=r"fc1 is a .*Linear: its weight is a .*Quantised.*; allowed: linear"):
         apply_ssvdo(model, SSVDOConfig(outer_rank=1))
     assert model["fc1"] is linear
 

@@ -841,6 +841,70 @@ def test_layers_are_found_again_from_a_state_dict():
         torch.testing.assert_close(model(x_of()), trained(x_of()))
 
 
+def test_the_model_card_says_what_to_import(tmp_path):
+    model = adapt(base(), target_modules=["lin0"])
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        card = (tmp_path / "README.md").read_text()
+        assert card.count("import ssvdo_kernels.integrations.peft\nfrom peft import PeftModel") == 1
+
+
+def trained(folder=None, lr=0.01, **options):
+    model = adapt(base(), **{"target_modules": ["lin0", "lin1"], "init_angle": 0.1, **options})
+    train(model, x_of(), lr=lr)
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_adapter_is_exchanged_in_place(compiled, tmp_path):
+    other = trained(tmp_path, lr=0.05)
+    model = trained()
+    places = {n: p.data_ptr() for n, p in model.named_parameters()}
+    graphs = []
+    run = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph.forward) if compiled else model
+    with torch.no_grad():
+        assert not torch.allclose(run(x_of()), other(x_of()), atol=1e-3)
+        built = len(graphs)
+        integration.hotswap_adapter(run, tmp_path)
+        torch.testing.assert_close(run(x_of()), other(x_of()))
+    assert len(graphs) == built and (built > 0) == compiled
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == places
+
+
+def test_what_cannot_be_exchanged_is_refused_and_changes_nothing(tmp_path):
+    model = trained()
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    for name, options, words in (
+        ("layers", {"target_modules": ["lin0"]}, "does not fit the adapter 'default'"),
+        ("sizes", {"outer_rank": 2}, r"does not fit.*ssvdo_adapters\.outer"),
+        ("formula", {"rotation": "first_order"}, "trained with another formula"),
+    ):
+        trained(tmp_path / name, **options)
+        with pytest.raises(ValueError, match=words):
+            integration.hotswap_adapter(model, tmp_path / name)
+    foreign = adapt(base(seed=1), target_modules=["lin0", "lin1"], init_angle=0.1)
+    foreign.save_pretrained(tmp_path / "base")
+    with pytest.raises(BaseMismatchError):
+        integration.hotswap_adapter(model, tmp_path / "base")
+    get_peft_model(base(), peft.LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"holds an adapter of .*LORA"):
+        integration.hotswap_adapter(model, tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"adapter_name='other' is no SSVD-O adapter.*\['default'\]"):
+        integration.hotswap_adapter(model, tmp_path / "base", "other")
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    trained(tmp_path / "same")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="'default' is merged"):
+        integration.hotswap_adapter(model, tmp_path / "same")
+
+
+def test_mixed_models_refuse_the_method_by_name():
+    with pytest.raises(ValueError, match="`peft_type` 'SSVDO' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(base(), SSVDOConfig(target_modules=["lin0"]), mixed=True)
+
+
 def test_importing_twice_registers_once():  # last: it makes the classes anew
     import importlib
 

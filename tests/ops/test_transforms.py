@@ -41,7 +41,7 @@ SECOND = {
     "jvp": lambda f: torch.autograd.functional.jvp(f, X, T),
     "hessian": lambda f: torch.autograd.functional.hessian(energy(f), X[0]),
     "hvp": lambda f: torch.autograd.functional.hvp(energy(f), X[0], T[0]),
-    "of the weight": lambda f: torch.autograd.grad(f.adapter.weight(f.base()).sum(), f.adapter.trained,
+    "of the weight": lambda f: torch.autograd.grad(f.adapter.dense(f.base()).sum(), f.adapter.trained,
                                                    create_graph=True),
 }  # fmt: skip
 
@@ -226,11 +226,11 @@ def test_selective_checkpointing(operations, square, prepared, accumulate):
 
 def test_selective_checkpointing_of_the_weight(layer):
     other = make_layer(24, 8, outer_rank=3)
-    weight = lambda x: nn.functional.linear(x, layer.adapter.weight(layer.base()))  # noqa: E731
+    weight = lambda x: nn.functional.linear(x, layer.adapter.dense(layer.base()))  # noqa: E731
     y = checkpoint(weight, X, use_reentrant=False, context_fn=saving(ATEN.mm.default))
     cotangent = torch.randn_like(y)
     (y * cotangent).sum().backward()
-    (nn.functional.linear(X, other.adapter.weight(other.base())) * cotangent).sum().backward()
+    (nn.functional.linear(X, other.adapter.dense(other.base())) * cotangent).sum().backward()
     for a, b in zip(grads(layer), grads(other), strict=True):
         assert_close("grad", a, b, 1e-11)
 

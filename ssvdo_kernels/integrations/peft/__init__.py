@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import register_peft_method
 
 from .config import SSVDOConfig
+from .hotswap import hotswap_adapter
 from .layer import Linear
 from .model import SSVDOModel
 from .tuner import TunerLayer
@@ -23,4 +24,4 @@ if "SSVDO" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
 
 helpers.LoraLayer = (LoraLayer, TunerLayer)  # the kinds of layer that `rescale_adapter_scale` looks for
 
-__all__ = ["Linear", "SSVDOConfig", "SSVDOModel"]
+__all__ = ["Linear", "SSVDOConfig", "SSVDOModel", "hotswap_adapter"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
@@ -38,6 +39,20 @@ def _register_type() -> None:
 
 
 _register_type()
+_IMPORT = "import ssvdo_kernels.integrations.peft"
+_LOADING = f"""## Loading
+
+This is an SSVD-O adapter. PEFT knows its type once `ssvdo_kernels` is installed and imported:
+
+```python
+{_IMPORT}
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+
+Without the import PEFT raises `KeyError: 'SSVDO'`.
+"""
 
 
 @dataclass
@@ -144,6 +159,13 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError(f"combination has {entry!r}; allowed: what add_weighted_adapter writes")
         checked_scale(entry["weight"], "combination's weight")
         return replace(self, combination=None, **entry["config"])
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's; the folder's model card, if there is one, is told what to import, as PEFT knows no such type."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if card.exists() and _IMPORT not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(f"{text.rstrip()}\n\n{_LOADING}", encoding="utf-8")
 
     def core(self, key: str) -> CoreConfig:
         """The configuration of the layer called `key`."""

@@ -163,7 +163,7 @@ class Linear(TunerLayer):
         if not autocast and base.held:
             x = self._cast_input_dtype(x, base.dtype)
         first = self.ssvdo_adapters[names[0]]
-        if len(names) == 1 and isinstance(first, Adapter) and not first.drops:
+        if len(names) == 1 and not isinstance(first, Combination) and not first.drops:
             y = first(made.enter(x), base, bias)
         else:
             y = changed(x, self._changes(names), base, bias, made.enter)

@@ -12,6 +12,7 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
+from ...adapter import Adapter
 from ...host import exchange, hosts, settle, warn_of_lowered
 from ...targets import default_names, default_parameters, reason_against, shared_weights
 from ...weight_readers import reader_of
@@ -261,6 +262,24 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         for layer in layers:
             layer.handed_over()
         return unloaded
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: SSVDOConfig, adapter_name: str, state_dict: dict[str, Tensor], **rest: Any
+    ) -> dict[str, Tensor]:
+        """PEFT's, which finds nothing below modules that FSDP1 has wrapped: their names in a state_dict are others."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **rest)
+        names = [name for name, module in model.named_modules() if isinstance(module, TunerLayer)]
+        below = tuple(f"{name}.ssvdo_adapters.".replace("_fsdp_wrapped_module.", "") for name in names)
+        return {**found, **{key: t for key, t in state_dict.items() if key.startswith(below)}}
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP leaves alone, by its names in a PeftModel and in this one: what adapters hold besides parameters,
+        which never changes and would be sent in every forward otherwise."""
+        own = [f"{name}.{buffer}" for name, module in self.named_modules() if isinstance(module, Adapter)
+               for buffer in module._buffers]  # fmt: skip
+        return [*own, *(f"base_model.{name}" for name in own)]
 
     def _layers(self) -> list[TunerLayer]:
         return [layer for _, layer in hosts(self.model) if isinstance(layer, TunerLayer)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...adapter import Adapter
 from ...changes import Change, changed_weight
-from ...experts import stacks
+from ...experts import call_with, stacks
 from ...host import outside_of_graphs
 from ...ops.base import Base, DenseBase
 from .config import SSVDOConfig
@@ -22,6 +22,11 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
     own = module._parameters.get(name)
     matrix = own is not None and own.ndim == 2 and own.is_floating_point()
     return own if matrix else stacks(module).get(name)
+
+
+def _weight(adapter: Adapter, base: Base) -> Tensor:
+    made: Tensor = adapter(None, base)  # a call, in which FSDP gathers its parameters
+    return made
 
 
 class ParamWrapper(TunerLayer):
@@ -41,15 +46,16 @@ class ParamWrapper(TunerLayer):
     def stack(self) -> Tensor:
         """The parameter, as it was trained before: experts x rows x columns; a matrix is that of one expert."""
         original = self._own if self.ssvdo_original is None else self.ssvdo_original
-        return original if original.ndim == 3 else original[None]
+        return original[None] if original.ndim == 2 else original
 
     @property
     def _own(self) -> Tensor:
-        found = parameter_of(self.get_base_layer(), self.parameter_name)
-        assert found is not None
-        return found
+        own: Tensor = getattr(self.get_base_layer(), self.parameter_name)
+        return own
 
     def base(self, adapter: Adapter | None = None) -> Base:
+        if self._own.ndim == 1 or not self._own.untyped_storage().nbytes():  # FSDP1 has it elsewhere
+            return DenseBase(self._own)
         return DenseBase(self.stack()[0 if adapter is None else int(adapter.name.rpartition(".")[2])])
 
     def of(self, name: str) -> list[Adapter]:
@@ -68,7 +74,7 @@ class ParamWrapper(TunerLayer):
     def adapted(self, names: list[str]) -> Tensor:
         """The parameter with the changes of these adapters, with gradients to them."""
         by_matrix = zip(*map(self.of, names), strict=True)
-        made = [changed_weight(list(map(Change, own)), DenseBase(matrix), Adapter.weight)
+        made = [changed_weight(list(map(Change, own)), DenseBase(matrix), _weight)
                 for matrix, own in zip(self.stack(), by_matrix, strict=True)]  # fmt: skip
         return torch.stack(made).view(self._own.shape)
 
@@ -87,7 +93,7 @@ class ParamWrapper(TunerLayer):
         while isinstance(inner, ParamWrapper):
             inner, path = inner.base_layer, f"base_layer.{path}"
         made = outside_of_graphs(self.adapted)(names)
-        return torch.func.functional_call(self.base_layer, {path: made}, args, kwargs)
+        return call_with(self.base_layer, {path: made}, args, kwargs)
 
     def now(self) -> Tensor:
         return self._own.detach()

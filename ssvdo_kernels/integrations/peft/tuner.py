@@ -17,11 +17,26 @@ from ...config import LayerShape
 from ...factorize import Factors, factorize
 from ...fingerprint import Bases, CheckpointError, Fingerprint
 from ...host import Host
+from ...ops.base import Base
 from ...origin import alike, coarser, weight_sketch
 from .config import SSVDOConfig
 from .scaling import Scaled
 
 _BASES = ("basis", "null_basis")
+
+
+class OwnAdapter(Adapter):
+    """An adapter that PEFT's FSDP policy wraps by itself, as it does leaves with a trained `weight`. Its parameters are
+    gathered in its forward alone then, which gives W' too."""
+
+    @property
+    def weight(self) -> Tensor:
+        """One of the trained parameters."""
+        return self.inner_scale
+
+    def forward(self, x: Tensor | None, base: Base, bias: Tensor | None = None) -> Tensor:
+        """y = x W'^T + b or, without x, W' with gradients to the parameters."""
+        return self.dense(base) if x is None else super().forward(x, base, bias)
 
 
 def new_adapter(weight: Tensor, config: SSVDOConfig, key: str, known: Sequence[Adapter] = ()) -> Adapter:
@@ -41,7 +56,7 @@ def new_adapter(weight: Tensor, config: SSVDOConfig, key: str, known: Sequence[A
         factors = None
     elif factors is None:
         factors = factorize(weight, shape, name=f"{key}.weight", cache_dir=config.factor_cache)
-    adapter = Adapter(shape, own, factors, weight, buffers=True)
+    adapter = OwnAdapter(shape, own, factors, weight, buffers=True)
     adapter.name = key
     if not config.init_weights and not adapter.inner_scale.is_meta:  # PEFT fills in what it loads
         _randomise(adapter)

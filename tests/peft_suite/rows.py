@@ -13,21 +13,21 @@ IMPORT = "import ssvdo_kernels.integrations.peft  # noqa: F401 - registers SSVD-
 SWAP = '''
 
 def swap(**kw):
-    """LoraConfig(**kw) as the method named in METHOD; skips where an argument is LoRA's alone."""
+    """The arguments of LoraConfig for SSVD-O; skips where one is LoRA's alone."""
     import ssvdo_kernels.integrations.peft  # noqa
     import peft
 
-    if os.environ.get("METHOD", "lora") == "lora":
-        return peft.LoraConfig(**kw)
     for name in ("use_rslora", "use_dora"):
         if not kw.get(name, True):
             kw.pop(name)
     if "init_lora_weights" in kw:
         kw["init_weights"] = kw.pop("init_lora_weights")
-    for name in ("r", "lora_alpha", "lora_dropout"):
+    for name in ("r", "lora_alpha"):
         kw.pop(name, None)
-    if kw.get("bias") == "none":
-        kw.pop("bias")
+    if "lora_dropout" in kw:
+        kw["dropout"] = kw.pop("lora_dropout")
+    if kw.get("bias") == "lora_only":
+        kw["bias"] = "ssvdo_only"
     try:
         return peft.SSVDOConfig(**{"outer_rank": 0, **kw})
     except TypeError as error:
@@ -45,8 +45,11 @@ CUSTOM = {  # name: (target_modules, other arguments)
 }  # fmt: skip
 TASKS = {"decoder_models": "CAUSAL_LM", "encoder_decoder_models": "SEQ_2_SEQ_LM",
          "feature_extraction_models": "FEATURE_EXTRACTION", "seq_classifier": "SEQ_CLS"}  # fmt: skip
-SWAPPED = ("tuners_utils", "low_level_api", "other", "initialization", "mapping", "helpers", "torch_compile",
-           "custom_models", "auto", "hub_features", "integrations", "trainable_tokens")  # fmt: skip
+SWAPPED = ("tuners_utils", "low_level_api", "other", "initialization", "mapping", "helpers", "auto", "hub_features",
+           "integrations", "trainable_tokens", "target_parameters", "custom_models")  # fmt: skip
+NAMES = {"self.emb0 = nn.Embedding(10, 10)": "self.emb0 = nn.Linear(10, 10)", '"lora.Conv2d"': '"ssvdo.Linear"',
+         '"lora.Embedding"': '"ssvdo.Linear"', '"lora.Linear"': '"ssvdo.Linear"', '"LoraModel"': '"SSVDOModel"',
+         '"LORA"': '"SSVDO"'}  # fmt: skip
 
 
 def with_import(text: str) -> str:
@@ -109,7 +112,9 @@ def family(text: str, task: str) -> str:
 
 
 def swapped(text: str) -> str:
-    """The file with LoraConfig's calls by way of `swap`."""
+    """The file with LoraConfig's calls by way of `swap`, and ours for the names that a status shows."""
+    for lora, ours in NAMES.items():
+        text = text.replace(lora, ours)
     text = re.sub(r"\bLoraConfig\(", "swap(", text)
     text = re.sub(r"^from \.testing_(utils|common) import", r"from .testing_utils import swap\nfrom .testing_\1 import",
                   text, count=1, flags=re.M)  # fmt: skip

@@ -888,9 +888,9 @@ def test_what_cannot_be_exchanged_is_refused_and_changes_nothing(tmp_path):
     foreign.save_pretrained(tmp_path / "base")
     with pytest.raises(BaseMismatchError):
         integration.hotswap_adapter(model, tmp_path / "base")
-    get_peft_model(base(), peft.LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match=r"holds an adapter of .*LORA"):
-        integration.hotswap_adapter(model, tmp_path / "lora")
+    get_peft_model(base(), peft.LoHaConfig(target_modules=["lin0"])).save_pretrained(tmp_path / "loha")
+    with pytest.raises(ValueError, match=r"holds an adapter of .*LOHA"):
+        integration.hotswap_adapter(model, tmp_path / "loha")
     with pytest.raises(ValueError, match=r"adapter_name='other' is no SSVD-O adapter.*\['default'\]"):
         integration.hotswap_adapter(model, tmp_path / "base", "other")
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())

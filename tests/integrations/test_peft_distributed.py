@@ -30,7 +30,7 @@ def adapted():
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=8, intermediate_size=20, num_hidden_layers=2,
                                         num_attention_heads=2, num_key_value_heads=2)).double()  # fmt: skip
-    named = {"target_parameters": ["gate_proj.weight"]} if hasattr(peft.LoraConfig, "target_parameters") else {}
+    named = {"target_parameters": ["gate_proj.weight"]} if peft.__version__ >= "0.21" else {}
     config = SSVDOConfig(target_modules=["q_proj", "up_proj", "down_proj"], outer_rank=2, init_angle=0.2, **named)
     return get_peft_model(base, config, autocast_adapter_dtype=False)
 

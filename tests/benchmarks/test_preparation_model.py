@@ -24,7 +24,7 @@ def test_a_product_is_counted_as_its_operands_and_its_operations():
 
 @pytest.mark.parametrize("half", [True, False])
 def test_launches(half):
-    """4 + 3 kernels of ours, as tests/gpu counts them; four of PyTorch's, of which tests/ops/test_device.py sees three."""
+    """4 + 3 kernels of ours, as tests/gpu counts them; four of PyTorch's: tests/ops/test_device.py sees three."""
     assert sum(s.launches for s in counted(half=half)) == 4 + 3 + 4 <= 14
 
 

@@ -21,7 +21,7 @@ from ssvdo_kernels import cache, group
 from ssvdo_kernels.ops import device, dispatch, preparation
 
 NAME = "NVIDIA H100 80GB HBM3"
-STARTS = {"device_product": 1, "device_factor": 1, "device_inner_forward": 1, "device_inner_backward": 2}
+STARTS = {"device_outer_forward": 3, "device_outer_backward": 1, "device_inner_forward": 1, "device_inner_backward": 2}
 """Kernels that a call of the compiled core starts."""
 VIEWS = frozenset((
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like",
@@ -64,8 +64,10 @@ class FakeGPU:
         def call(name: str, times: int) -> Any:
             return lambda *_, **__: self.own.update({name: times})
 
-        sizes = {name: getattr(real, name, 48) for name in ("max_layers", "max_blocks")}
-        return SimpleNamespace(**sizes, **{name: call(name, times) for name, times in STARTS.items()})
+        sizes = {name: getattr(real, name, 36) for name in ("max_layers", "max_blocks")}
+        work = getattr(real, "device_outer_work", lambda **_: 1)
+        calls = {name: call(name, times) for name, times in STARTS.items()}
+        return SimpleNamespace(**sizes, **calls, device_outer_work=work)
 
     def triton_driver(self) -> Any:
         """Triton's driver for it."""

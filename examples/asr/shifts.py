@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,18 +12,25 @@ MU = 255  # G.711's mu-law
 
 
 def resample(audio: Tensor, rate: int, target: int, zeros: int = 24) -> Tensor:
-    """Band-limited resampling: a sinc with `zeros` zero crossings a side, under a Hann window. audio: samples."""
+    """Band-limited resampling: a sinc with `zeros` zero crossings a side, under a Hann window. audio: samples.
+
+    Output n lies at n rate / target. The kernel depends on its fraction alone, of which there are target / gcd.
+    """
     count = int(audio.numel() * target / rate)
     cutoff = min(1.0, target / rate)
-    centre = torch.arange(count, dtype=torch.float64) * (rate / target)
+    phases = target // math.gcd(rate, target)
     reach = int(zeros / cutoff) + 1
     offsets = torch.arange(-reach, reach + 1)
-    index = centre.floor().long()[:, None] + offsets
-    distance = index - centre[:, None]
+    fraction = torch.arange(min(phases, count), dtype=torch.float64) * rate / target % 1
+    distance = offsets - fraction[:, None]
     window = torch.cos(torch.pi * distance / (2 * (reach + 1))).square()
     kernel = cutoff * torch.sinc(cutoff * distance) * window
     padded = torch.nn.functional.pad(audio.double(), (reach, reach + 1))
-    return (padded[(index + reach).clamp(0, padded.numel() - 1)] * kernel).sum(1).float()
+    made = torch.empty(count, dtype=torch.float64)
+    for phase, weights in enumerate(kernel):
+        first = torch.arange(phase, count, phases) * rate // target
+        made[phase::phases] = padded.as_strided((padded.numel() - 2 * reach, 2 * reach + 1), (1, 1))[first] @ weights
+    return made.float()
 
 
 def telephone(audio: Tensor) -> Tensor:

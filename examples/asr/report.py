@@ -216,7 +216,8 @@ def described(name: str, folder: Path) -> tuple[list[str], Runs]:
         return [*parts, f"`examples/asr/experiments/{name}.yaml`: no run has been made yet."], runs
     settings = ", ".join(f"{k} {v}" for k, v in experiment.settings.items())
     state = "the grid is complete" if not missing else f"{missing} of {len(runs) + missing} runs have not been made yet"
-    parts.append(f"`examples/asr/experiments/{name}.yaml`: {settings}. {len(runs)} run{'s' * (len(runs) > 1)}; {state}.")
+    count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+    parts.append(f"`examples/asr/experiments/{name}.yaml`: {settings}. {count}; {state}.")
     if experiment.finding:
         parts.append(experiment.finding.strip())
     return parts, runs

@@ -617,6 +617,22 @@ def test_mixed_batches_take_each_input_by_its_own_adapter():
         model(x, adapter_names=names)
 
 
+def test_mixed_batches_take_modules_that_were_saved_by_their_own_adapter():
+    model = adapt(base(), target_modules=["lin0"], modules_to_save=["head"], init_weights=False).eval()
+    model.add_adapter("second", SSVDOConfig(target_modules=["lin0"], modules_to_save=["head"], init_weights=False,
+                                            outer_rank=1))  # fmt: skip
+    model.eval()
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["second"].weight.add_(1)
+    x, wanted = x_of(), {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        wanted[name] = model(x)
+    names = (["second", "default"] * len(x))[: len(x)]
+    want = torch.stack([wanted[name][i] for i, name in enumerate(names)])
+    torch.testing.assert_close(model(x, adapter_names=names), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapters_keep_the_dtype_of_the_base_where_that_is_asked_for(dtype):
     config = SSVDOConfig(target_modules=["lin0"], outer_rank=2, init_weights=False)

@@ -31,6 +31,11 @@ REASONS = {  # of failures, by "test: error"
     r"test_from_pretrained|test_save_pretrained_with_runtime_config": "needs the hub; LoRA's fail in the same place",
     r".*trained on other base weights": "loads an adapter onto a base with other random weights, which is refused",
     r".*(Embedding|MultiheadAttention|LSTM|GRU|groups=)\b.*allowed: ": "adapts a kind of layer that is refused by name",
+    r"test_inject_from_state_dict_low_cpu_mem_usage": "what V_k and the fingerprints hold is computed, not loaded",
+    r".*disable_input_dtype_casting": "asks for the dtype error of LoRA's own weights; ours take tokens of the base's",
+    r".*(nb_params|model_target_parameters|model_status_with|model_with_injected)": "counts LoRA's parameters",
+    r".*not compatible with the `PeftMixedModel`": "a mixed model, which refuses the method by name",
+    r"test_custom_models_dont_have|test_maybe_include_all_linear_does_not": "asserts names of LoRA's own",
     r".*(lora_|lora\.|'lora'|Lora[A-Z]|'r'|scaling|rank_pattern|alpha|layer_replication)":
         "asserts names of LoRA's own",
 }  # fmt: skip

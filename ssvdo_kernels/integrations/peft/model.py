@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...adapter import Adapter
@@ -208,13 +209,14 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = [layer for layer in self.modules() if isinstance(layer, TunerLayer)]
+        others = [m for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper)]  # modules_to_save, rows
         known = {name for layer in layers for name in layer.ssvdo_adapters} | {"__base__"}
         if unknown := sorted(set(names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         encoder = set(self.model.get_encoder().modules()) if beams > 1 and hasattr(self.model, "get_encoder") else set()
         repeated = [name for name in names for _ in range(beams)]  # beam search repeats its inputs, but an encoder's
         handles = [layer.register_forward_pre_hook(partial(_with_names, names if layer in encoder else repeated),
-                                                   with_kwargs=True) for layer in layers]  # fmt: skip
+                                                   with_kwargs=True) for layer in (*layers, *others)]  # fmt: skip
         try:
             yield kwargs
         finally:

@@ -84,6 +84,16 @@ def espnet(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("version", ["3.5.1", "3.6.0", "3.7.0", "3.8.0", "3.9.0"])
+def triton(session: nox.Session, version: str) -> None:
+    """Every kernel at every configuration, compiled by each Triton for every architecture."""
+    session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0")
+    session.install("--no-build-isolation", "-e", ".[dev]", env=ENVIRONMENT)
+    session.install("--no-deps", f"triton=={version}")
+    session.run("python", "-W", "ignore", "-m", "benchmarks.kernel_table", *session.posargs)
+
+
+@nox.session
 def families(session: nox.Session) -> None:
     """Every family of Transformers; some need packages that are not installed, and are skipped."""
     session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0")

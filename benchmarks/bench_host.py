@@ -29,7 +29,8 @@ from .peers import lora
 from .record import facts, stem
 from .report import as_markdown
 
-SIZES = {"tall": (64, 16), "wide": (16, 64)}
+SIZES = {"tall": (32, 16), "wide": (16, 32)}
+RANK = 16
 LAYERS = 24
 STEPS = 48  # in a round
 GROUP = f"prepared in a group of {LAYERS}"
@@ -39,8 +40,8 @@ Step = Callable[[], object]
 
 
 def adapted(kind: str, **options: Any) -> SSVDOLinear:
-    """A layer of p = 0.5, l = 4 in bfloat16."""
-    config = SSVDOConfig(inner_ratio=0.5, outer_rank=4, backend="triton", **options)
+    """A layer of p = 1, l = 16 in bfloat16: its rows are aligned, as those of real layers are."""
+    config = SSVDOConfig(inner_ratio=1.0, outer_rank=RANK, backend="triton", **options)
     return SSVDOLinear.from_linear(linear(kind), config)
 
 
@@ -71,12 +72,15 @@ def training_step(module: nn.Module, kind: str) -> Step:
 def group_step(kind: str) -> Step:
     """Forward and backward of a group's layers, each prepared anew, as after an optimiser's step."""
     model = nn.ModuleList(linear(kind) for _ in range(LAYERS))
-    config = SSVDOConfig(inner_ratio=0.5, outer_rank=4, backend="triton", target_modules="all-linear")
+    config = SSVDOConfig(inner_ratio=1.0, outer_rank=RANK, backend="triton", target_modules="all-linear")
     layers = list(apply_ssvdo(model, config))
+    trained = [p for p in model.parameters() if p.requires_grad]
     x, dy = rows(kind, 4)
 
     def step() -> None:
         x.grad = None
+        for p in trained:
+            p.grad = None
         for layer in layers:
             layer.refresh()
         torch.autograd.backward([layer(x) for layer in layers], [dy] * LAYERS)
@@ -111,7 +115,7 @@ def cached(path: str) -> Make:
 
 CASES: dict[str, Make] = {
     "frozen": lambda kind, _: training_step(linear(kind), kind),
-    "LoRA": lambda kind, _: training_step(lora(linear(kind), 4), kind),
+    "LoRA": lambda kind, _: training_step(lora(linear(kind), RANK), kind),
     "cached": cached("folded"),
     GROUP: lambda kind, _: group_step(kind),
     "merged": cached("merged"),

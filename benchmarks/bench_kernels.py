@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ssvdo_kernels import traffic
+from ssvdo_kernels.ops.linear import over_tokens
 from ssvdo_kernels.traffic import Machine, Traffic
 
 from .ceiling import measure, sample
@@ -37,14 +38,14 @@ def kernels(T: int, d: int, large: int, w: int, e: int, dtype: torch.dtype, devi
 
     x, V, R, Q, uz, g = draw(T, d), draw(d, w), draw(w, d + e), draw(w + e, d), draw(T, d + e), draw(T, w + e)
     size, fused = dtype.itemsize, launch.one_pass(dtype, w, e)
-    splits = launch.splits_of(T, -(-(w + e) // 128) * -(-w // 64), 132)
     A, F = draw(large, d), draw(large, e)
     return {
         "expand": (lambda: launch.expand(x, V, R), traffic.expand(T, d, w, e, size, one_pass=fused)),
-        "contract, keeping g": (lambda: launch.contract(uz[:, :d], uz[:, d:], V, Q, True),
-                                traffic.contract(T, d, w, e, size, one_pass=fused, store_g=True)),
-        "token_product g^T h": (lambda: launch.token_product(g, g[:, :w]),
-                                traffic.token_product(T, w + e, w, size, splits)),
+        "expand, keeping h and z": (lambda: launch.expand(x, V, R, True),
+                                    traffic.expand(T, d, w, e, size, one_pass=fused, keep=True)),
+        "contract, keeping g": (lambda: launch.contract(uz[:, :d], g[:, w:], V, Q, True, g=g),
+                                traffic.contract(T, d, w, e, size, one_pass=fused, keep=True)),
+        "g^T h": (lambda: over_tokens(g, g[:, :w]), traffic.over_tokens(T, w + e, w, size)),
         "merge": (lambda: launch.merge(A, F, V, Q, False), traffic.contract(large, d, w, e, size, one_pass=fused)),
     }  # fmt: skip
 

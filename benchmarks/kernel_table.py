@@ -1,6 +1,6 @@
 """Compiles every Triton kernel at every shipped configuration, with no GPU, and writes docs/kernels.md's table.
 
-    python -m benchmarks.kernel_table [--write] [--arch 80 90 100] [--default-only]
+    python -m benchmarks.kernel_table [--write] [--arch 80 90] [--default-only]
 
 Registers and spills come from ptxas -v, shared memory from Triton's metadata, tensor-core instructions from the PTX.
 """
@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssvdo_kernels.triton.configs import CONFIGS, FUSED_EXTRA, FUSED_WIDTH, Config
+from ssvdo_kernels.triton.configs import CONFIGS, FUSED_EXTRA, FUSED_WIDTH, SHARED, Config, candidates
 
 DTYPES = {"bf16": "half", "fp16": "half", "tf32": "tf32", "fp32": "fp32", "fp64": "fp64"}
 POINTERS = {"*bf16": "bf16", "*fp16": "fp16", "*fp32": "fp32", "*fp64": "fp64"}
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA programming guide, table 30
+ARCHS = (80, 86, 89, 90, 100, 120)
+LIMIT = {arch: SHARED[f"{arch // 10}.{arch % 10}"] for arch in ARCHS}  # KiB a block
 TENSOR_CORE = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
@@ -49,9 +50,10 @@ def _constants(kernel: str, precision: str, config: Config) -> dict[str, Any]:
                                  "PRECISION": "tf32" if precision == "tf32" else "ieee"}
     if kernel in ("expand", "contract"):
         constants["WIDTH"] = FUSED_WIDTH[precision]
-        constants.update({"STORE_H": True} if kernel == "expand" else {"STORE_G": True, "EXTRA": FUSED_EXTRA})
+        more = {"KEEP": True} if kernel == "expand" else {"STORE_G": True, "EXTRA": FUSED_EXTRA}
+        constants.update(more)
     if kernel in ("contract", "add_product"):
-        constants["HAS_BIAS"] = True
+        constants.update(HAS_BIAS=True, STORE_Z=True)
     return constants
 
 
@@ -71,14 +73,14 @@ def compile_one(kernel: str, dtype: str, arch: int, config: Config, aligned: boo
     for index, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("x", "V", "R", "Q", "Qz", "P", "u", "z", "a", "b", "g", "bias", "out", "h_out", "g_out",
-                      "gz_out"):
-            signature[name] = "*fp32" if (kernel, name) == ("reduce_rows", "out") and dtype != "fp64" else pointer
+        elif name in ("x", "V", "R", "Q", "Qz", "P", "u", "z", "a", "g", "bias", "out", "kept", "g_out", "gz_out",
+                      "z_out"):
+            signature[name] = pointer
         elif name.endswith("_col") and aligned:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-        if signature[name] != "constexpr" and aligned and name not in ("T", "chunk", "splits", "count"):
+        if signature[name] != "constexpr" and aligned and name != "T":
             attributes[(index,)] = [["tt.divisibility", 16]]
     values = {(function.arg_names.index(k),): v for k, v in constants.items()}
     source = ASTSource(function, signature, values, attributes)
@@ -115,9 +117,9 @@ def _attempt(job: tuple[str, str, int, Config]) -> Compiled | str:
 
 
 def jobs(archs: list[int], dtypes: list[str], default_only: bool = False) -> list[tuple[str, str, int, Config]]:
-    """Kernel, dtype, architecture and configuration of everything that is shipped."""
-    return [(kernel, dtype, arch, config) for kernel, by in CONFIGS.items() for dtype in dtypes for arch in archs
-            for config in by[DTYPES[dtype]][: 1 if default_only else None]]
+    """Kernel, dtype, architecture and configuration of everything that is shipped for it."""
+    return [(kernel, dtype, arch, config) for kernel in CONFIGS for dtype in dtypes for arch in archs
+            for config in candidates(kernel, DTYPES[dtype], LIMIT[arch])[: 1 if default_only else None]]
 
 
 def complaints(results: list[Compiled | str]) -> list[str]:
@@ -127,8 +129,8 @@ def complaints(results: list[Compiled | str]) -> list[str]:
         where = f"{r.kernel} {r.dtype} sm_{r.arch} [{r.blocks}]"
         if r.spill_bytes:
             wrong.append(f"{where}: {r.spill_bytes} bytes spilled")
-        if r.shared > SHARED_LIMIT[r.arch]:
-            wrong.append(f"{where}: {r.shared} bytes of shared memory, limit {SHARED_LIMIT[r.arch]}")
+        if r.shared > 1024 * LIMIT[r.arch]:
+            wrong.append(f"{where}: {r.shared} bytes of shared memory, limit {LIMIT[r.arch]} KiB")
         if r.dtype in ("bf16", "fp16", "tf32") and r.tensor_core == "-":
             wrong.append(f"{where}: no tensor-core instruction")
     return wrong
@@ -160,7 +162,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--default-only", action="store_true")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS))
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES))
     options = parser.parse_args()
     todo = jobs(options.arch, options.dtype, options.default_only)

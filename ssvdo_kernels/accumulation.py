@@ -102,11 +102,11 @@ class Sums:
 
     def _watch(self) -> None:
         """Lets go of what was summed before a zero_grad. Raises RuntimeError where `.grad` was replaced otherwise."""
-        if self._watched and all(
-            p.grad is None or (p.grad is not ahead and isinstance(p.grad, _Ahead)) for p, ahead in self._watched
-        ):
+        found = [p.grad for p, _ in self._watched]
+        others = [i for i, (_, ahead) in enumerate(self._watched) if found[i] is not ahead]
+        if others and len(others) == len(found) and all(g is None or isinstance(g, _Ahead) for g in found):
             self._totals, self._watched = [None, None], []
-        if any(p.grad is not ahead for p, ahead in self._watched):
+        elif others:
             raise RuntimeError(f"{self.prepared.name}: .grad of some parameters was replaced {_INSIDE}; allowed: "
                                "zero_grad of all of a layer")  # fmt: skip
         if self._reached and not self._watched:
@@ -118,8 +118,9 @@ class Sums:
 
     def check(self, prepared: Prepared, parameters: Parameters) -> None:
         """Raises RuntimeError where the layer is no longer what it was when the first gradient was summed."""
-        same = all(p is q for p, q in zip(parameters, self.parameters, strict=True))
-        if prepared is not self.prepared or not same:
+        own = self.parameters
+        if (prepared is not self.prepared or parameters[0] is not own[0] or parameters[1] is not own[1]
+                or parameters[2] is not own[2]):  # fmt: skip
             raise RuntimeError(
                 f"{prepared.name}: the parameters changed {_INSIDE} (or were prepared anew: refresh, unmerge, "
                 "load_state_dict); step the optimiser after the context")
@@ -159,7 +160,10 @@ def _compiled() -> bool:
 def _all_wanted(node: Any) -> bool:
     """Whether the backward that runs goes on to all of the node's parameters, to leave gradients there."""
     try:
-        return all(torch._C._will_engine_execute_node(below) for below, _ in node.next_functions if below is not None)
+        for below, _ in node.next_functions:
+            if below is not None and not torch._C._will_engine_execute_node(below):
+                return False
+        return True
     except RuntimeError:  # autograd.grad takes them away
         return False
 
@@ -192,6 +196,7 @@ class Accumulator:
             return None
         if self._sums is None:
             self._sums = Sums(prepared, parameters)
+            self.cache.trusted = prepared
             _pending.add(self)
         self._sums.check(prepared, parameters)
         return self._sums.pair()
@@ -212,6 +217,7 @@ class Accumulator:
     def close(self) -> Sums | None:
         """Closes it, and gives what was summed."""
         sums, self._open, self._sums = self._sums, False, None
+        self.cache.trusted = None
         _pending.discard(self)
         if sums is not None:
             sums.open, sums._pair = False, None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,20 +14,21 @@ from torch.autograd import forward_ad
 
 from . import reference
 from .accumulation import Accumulator
-from .cache import Cache
+from .cache import Cache, capturing
 from .config import LayerShape, SSVDOConfig, checked_scale
 from .factorize import FACTOR_NAMES, Factors, compute_dtype
 from .fingerprint import Bases, Fingerprint
-from .ops import lasting, own_dtypes
+from .ops import autocasting, lasting, own_dtypes
 from .ops.attach import Pair
 from .ops.base import Base
 from .ops.compiled import adapted, encode, enlist, traced
-from .ops.dispatch import token_path
+from .ops.dispatch import token_backend
 from .ops.linear import Call, adapted_linear, adapted_matrix
 from .ops.preparation import Parameters, Prepared, Rows, Source
 from .origin import Origin
 from .planner import Work, choose
 
+_AS_IT_IS = nullcontext()
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
 _NO_FX = ("torch.fx.symbolic_trace cannot see into an adapted layer; allowed: torch.export, a Tracer that takes it for "
           "a leaf (is_leaf_module), or remove_ssvdo(model, merge=True) first")  # fmt: skip
@@ -210,7 +211,7 @@ class Adapter(nn.Module):
 
     def plan(self, tokens: int, base: Base, grad: bool = True) -> str:
         """The form ("factored", "folded", "core" or "merged") that a forward of `tokens` rows takes now."""
-        backend, _ = token_path(self.config.backend, base.device, base.dtype)
+        backend = token_backend(self.config.backend, base.device, base.dtype)
         work = Work(tokens, grad, backend, base.dtype, base.device, base.held)
         return "merged" if self.merged else choose(self.prepared(base), work)
 
@@ -264,7 +265,8 @@ class Adapter(nn.Module):
             factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
             y = adapted(rows, tokens.dense(), base.dense(), bias, self.parts, factors, self.spec, self.merged)
         else:
-            y = self._forward(rows, tokens, base, bias)
+            with own_dtypes() if autocasting() else _AS_IT_IS:
+                y = self._forward(rows, tokens, base, bias)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], self.shape.out_features)
 
     def _by_equations(self, base: Base) -> Tensor:
@@ -298,23 +300,38 @@ class Adapter(nn.Module):
         return torch.nested.as_nested_tensor(
             [t.view(*part.shape[:-1], t.shape[-1]) for t, part in zip(y, parts, strict=True)])
 
-    def _pair(self, source: Source, prepared: Prepared) -> tuple[Pair | None, list[Rows] | None]:
+    def _pair(self, parameters: Parameters, prepared: Prepared) -> tuple[Pair | None, list[Rows] | None]:
         """M and F in the graph, and where a gradient may be left as `Rows`; None where parameters get no gradient."""
-        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.trained):
+        if not torch.is_grad_enabled():
             return None, None
-        pair = None if self.cache.capturing(source) else self.accumulator.pair(prepared, source.parameters)
-        return self.cache.pair(prepared, source.parameters) if pair is None else (pair, None)
+        rotation, scale, outer = parameters
+        if not (scale.requires_grad or (rotation is not None and rotation.requires_grad)
+                or (outer is not None and outer.requires_grad)):  # fmt: skip
+            return None, None
+        pair = None if capturing(parameters) else self.accumulator.pair(prepared, parameters)
+        return self.cache.pair(prepared, parameters) if pair is None else (pair, None)
+
+    def _tensors(self) -> tuple[Parameters, Sequence[Tensor | None]]:
+        """`parts`, and the frozen factors."""
+        own, frozen = self._parameters, self._buffers if self._buffered else self._parameters
+        try:
+            return ((own["inner_rotation"], own["inner_scale"], own["outer"]),  # type: ignore[return-value]
+                    [frozen[name] for name in FACTOR_NAMES])  # fmt: skip
+        except KeyError:  # FSDP1 puts views in their places
+            return self.parts, [getattr(self, name) for name in FACTOR_NAMES]
 
     def _forward(self, rows: Tensor, tokens: Base, base: Base, bias: Tensor | None) -> Tensor:
-        with own_dtypes():
-            source = self.source(base)
-            prepared = self.cache.current(source)
-            pair, sink = self._pair(source, prepared)
-            backend, _ = token_path(self.config.backend, rows.device, rows.dtype)
-            work = Work(rows.shape[0], pair is not None, backend, rows.dtype, rows.device, base.held)
-            form = "merged" if self.merged else choose(prepared, work)
-            prepared.serve(rows.shape[0], pair is not None)
-            return adapted_linear(rows, pair, tokens, bias, Call(prepared, form, backend, sink))
+        parameters, frozen = self._tensors()
+        prepared = self.cache.hit((self.shape, self.config, self._scale), (*base.tensors, *frozen), parameters)
+        if prepared is None:
+            prepared = self.cache.current(self.source(base))
+        pair, sink = self._pair(parameters, prepared)
+        count, device, dtype = rows.shape[0], rows.device, rows.dtype
+        backend = token_backend(self.config.backend, device, dtype)
+        work = Work(count, pair is not None, backend, dtype, device, base.held)
+        form = "merged" if self.merged else choose(prepared, work)
+        prepared.serve(count, pair is not None)
+        return adapted_linear(rows, pair, tokens, bias, Call(prepared, form, backend, sink))
 
     @lasting
     def dense(self, base: Base) -> Tensor:
@@ -324,7 +341,7 @@ class Adapter(nn.Module):
         with own_dtypes():
             source = self.source(base)
             prepared = self.cache.current(source)
-            return adapted_matrix(self._pair(source, prepared)[0], base, prepared)
+            return adapted_matrix(self._pair(source.parameters, prepared)[0], base, prepared)
 
     @lasting
     @torch.no_grad()

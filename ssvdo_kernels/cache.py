@@ -17,8 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .ops.attach import Pair, attach
 from .ops.engines import prepare_one
-from .ops.preparation import Parameters, Prepared, Rows, Source
-from .origin import stamp
+from .ops.joined import Joined
+from .ops.preparation import Formula, Parameters, Prepared, Rows, Source
+from .origin import stamps
 
 _optimizer_steps = 0
 
@@ -32,8 +33,13 @@ def _count_step(*_: object) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def _on_cpu(source: Source) -> bool:
-    return source.parameters[1].device.type == "cpu"
+def _on_cpu(parameters: Parameters) -> bool:
+    return parameters[1].is_cpu
+
+
+def capturing(parameters: Parameters) -> bool:
+    """Whether a CUDA graph is being captured: a replay must prepare anew, as parameters change between replays."""
+    return parameters[1].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def one_node() -> bool:
@@ -53,18 +59,20 @@ class Batch:
     run twice under autograd itself, but not compiled, and it would hold what `swap_tensors` exchanges."""
 
     def __init__(self, prepared: Sequence[Prepared]) -> None:
-        self._prepared = prepared
+        self.prepared = prepared
+        for one in prepared:
+            one.batch = weakref.ref(self)
         self._trained: tuple[bool, ...] = ()
         self._attached: dict[int, Pair] = {}
 
     def attached(self, prepared: Prepared) -> Pair:
         """M and F of one of the batch, from the node that they share."""
-        parameters = [p.source.parameters for p in self._prepared]
+        parameters = [p.source.parameters for p in self.prepared]
         now = tuple(t is not None and t.requires_grad for three in parameters for t in three)
         attached = self._attached
         if now != self._trained or not attached:
-            found = attach(self._prepared, parameters, arrived=partial(_ran, weakref.ref(self)))
-            attached = {id(p): pair for p, pair in zip(self._prepared, found, strict=True)}
+            found = attach(self.prepared, parameters, arrived=partial(_ran, weakref.ref(self)))
+            attached = {id(p): pair for p, pair in zip(self.prepared, found, strict=True)}
             self._attached, self._trained = attached, now
         return attached[id(prepared)]
 
@@ -81,8 +89,17 @@ class Kept(NamedTuple):
 
     prepared: Prepared
     batch: Batch | None
-    stamps: tuple[object, object]
+    fixed: tuple[object, ...]  # sizes, formula, frozen tensors, and what the parameters are
+    moving: tuple[object, ...]  # the parameters' contents
     storages: tuple[Tensor, ...]  # of the frozen tensors, alive so that no other comes to lie there
+
+
+def _fixed(formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> tuple[object, ...]:
+    return *formula, *stamps(watched), *[None if p is None else (p.dtype, p.device) for p in parameters]
+
+
+def _moving(parameters: Parameters) -> tuple[object, ...]:
+    return not _on_cpu(parameters) and _optimizer_steps, *stamps(parameters)
 
 
 class Cache:
@@ -93,11 +110,13 @@ class Cache:
         self.forget()
         self._expected = 0
         self._captured = False
+        self.trusted: Prepared | None = None  # what gradients are being summed on: once captured, nothing else is
 
     def forget(self) -> None:
         """Lets go of the preparation; the next forward prepares anew."""
         self._expected = self._served()
         self._kept: Kept | None = None
+        self._joined = Joined()
 
     def reset(self) -> None:
         """Forgets what the planner has learnt, too."""
@@ -115,54 +134,54 @@ class Cache:
         kept: Kept | None = getattr(self, "_kept", None)
         return (0 if kept is None else kept.prepared.trained) or getattr(self, "_expected", 0)
 
-    @staticmethod
-    def _stamp(source: Source) -> tuple[object, object]:
-        """(of sizes, formula, frozen tensors and what the parameters are; of the parameters' contents)"""
-        present, on_cpu = [p for p in source.parameters if p is not None], _on_cpu(source)
-        fixed = (source.shape, source.config, source.scale, *map(stamp, source.watched()),
-                 *((p.dtype, p.device) for p in present))  # fmt: skip
-        return fixed, (not on_cpu and _optimizer_steps, *map(stamp, present))
-
     def out_of_date(self, source: Source, by_value: bool = True) -> bool:
         """Whether what is kept was made from other tensors or numbers. by_value: on a CPU, look at the numbers."""
-        return self._up_to_date(source, by_value) is None
+        return self._up_to_date(source.formula, source.watched(), source.parameters, by_value) is None
 
-    def _up_to_date(self, source: Source, by_value: bool = True) -> Prepared | None:
+    def _up_to_date(
+        self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters, by_value: bool = True
+    ) -> Prepared | None:
         kept = self._kept
-        if kept is None or self._captured:
+        if kept is None or (self._captured and self.trusted is not kept.prepared):
             return None
-        fixed, moving = self._stamp(source)
-        if fixed != kept.stamps[0]:
+        if _fixed(formula, watched, parameters) != kept.fixed:
             return None
-        look = by_value and _on_cpu(source)
-        same = kept.prepared.stands(source.parameters) if look else moving == kept.stamps[1]
+        look = by_value and _on_cpu(parameters)
+        same = kept.prepared.stands(parameters) if look else _moving(parameters) == kept.moving
         return kept.prepared if same else None
+
+    def hit(self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> Prepared | None:
+        """`current` where nothing has changed, from the parts of a source; None elsewhere, and in a capture."""
+        if capturing(parameters):
+            return None
+        found = self._up_to_date(formula, watched, parameters)
+        if found is not None:
+            found.verify(wait=False)
+            if found.queued is not None:
+                found.queued.wait(parameters[1])
+        return found
 
     def current(self, source: Source) -> Prepared:
         """The preparation for `source` as it is now."""
-        if self.capturing(source):
+        if capturing(source.parameters):
             self._captured = True  # a replay may change parameters without a trace
             return prepare_one(source)
-        if (current := self._up_to_date(source)) is not None:
-            current.verify(wait=False)
-            return current
-        found = None if self.group is None else self.group.prepare(self, source)
+        found = self.hit(source.formula, source.watched(), source.parameters)
+        if found is None and self.group is not None:
+            found = self.group.prepare(self, source)
         if found is None:
             found = prepare_one(source)
             self.keep(found, None)
         return found
 
-    @staticmethod
-    def capturing(source: Source) -> bool:
-        """Whether a CUDA graph is being captured: a replay must prepare anew, as parameters change between replays."""
-        return source.parameters[1].is_cuda and torch.cuda.is_current_stream_capturing()
-
     def keep(self, prepared: Prepared, batch: Batch | None) -> None:
         """Takes a preparation, made alone or in a batch."""
         prepared.expected = self._expected = self._served()
+        prepared.joined = self._joined
+        prepared.queue()
         source = prepared.source
-        storages = tuple(t.detach() for t in source.watched())
-        self._kept = Kept(prepared, batch, self._stamp(source), storages)
+        fixed, watched = _fixed(source.formula, source.watched(), source.parameters), source.watched()
+        self._kept = Kept(prepared, batch, fixed, _moving(source.parameters), tuple(t.detach() for t in watched))
 
     def pair(self, prepared: Prepared, parameters: Parameters) -> tuple[Pair, list[Rows] | None]:
         """M and F in the graph, and where their one consumer may leave `Rows`."""

@@ -14,7 +14,7 @@ from .console import print_anything, show
 from .ops.device import architectures, not_built
 from .ops.dispatch import preparation, token_path
 from .ops.host import description
-from .traffic import machine
+from .traffic import machine, tf32
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -36,13 +36,12 @@ def info() -> dict[str, str]:
         "compiled core": description().removeprefix("compiled core, "),
         "cuda kernels": f"built for sm_{archs}" if archs else not_built(),
     }
-    tf32 = torch.backends.cuda.matmul.allow_tf32
     if cuda:
         peaks = machine(lines["cuda device"], torch.bfloat16)
         lines["planner takes"] = (f"{peaks.bandwidth / 1e12:.2f} TB/s and {peaks.rate / 1e12:.0f} Tflop/s in bfloat16 "
                                   f"(data sheet: {peaks.name})")
     lines["autotuning"] = "off (SSVDO_AUTOTUNE=0)" if os.environ.get("SSVDO_AUTOTUNE") == "0" else "on"
-    lines["tf32"] = "on" if tf32 else "off (torch.backends.cuda.matmul.allow_tf32)"
+    lines["tf32"] = "on" if tf32() else "off (torch.backends.cuda.matmul.fp32_precision, allow_tf32 before torch 2.9)"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     lines["factorisation"] = "reference: PyTorch's SVD, once a layer"
     lines["preparation"] = ": ".join(preparation("auto", device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ def stamp(tensor: Tensor) -> tuple[object, ...]:
     """What changes where a tensor is written to or replaced; for a storage that is still alive."""
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
+def stamps(tensors: Iterable[Tensor | None]) -> tuple[object, ...]:
+    """The stamps of all that are there, in one; the address tells the device."""
+    found: list[object] = []
+    for t in tensors:
+        if t is not None:
+            found += (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
+    return tuple(found)
 
 
 def gathered_stamp(tensor: Tensor) -> tuple[object, ...]:

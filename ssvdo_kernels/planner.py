@@ -3,12 +3,10 @@
 Per token (multiply-adds, e = l + q, w = max(k, l), m*n the frozen product, b = max(m, n), d = min(m, n)):
 
     form       forward                     backward (with parameter gradients)
-    factored   2dw + w^2 + we + be         2dw + 2w^2 + 3we + 2be
-    folded     2dw + we + be               2dw + w^2 + 2we + de + 2be
-    core       d(d + e) + be               2d(d + e) + de + 2be
+    factored   2dw + w^2 + we + be         2dw + 2w^2 + 2we + 2be
+    folded     2dw + we + be               2dw + w^2 + we + de + 2be
+    core       d(d + e) + be               2d(d + e) + 2be
     merged     0                           mn                        (dW' = dy^T x)
-
-A wide layer keeps z and saves its recomputation: we, or de in the core form.
 
 A form's matrices are built once per preparation. Whether that pays depends on the tokens still to come, which nobody
 knows; so the planner rents until renting has cost what buying would have (the ski-rental rule): it counts the tokens
@@ -18,20 +16,20 @@ never worse than twice the best in hindsight.
 The core and merged forms, besides, bring the gradients of E and W' to the parameters' matrices once a backward, however
 few its tokens.
 
-With the Triton kernels the choice is between folded and merged, by the larger of the bandwidth and the arithmetic floor
-of every launch (traffic.py).
+With the Triton kernels the choice is between folded, core and merged, by the larger of the bandwidth and the arithmetic
+floor of every launch (traffic.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import torch
 
 from . import traffic
 from .config import LayerShape, SSVDOConfig
-from .traffic import Machine, Traffic, machine
+from .traffic import Machine, Traffic, machine, tf32
 
 FORMS = ("factored", "folded", "core", "merged")
 SMALL = FORMS[:3]
@@ -42,17 +40,15 @@ def token_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
     """Multiply-adds per token beyond the frozen layer's m*n (forward) and m*n (backward)."""
     d, b, w, e = shape.d, shape.large, shape.width, extra
     if form == "factored":
-        forward, backward = 2 * d * w + w * w + w * e + b * e, 2 * d * w + 2 * w * w + 3 * w * e + 2 * b * e
+        forward, backward = 2 * d * w + w * w + w * e + b * e, 2 * d * w + 2 * w * w + 2 * w * e + 2 * b * e
     elif form == "folded":
-        forward, backward = 2 * d * w + w * e + b * e, 2 * d * w + w * w + 2 * w * e + d * e + 2 * b * e
+        forward, backward = 2 * d * w + w * e + b * e, 2 * d * w + w * w + w * e + d * e + 2 * b * e
     elif form == "core":
-        forward, backward = d * (d + e) + b * e, 2 * d * (d + e) + d * e + 2 * b * e
+        forward, backward = d * (d + e) + b * e, 2 * d * (d + e) + 2 * b * e
     elif form == "merged":
         forward, backward = 0, b * d
     else:
         raise ValueError(f"form={form!r} is unknown; allowed: {', '.join(map(repr, FORMS))}")
-    if shape.transposed and form != "merged":
-        backward -= e * (d if form == "core" else w)  # z is kept, not recomputed
     return forward + (backward if grad else 0)
 
 
@@ -76,7 +72,7 @@ def call_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
         return 0
     if form == "core":
         return d * (d + e) * w + d * w * w
-    return b * d * w + b * (w + e) * d + d * (w + e) * w + b * d * e
+    return b * d * (w + e) + b * d * w + d * w * w + b * e * w
 
 
 def plan(
@@ -106,38 +102,62 @@ def joins(tokens: int, d: int, extra: int) -> bool:
     return extra > 0 and tokens >= d + extra
 
 
-def launches(form: str, shape: LayerShape, extra: int, tokens: int, grad: bool, size: int) -> list[Traffic]:
-    """What the Triton path launches beyond the frozen layer's products, for `tokens` rows of `size` bytes a number."""
-    d, b, w, e, t = shape.d, shape.large, shape.width, extra, tokens
+def keeps_joined(tokens: int, large: int, d: int, extra: int) -> bool:
+    """Whether [W0 | F] is kept between steps: where the layer's own rows take 16 times its memory."""
+    return tokens * (d + large) >= 16 * large * (d + extra)
+
+
+def launches(
+    form: str, shape: LayerShape, extra: int, tokens: int, grad: bool, size: int, machine: Machine | None = None
+) -> list[Traffic]:
+    """What the Triton path launches beyond the frozen layer's products, for `tokens` rows of `size` bytes a number.
+
+    machine: whose cache tells whether dF is taken in chunks.
+    """
+    d, b, w, e, t, wide = shape.d, shape.large, shape.width, extra, tokens, shape.transposed
     if form == "merged":
         return [traffic.product(b, t, d, size)] if grad else []
-    one_pass = w <= 128
-    grow, shrink = traffic.product(t, e, b, size, addend=True), traffic.product(t, b, e, size)  # z F^T, x F
-    if joins(t, d, e):
-        grow = shrink = Traffic(size * (2 * b * (d + e) + (t + b) * e), 2 * t * e * b)
-    out = traffic.expand(t, d, w, e, size, one_pass=one_pass, store_h=grad and shape.transposed)
-    back = traffic.contract(t, d, w, e, size, one_pass=one_pass, store_g=grad)
+    large = traffic.product(t, e, b, size, addend=True), traffic.product(t, b, e, size)  # z F^T, x F
+    joining = joins(t, d, e)
+    if joining:
+        more = Traffic(size * (t + b) * e, 2 * t * e * b)
+        made = traffic.copy(b * e if keeps_joined(t, b, d, e) else b * (d + e), size)
+        beside = Traffic(0, 0) if form == "core" else traffic.copy(t * e, size)  # z to its place in g
+        large = more + made, more + (Traffic(0, 0) if keeps_joined(t, b, d, e) else made) + beside
+    grow, shrink = large
+    if form == "core":
+        out, back = traffic.product(t, d, d + e, size), traffic.product(t, d + e, d, size)
+        small = traffic.over_tokens(t, d + e, d, size)
+    else:
+        one_pass = w <= 128
+        out = traffic.expand(t, d, w, e, size, one_pass=one_pass, keep=grad)
+        back = traffic.contract(t, d, w, e, size, one_pass=one_pass, keep=grad)
+        small = traffic.over_tokens(t, w + e, w, size)
     if not grad:
-        return [back, shrink] if shape.transposed else [out, grow]
-    gradients = [traffic.token_product(t, w + e, w, size, 4), traffic.token_product(t, b, e, size, 4)]
-    again = [] if shape.transposed else [traffic.product(t, d, w, size), traffic.product(t, w, e, size)]  # h, z
-    return [out, back, grow, shrink, *again, *gradients]
+        return [back, shrink] if wide else [out, grow]
+    chunked = joining and not wide and machine is not None and machine.chunk(t, b * size, d + e) > 0
+    return [out, back, grow, shrink, small, traffic.over_tokens(t, b, e, size, cached=chunked)]
 
 
 def build_launches(form: str, shape: LayerShape, extra: int) -> list[Traffic]:
     """What builds a form's matrices, in float32."""
     d, b, w, e = shape.d, shape.large, shape.width, extra
     folded = [traffic.product(w + e, w, d, 4), traffic.product(w, w, d, 4)]
-    return folded if form == "folded" else [*folded, traffic.contract(b, d, w, e, 4, one_pass=False)]
+    if form == "folded":
+        return folded
+    return [*folded, traffic.product(d, w, d + e, 4) if form == "core" else
+            traffic.contract(b, d, w, e, 4, one_pass=False)]  # fmt: skip
 
 
-def call_launches(form: str, shape: LayerShape, extra: int, grad: bool) -> list[Traffic]:
-    """What one backward adds whatever its tokens, in float32."""
+def call_launches(form: str, shape: LayerShape, extra: int, grad: bool, size: int) -> list[Traffic]:
+    """What one backward adds whatever its tokens, in their dtype."""
     d, b, w, e = shape.d, shape.large, shape.width, extra
     if not grad or form == "folded":
         return []
-    return [traffic.product(b, d, w, 4), traffic.product(w + e, b, d, 4), traffic.product(w + e, d, w, 4),
-            traffic.product(b, d, e, 4)]  # fmt: skip
+    if form == "core":
+        return [traffic.product(d + e, d, w, size), traffic.product(w, d, w, size)]
+    return [traffic.product(b, d, w + e, size), traffic.product(d, b, w, size), traffic.product(w, d, w, size),
+            traffic.product(e, b, w, size)]  # fmt: skip
 
 
 def plan_kernels(
@@ -150,35 +170,50 @@ def plan_kernels(
     size: int,
     machine: Machine,
 ) -> str:
-    """folded or merged, whichever has the lower floor for `tokens` rows; arguments as for `plan`."""
+    """folded, core or merged, whichever has the lowest floor for `tokens` rows; arguments as for `plan`."""
     calls = 1 + seen / max(1, tokens)
 
     def seconds(form: str) -> float:
         build = [] if form in built else build_launches(form, shape, extra)
-        running = sum(t.seconds(machine) for t in launches(form, shape, extra, tokens, grad, size))
-        fixed = sum(t.seconds(machine, single=True) for t in call_launches(form, shape, extra, grad))
-        return calls * (running + fixed) + sum(t.seconds(machine, single=True) for t in build)
+        running = launches(form, shape, extra, tokens, grad, size, machine)
+        each = sum(t.seconds(machine) for t in (*running, *call_launches(form, shape, extra, grad, size)))
+        return calls * each + sum(t.seconds(machine, single=True) for t in build)
 
-    return min(("folded", "merged"), key=seconds)
+    return min(("folded", "core", "merged"), key=seconds)
+
+
+def peaks(device: torch.device, dtype: torch.dtype) -> Machine:
+    """The data sheet of a device, for tokens of a dtype."""
+    return _peaks(device, dtype, dtype == torch.float32 and tf32())
+
+
+@lru_cache(maxsize=64)
+def _peaks(device: torch.device, dtype: torch.dtype, tf32: bool) -> Machine:
+    return machine(torch.cuda.get_device_name(device) if device.type == "cuda" else "", dtype, tf32)
 
 
 class History(Protocol):
-    """What the planner reads of a preparation."""
+    """What the planner reads of a preparation, and what it remembers there.
+
+    built, generation: the forms whose matrices exist, and a number that grows with them.
+    """
 
     shape: LayerShape
     config: SSVDOConfig
     tokens: int
     expected: int
     choices: dict[int, str]
+    plans: dict[tuple[object, ...], str]
 
     @property
     def extra(self) -> int: ...
     @property
     def built(self) -> frozenset[str]: ...
+    @property
+    def generation(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """One forward: its rows, whether parameters get gradients, what computes it, on what, and whether W0 is held dense
     (where it is not, nobody wants W' beside it)."""
 
@@ -198,20 +233,30 @@ def choose(prepared: History, work: Work) -> str:
     """The form for one forward through a preparation: the configuration's, or the cheapest."""
     if prepared.config.path != "auto":
         return prepared.config.path
-    seen = max(prepared.tokens, prepared.expected - work.tokens)
-    if work.backend == "triton" and not work.held:
-        form = "folded"
-    elif work.backend == "triton":
-        name = torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else ""
-        peaks = machine(name, work.dtype, torch.backends.cuda.matmul.allow_tf32)
-        form = plan_kernels(prepared.shape, prepared.extra, work.tokens, seen, work.grad, prepared.built,
-                            work.dtype.itemsize, peaks)  # fmt: skip
-    else:
-        form = plan(prepared.shape, prepared.extra, work.tokens, seen, work.grad, prepared.built,
-                    FORMS if work.held else SMALL)
+    seen = _leading_bits(max(prepared.tokens, prepared.expected - work.tokens))
+    key = work, seen, prepared.generation
+    form = prepared.plans.get(key)
+    if form is None:
+        form = prepared.plans[key] = _planned(prepared, work, seen)
     if not work.grad:
         return form
     # Activation checkpointing runs a forward twice and needs the same tensors saved: within a preparation, forwards of
     # as many rows keep to forms that save alike.
     first = prepared.choices.setdefault(work.tokens, form)
     return form if form == first or (form in ALIKE and first in ALIKE) else first
+
+
+def _leading_bits(count: int) -> int:
+    """The count to three bits, so that a decision stands for a while: at most an eighth below it."""
+    less = max(0, count.bit_length() - 4)
+    return count >> less << less
+
+
+def _planned(prepared: History, work: Work, seen: int) -> str:
+    if work.backend != "triton":
+        return plan(prepared.shape, prepared.extra, work.tokens, seen, work.grad, prepared.built,
+                    FORMS if work.held else SMALL)  # fmt: skip
+    if not work.held:
+        return "folded"
+    return plan_kernels(prepared.shape, prepared.extra, work.tokens, seen, work.grad, prepared.built,
+                        work.dtype.itemsize, peaks(work.device, work.dtype))  # fmt: skip

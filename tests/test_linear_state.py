@@ -3,17 +3,18 @@
 import copy
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import Made, assert_close, count_preparations, make_layer, prepared, randomise, reference_linear, three
 from torch import nn
 
-from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, cache, gradient_accumulation
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.diagnostics import complement_departure
 from ssvdo_kernels.factorize import DEPARTURE
-from ssvdo_kernels.ops import products
+from ssvdo_kernels.ops import products, streams
 
 
 def want(layer, x):
@@ -530,3 +531,46 @@ def test_a_step_inside_accumulation_is_an_error_and_changes_nothing(finish):
         torch.optim.SGD(other.adapter.trained, 0.1).step()
     optimiser.step()
     assert not torch.equal(layer.adapter.outer, before[2])
+
+
+def test_what_was_captured_is_never_trusted_again(monkeypatch):
+    """A replay of a CUDA graph changes parameters without a trace: each eager forward looks for itself."""
+    layer, x = make_layer(24, 8, outer_rank=3), torch.randn(5, 8, dtype=torch.float64)
+    layer(x)
+    monkeypatch.setattr(cache, "_on_cpu", lambda _: False)  # parameters are known by their stamps, as on a GPU
+    monkeypatch.setattr(cache, "capturing", lambda _: True)
+    monkeypatch.setattr("ssvdo_kernels.adapter.capturing", lambda _: True)
+    layer(x).sum().backward()
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "_on_cpu", lambda _: False)
+    for _ in range(2):
+        for p in layer.adapter.trained:
+            p.data.add_(0.1)  # no stamp changes
+        assert_close("y", layer(x), reference_linear(layer, x), 1e-11)
+    with gradient_accumulation(layer):  # which takes the preparation that it sums on
+        layer.zero_grad()
+        for part in x.split(2):
+            layer(part).sum().backward()
+    wide = [p.detach().clone().requires_grad_() for p in three(layer)]
+    reference_linear(layer, x, wide).sum().backward()
+    for p, q in zip(three(layer), wide, strict=True):
+        assert_close("grad", p.grad, q.grad, 1e-11)
+
+
+def test_another_stream_waits_for_what_was_made_on_the_first(monkeypatch):
+    waited, stream = [], [1]
+    monkeypatch.setattr(streams, "current", lambda _: stream[0])
+    monkeypatch.setattr(streams, "event", lambda _: SimpleNamespace(wait=lambda made=stream[0]: waited.append(made)))
+    layer, x = make_layer(24, 8, outer_rank=3), torch.randn(5, 8, dtype=torch.float64)
+    layer(x)
+    layer(x)
+    assert waited == []
+    stream[0] = 2
+    layer(x)
+    assert waited == [1]
+    layer.merge()
+    layer(x)  # W' is built on the second stream
+    waited.clear()
+    stream[0] = 1
+    layer(x)
+    assert waited == [2]

@@ -153,7 +153,7 @@ def test_nothing_dense_is_kept(kind):
         optimiser.step()
     large = 192 * 64
     prepared = model["fc1"].adapter.prepared(model["fc1"].base())
-    held = [t for t in vars(prepared).values() if isinstance(t, torch.Tensor)] + list(prepared._kept.values())
+    held = [t for t in vars(prepared).values() if isinstance(t, torch.Tensor)] + list(prepared.kept.values())
     assert all(t.numel() < large for t in held if t.is_floating_point())
     assert all(t.numel() < large for n, t in model.named_parameters() if ".adapter." in n)
     assert prepared.source.base.held is False

@@ -10,14 +10,19 @@ from typing import Any, TypeVar
 import torch
 
 
+def autocasting() -> bool:
+    """Whether autocast is on on some device: elsewhere `own_dtypes` would cost as much as a small product."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
 @contextmanager
 def own_dtypes() -> Iterator[None]:
     """Autocast off on every device: inside, each product runs in the dtype that we chose for it.
 
     Also needed in backward, which runs under autocast where a user calls it there.
     """
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        yield  # entering and leaving costs as much as a small product
+    if not autocasting():
+        yield
         return
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
@@ -40,6 +45,8 @@ def by_hand(backward: _Function) -> _Function:
         batched = args[1] is not None and torch._C._functorch.is_legacy_batchedtensor(args[1])
         if batched or torch._C._are_functorch_transforms_active():
             raise RuntimeError(_BATCHED)
+        if not autocasting():
+            return backward(*args)
         with own_dtypes():
             return backward(*args)
 

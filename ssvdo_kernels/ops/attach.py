@@ -18,9 +18,11 @@ Arrived = Callable[[Any, Sequence[Tensor | None]], bool]
 
 
 def stand_ins(prepared: Prepared) -> Pair:
-    """Tensors of the shapes of M and F that hold one number: they carry gradients, the values are the preparation's."""
-    rows, one = prepared.shape.width + prepared.extra, prepared.columns.new_zeros(())
-    return one.expand(rows, prepared.shape.width), one.clone().expand(prepared.columns.shape)
+    """Tensors of the shapes of M and F that hold one number, which nobody reads: they carry gradients, the values are
+    the preparation's."""
+    F = prepared.columns
+    width = prepared.shape.width
+    return F.new_empty_strided((width + F.shape[1], width), (0, 0)), F.new_empty_strided(F.shape, (0, 0))
 
 
 class Attach(torch.autograd.Function):
@@ -60,8 +62,10 @@ class Attach(torch.autograd.Function):
 
 
 def _whole(prepared: Prepared, d_mixer: Tensor | None, d_columns: Tensor | None) -> Pair:
-    mixer, columns = stand_ins(prepared)
-    return mixer if d_mixer is None else d_mixer, columns if d_columns is None else d_columns
+    F, width = prepared.columns, prepared.shape.width
+    if d_mixer is None:
+        d_mixer = F.new_zeros(()).expand(width + F.shape[1], width)
+    return d_mixer, F.new_zeros(()).expand(F.shape) if d_columns is None else d_columns
 
 
 def attach(

@@ -31,10 +31,11 @@ from ..origin import Origin
 from ..planner import ALIKE, Work, choose, plan
 from . import lasting, own_dtypes
 from .base import DenseBase
-from .dispatch import token_path
+from .dispatch import token_backend
 from .engines import adjoint, prepare_one
-from .linear import Call, keeps, pull_back, run
-from .preparation import Parameters, Prepared, Source
+from .linear import Call, pull_back, run
+from .matrices import up
+from .preparation import News, Parameters, Prepared, Source
 
 
 class Keeper(Protocol):
@@ -81,10 +82,24 @@ def _owner(scale: Tensor, basis: Tensor) -> Owner | None:
     return found
 
 
+_news: dict[tuple[int, int], News] = {}  # of layers without an owner, by where they lie
+
+
+def _prepared_anew(source: Source) -> Prepared:
+    """A preparation that nobody keeps; ArithmeticError where the one before it has turned out bad since."""
+    at = _place(source.parameters[1], source.factors.basis)
+    if at in _news and _news[at].there():
+        _news.pop(at).read()
+    made = prepare_one(source)
+    if made.news.verdict is not None:
+        _news[at] = made.news
+    return made
+
+
 def _prepared(source: Source) -> Prepared:
     owner = _owner(source.parameters[1], source.factors.basis)
     if owner is None:
-        return prepare_one(source)
+        return _prepared_anew(source)
     return owner.cache.current(replace(source, name=owner.name, origin=owner.origin))
 
 
@@ -165,7 +180,7 @@ def infer(x, bias, *rest):  # type: ignore[no-untyped-def]
     *layer, spec, merged = rest
     tokens, source = _source(layer, spec)
     prepared = _prepared(source)
-    backend, _ = token_path(source.config.backend, x.device, x.dtype)
+    backend = token_backend(source.config.backend, x.device, x.dtype)
     form = "merged" if merged else choose(prepared, Work(len(x), False, backend, x.dtype, x.device))
     prepared.serve(len(x), False)
     return run(x, tokens, bias, Call(prepared, form, backend), False)[0]
@@ -194,11 +209,13 @@ def _training_form(x: Tensor, prepared: Prepared, backend: str, merged: bool) ->
 def _saved_shape(x: Tensor, layer: Sequence[Tensor | None], spec: str, merged: bool) -> tuple[Any, int]:
     shape, config, _ = decode(spec)
     form = "merged" if merged else config.path
-    backend, _ = token_path(config.backend, x.device, x.dtype)
-    if not keeps(form, backend, shape.transposed):
+    backend = token_backend(config.backend, x.device, x.dtype)
+    if form == "merged":
         return 0, 0
-    columns = shape.d if form == "core" else shape.width
-    return x.shape[0], columns + (_extra(layer, shape) if shape.transposed else 0)
+    extra = _extra(layer, shape)
+    if form == "core":
+        return x.shape[0], extra + (shape.d if shape.transposed else 0)
+    return x.shape[0], up(shape.width) + up(extra) if backend == "triton" else shape.width + extra
 
 
 def _train_fake(x, bias, *rest):  # type: ignore[no-untyped-def]
@@ -209,11 +226,11 @@ def _train_fake(x, bias, *rest):  # type: ignore[no-untyped-def]
 
 @_op("adapted_train", f"(Tensor x, Tensor? bias, {_LAYER}, str spec, bool merged) -> (Tensor, Tensor)", _train_fake)
 def train(x, bias, *rest):  # type: ignore[no-untyped-def]
-    """(y, saved): saved is empty where x is all that a backward needs."""
+    """(y, saved): saved is empty in the merged form, whose backward needs x alone."""
     *layer, spec, merged = rest
     tokens, source = _source(layer, spec)
     prepared = _prepared(source)
-    backend, _ = token_path(source.config.backend, x.device, x.dtype)
+    backend = token_backend(source.config.backend, x.device, x.dtype)
     form = _training_form(x, prepared, backend, merged)
     prepared.serve(len(x), True)
     y, saved = run(x, tokens, bias, Call(prepared, form, backend), True)
@@ -234,11 +251,11 @@ def backward(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
     *layer, needs, spec, merged = rest
     tokens, source = _source(layer, spec)
     prepared = _prepared(source)
-    backend, _ = token_path(source.config.backend, x.device, x.dtype)
+    backend = token_backend(source.config.backend, x.device, x.dtype)
     call = Call(prepared, _training_form(x, prepared, backend, merged), backend)
     trains = any(needs[1:])
     dx, d_mixer, d_columns = pull_back(
-        dy.contiguous(), x, tokens, saved if saved.shape[1] else None, call, (needs[0], trains, trains))
+        dy.contiguous(), x, tokens, None if call.form == "merged" else saved, call, (needs[0], trains, trains))
     found: list[Tensor | None] = [dx, None, None, None]
     if d_mixer is not None and d_columns is not None:
         found[1:] = adjoint([prepared], [d_mixer], [d_columns])[0]

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 
+from ..traffic import tf32
 from . import host
 from .device import architectures, obstacle
 
@@ -62,9 +63,21 @@ def token_path(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[
         return "reference", obstacle
     if device.type == "cpu":
         return "reference", "on the CPU, Triton only interprets; backend='triton' asks for that"
-    if dtype in _HALF or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32):
+    if dtype in _HALF or (dtype == torch.float32 and tf32()):
         return "triton", "fused kernels, tensor cores"
     return "reference", f"{dtype} without tf32 has no tensor-core kernels; the vendor's products are the better engine"
+
+
+def token_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The first of `token_path`, in a forward: what it depends on is looked at once."""
+    if backend == "reference" or (backend == "auto" and device.type == "cpu"):
+        return "reference"
+    return _token_backend(backend, device, dtype, dtype == torch.float32 and tf32())
+
+
+@lru_cache(maxsize=64)
+def _token_backend(backend: str, device: torch.device, dtype: torch.dtype, tf32: bool) -> str:
+    return token_path(backend, device, dtype)[0]
 
 
 def preparation(backend: str, device: torch.device) -> tuple[str, str]:

@@ -10,210 +10,255 @@ Two maps on the small side, adjoint to one another (V: d x width, M = [N; B_z]):
 
 with A = W0 or W0^T (large x d), F large x e. With h = x V and g = [(u V) | z] on the two ends of the pair, the
 parameter gradients are dM = g^T h and dF = (large side)^T z. Each map has three forms: factored (through V and M),
-folded (M V^T multiplied out once) and core (one dense d x (d + e) matrix E). Kept for backward are x and the inner
-activations, T x width (tall, h) or T x (width + e) (wide, g): recomputing h costs the tall layer 2dk operations a
-token, and the wide one another pass over W0. The core form keeps x alone if tall, and so do the Triton kernels.
+folded (M V^T multiplied out once) and core (one dense d x (d + e) matrix E). A fourth, merged, multiplies by W'.
+
+Kept for backward is what one end of the pair has made, so that nothing is computed twice: [h | z] of a tall layer,
+which needs no x then, g of a wide one beside x (core: x and z, or x and [u | z]). With many rows the Triton path
+multiplies by [A | F] at once (joined.py), and takes dF from rows of dy that are still in the GPU's cache.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..planner import joins
-from . import by_hand
+from ..planner import joins, keeps_joined, peaks
+from . import by_hand, together
 from .attach import Pair, stand_ins
 from .base import Base
+from .matrices import unaligned
 from .preparation import Prepared, Rows
 
-NAMES = {"mixer": "M", "lower": "B", "folded": "MV", "folded_transposed": "NtV", "core": "E", "expansion": "R"}
+_FLOAT32_SUMS = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def over_tokens(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
+    """a^T b (+ total) over rows; on a GPU in float32 where a and b are of half precision, on a CPU in their dtype."""
+    if a.is_cuda and a.dtype in _HALF and _FLOAT32_SUMS:
+        if total is None:
+            return torch.mm(a.mT, b, out_dtype=torch.float32)
+        return torch.addmm(total, a.mT, b, out_dtype=torch.float32, out=total)
+    return torch.mm(a.mT, b) if total is None else total.addmm_(a.mT, b)
 
 
 class SmallSide:
-    """expand and contract of one layer's matrices, in the dtype of the tokens, through PyTorch's own products."""
+    """expand and contract of one layer's matrices, in the dtype of the tokens, through PyTorch's own products.
 
-    def __init__(self, prepared: Prepared, form: str, dtype: torch.dtype) -> None:
-        self.form, self.d, self.width, self.extra = form, prepared.shape.d, prepared.shape.width, prepared.extra
-        self.V, self.F = prepared.get("basis", dtype), prepared.get("columns", dtype)
-        for name in self.needed():
-            setattr(self, NAMES[name], prepared.get(name, dtype))
+    Attributes: width, extra: columns of V and F, as they are used here; own_width, own_extra: as the layer has them.
+    """
+
+    # It lives in the preparation, so it must not hold it: a cycle would keep a step's matrices until a collection.
+
+    V: Tensor
+    F: Tensor
+    M: Tensor  # factored
+    Q: Tensor  # folded: M V^T
+    R: Tensor  # folded: N^T V^T
+    lower: Tensor  # B_z, but for core
+    E: Tensor  # core
+
+    def __init__(self, prepared: Prepared, form: str, dtype: torch.dtype, backend: str) -> None:
+        self.form, self.d, self.wide = form, prepared.shape.d, prepared.shape.transposed
+        self.take(prepared, dtype)
+        self.width, self.extra = self.V.shape[1], self.F.shape[1]
+        self.own_width, self.own_extra = prepared.shape.width, prepared.extra
+        # which weight's [W0 | F] may be kept: not that of a copy in another dtype
+        self.joined = prepared.joined if backend == "triton" else None
+        self.address = prepared.source.base.dense().data_ptr() if prepared.source.base.held else 0
         prepared.settle(dtype)
 
-    M: Tensor
-    B: Tensor
-    MV: Tensor
-    NtV: Tensor
-    E: Tensor
-    R: Tensor
-
-    def needed(self) -> tuple[str, ...]:
-        """The matrices of the form, beside V and F."""
-        return {"factored": ("mixer",), "core": ("core",)}.get(self.form, ("lower", "folded", "folded_transposed"))
-
-    @property
-    def lower(self) -> Tensor:
-        """B_z, e x width."""
-        return self.M[self.width :] if self.form == "factored" else self.B
-
-    def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """([x' | z], h = x V); h is None for the core form."""
+    def take(self, prepared: Prepared, dtype: torch.dtype) -> None:
+        """Gets the matrices of the form."""
+        self.V, self.F = prepared.get("basis", dtype), prepared.get("columns", dtype)
         if self.form == "core":
-            return x @ self.E, None
-        h = x @ self.V
-        out = x.new_empty(x.shape[0], self.d + self.extra)
-        if self.form == "folded":
-            torch.addmm(x, h, self.NtV, out=out[:, : self.d])
-            torch.mm(h, self.lower.mT, out=out[:, self.d :])
+            self.E = prepared.get("core", dtype)
+        elif self.form == "factored":
+            self.M = prepared.get("mixer", dtype)
+            self.lower = self.M[prepared.shape.width :]
         else:
-            mixed = h @ self.M.mT
-            torch.addmm(x, mixed[:, : self.width], self.V.mT, out=out[:, : self.d])
-            out[:, self.d :] = mixed[:, self.width :]
-        return out, h
+            self.Q, self.R = prepared.get("folded", dtype), prepared.get("folded_transposed", dtype)
+            self.lower = prepared.get("lower", dtype)
 
-    def contract(self, uz: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """(contracted + bias, g): g = [u V | z], or uz itself for the core form."""
+    # -- the small side ----------------------------------------------------------------------------------------------
+    def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(x', z, kept if keep): kept = [h | z], or z in the core form."""
         if self.form == "core":
-            return (uz @ self.E.mT if bias is None else torch.addmm(bias, uz, self.E.mT)), uz
-        u = uz[:, : self.d]
-        g = uz.new_empty(uz.shape[0], self.width + self.extra)
+            xz = x @ self.E
+            x, z = xz[:, : self.d], xz[:, self.d :]
+            return x, z, z.contiguous() if keep else None
+        kept = x.new_empty(x.shape[0], self.width + self.extra)
+        h, z = torch.mm(x, self.V, out=kept[:, : self.width]), kept[:, self.width :]
+        if self.extra:
+            torch.mm(h, self.lower.mT, out=z)
+        if self.form == "folded":
+            return torch.addmm(x, h, self.R), z, kept if keep else None
+        return torch.addmm(x, h @ self.M[: self.width].mT, self.V.mT), z, kept if keep else None
+
+    def contract(self, u: Tensor, g: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+        """u + g Q + bias of `shrink`'s u and g; fills in u V where it is of g (always with keep)."""
+        if self.form == "core":
+            return g @ self.E.mT if bias is None else torch.addmm(bias, g, self.E.mT)
         torch.mm(u, self.V, out=g[:, : self.width])
-        g[:, self.width :] = uz[:, self.d :]
-        y = torch.addmm(u, g, self.MV) if self.form == "folded" else torch.addmm(u, g @ self.M, self.V.mT)
-        return (y if bias is None else y.add_(bias)), g
+        y = torch.addmm(u, g, self.Q) if self.form == "folded" else torch.addmm(u, g @ self.M, self.V.mT)
+        return y if bias is None else y.add_(bias)
 
-    def joins(self, tokens: int) -> bool:
-        """Whether [W0 | F] is put together for one product in place of two."""
-        return False
-
-    def inner(self, x: Tensor, saved: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """(h, z) of expand again, in backward; saved: its h, if that was kept."""
-        if self.form == "core":
-            return None, x @ self.E[:, self.d :]
-        h = x @ self.V if saved is None else saved
-        return h, h @ self.lower.mT
-
-    def mixer_gradient(self, g: Tensor, x: Tensor, h: Tensor | None) -> Tensor:
+    def mixer_gradient(self, g: Tensor, x: Tensor | None, h: Tensor | None) -> Tensor:
         """dM ((width + e) x width) from contract's g and expand's x and h (None in the core form, and only there)."""
         if h is not None:
-            return self.over_tokens(g, h)
-        dE = (g.mT @ x) @ self.V  # (d + e) x width
+            return over_tokens(g, h)
+        assert x is not None
+        dE = over_tokens(g, x).to(x.dtype) @ self.V  # (d + e) x width
         return torch.cat([self.V.mT @ dE[: self.d], dE[self.d :]])
 
-    def over_tokens(self, a: Tensor, b: Tensor) -> Tensor:
-        """a^T b, summed over tokens."""
-        return a.mT @ b
+    def rows(self, g: Tensor, h: Tensor) -> Rows:
+        """dM = g^T h as its factors."""
+        return Rows(g, h)
+
+    def columns_gradient(self, rows: Tensor, z: Tensor) -> Tensor:
+        """dF = rows^T z, without the columns that are there to be aligned."""
+        dF = over_tokens(rows, z)
+        return dF if self.extra == self.own_extra else dF[:, : self.own_extra]
+
+    # -- the large side ----------------------------------------------------------------------------------------------
+    def shrink(self, rows: Tensor, base: Base, z: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(u, g, dF) of [u | z'] = rows [A | F]: z' is the last columns of g, whose first are of `contract`; g is all
+        of [u | z'] in the core form. dF = rows^T z for the z of expand, where that is given."""
+        if self.joined is not None and base.held and joins(rows.shape[0], self.d, self.extra):
+            return self._shrink_joined(rows, base, z)
+        core = self.form == "core"
+        g = rows.new_empty(rows.shape[0], (self.d if core else self.width) + self.extra)
+        out = g[:, : self.d] if core else None
+        u = base.forward(rows, out=out) if self.wide else base.transpose(rows, out=out)
+        if self.extra:
+            torch.mm(rows, self.F, out=g[:, g.shape[1] - self.extra :])
+        return u, g, None if z is None else self.columns_gradient(rows, z)
+
+    def _shrink_joined(self, rows: Tensor, base: Base, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        joined, dF, columns = self._joined(rows, base), None, self.d + self.extra
+        step = 0
+        if z is not None:
+            step = peaks(rows.device, rows.dtype).chunk(rows.shape[0], rows.element_size() * rows.shape[1], columns)
+        if z is None or not step:
+            uz = rows @ joined
+            dF = None if z is None else over_tokens(rows, z)
+        else:
+            uz = rows.new_empty(rows.shape[0], columns)
+            for i in range(0, rows.shape[0], step):
+                some = rows[i : i + step]
+                torch.mm(some, joined, out=uz[i : i + step])
+                dF = over_tokens(some, z[i : i + step], dF)
+        if self.form == "core":
+            g = uz
+        else:
+            g = rows.new_empty(rows.shape[0], self.width + self.extra)
+            g[:, self.width :] = uz[:, self.d :]
+        return uz[:, : self.d], g, None if dF is None else dF[:, : self.own_extra]
+
+    def grow(self, x: Tensor, z: Tensor, base: Base, bias: Tensor | None) -> Tensor:
+        """x' A^T + z F^T + bias."""
+        if self.joined is not None and base.held and joins(x.shape[0], self.d, self.extra):
+            xz = x.as_strided((x.shape[0], self.d + self.extra), x.stride())  # they lie side by side
+            joined = self._joined(x, base).mT
+            return xz @ joined if bias is None else torch.addmm(bias, xz, joined)
+        y = base.transpose(x) if self.wide else base.forward(x, bias)
+        return y.addmm_(z, self.F.mT) if self.extra else y
+
+    def _joined(self, rows: Tensor, base: Base) -> Tensor:
+        """[A | F]."""
+        assert self.joined is not None
+        keep = keeps_joined(rows.shape[0], self.F.shape[0], self.d, self.extra)
+        joined = self.joined.of(self.F, base, self.wide, keep and base.dense().data_ptr() == self.address)
+        return joined.mT if self.wide else joined
 
 
-class _TritonSide(SmallSide):
-    """The folded form through the Triton kernels; x V is computed again in backward rather than kept."""
+class TritonSide(SmallSide):
+    """The folded form through the Triton kernels, with width and e rounded up to 16 so that rows are aligned."""
 
-    def needed(self) -> tuple[str, ...]:
-        return "lower", "folded", "expansion"
-
-    def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+    def take(self, prepared: Prepared, dtype: torch.dtype) -> None:
         from ..triton import launch
 
-        return launch.expand(x, self.V, self.R, keep)
+        self.launch = launch
+        self.V, self.F = prepared.get("aligned_basis", dtype), prepared.get("aligned_columns", dtype)
+        self.Q, self.R = prepared.get("contraction", dtype), prepared.get("expansion", dtype)
 
-    def contract(self, uz: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
-        from ..triton import launch
+    def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        xz, kept = self.launch.expand(x, self.V, self.R, keep)
+        return xz[:, : self.d], xz[:, self.d :], kept
 
-        return launch.contract(uz[:, : self.d], uz[:, self.d :], self.V, self.MV, keep, bias)
+    def contract(self, u: Tensor, g: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+        return self.launch.contract(u, g[:, self.width :], self.V, self.Q, keep, bias, g=g)[0]
 
-    def joins(self, tokens: int) -> bool:
-        return joins(tokens, self.d, self.extra)
+    def mixer_gradient(self, g: Tensor, x: Tensor | None, h: Tensor | None) -> Tensor:
+        assert h is not None
+        dM = over_tokens(g, h)
+        if (self.width, self.extra) == (self.own_width, self.own_extra):
+            return dM
+        return unaligned(dM, self.own_width, self.own_extra, self.width)[:, : self.own_width]
 
-    def over_tokens(self, a: Tensor, b: Tensor) -> Tensor:
-        from ..triton import launch
-
-        return launch.token_product(a, b)
+    def rows(self, g: Tensor, h: Tensor) -> Rows:
+        return Rows(unaligned(g.mT, self.own_width, self.own_extra, self.width).mT, h[:, : self.own_width])
 
 
 def small_side(prepared: Prepared, form: str, dtype: torch.dtype, backend: str) -> SmallSide:
-    """The engine of a form."""
-    return (_TritonSide if backend == "triton" and form == "folded" else SmallSide)(prepared, form, dtype)
+    """The engine of a form, made once a preparation."""
+    found: SmallSide | None = prepared.sides.get((form, dtype, backend))
+    if found is None:
+        kind: type[SmallSide] = SmallSide
+        if backend == "triton" and form == "folded":
+            kind = TritonSide
+            batch = None if prepared.batch is None else prepared.batch()
+            if batch is not None and ("expansion", dtype) not in prepared.kept:
+                together.build(batch.prepared, dtype)
+        found = prepared.sides[form, dtype, backend] = kind(prepared, form, dtype, backend)
+        prepared.queue()
+    return found
 
 
-def keeps(form: str, backend: str, wide: bool) -> bool:
-    """Whether a forward keeps more than x for its backward."""
-    if form == "merged":
-        return False
-    return wide or (form != "core" and backend != "triton")
-
-
-def _join(base: Base, F: Tensor, wide: bool) -> Tensor:
-    """[W0 | F], large x (d + e), or its transpose for a wide layer."""
-    return torch.cat([base.dense(), F.mT], 0) if wide else torch.cat([base.dense(), F], 1)
-
-
-def _shrink(rows: Tensor, base: Base, side: SmallSide, wide: bool) -> Tensor:
-    """[u | z] = rows [A | F]: T x large -> T x (d + e)."""
-    if base.held and side.joins(len(rows)):
-        joined = _join(base, side.F, wide)
-        return rows @ (joined.mT if wide else joined)
-    uz = rows.new_empty(rows.shape[0], side.d + side.extra)
-    (base.forward if wide else base.transpose)(rows, out=uz[:, : side.d])
-    torch.mm(rows, side.F, out=uz[:, side.d :])
-    return uz
-
-
-def _grow(uz: Tensor, base: Base, bias: Tensor | None, side: SmallSide, wide: bool) -> Tensor:
-    """[u | z] [A | F]^T + bias: T x (d + e) -> T x large."""
-    if base.held and side.joins(len(uz)):
-        joined = _join(base, side.F, wide)
-        joined = joined if wide else joined.mT
-        return uz @ joined if bias is None else torch.addmm(bias, uz, joined)
-    u = uz[:, : side.d]
-    y = base.transpose(u) if wide else base.forward(u, bias)
-    return y.addmm_(uz[:, side.d :], side.F.mT) if side.extra else y
+def keeps_x(form: str, wide: bool) -> bool:
+    """Whether a backward to the parameters wants the forward's input itself."""
+    return wide or form in ("core", "merged")
 
 
 def linear_forward(
-    x: Tensor, base: Base, bias: Tensor | None, side: SmallSide, wide: bool, keep: bool
+    x: Tensor, base: Base, bias: Tensor | None, side: SmallSide, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, saved); keep: whether a backward to the parameters will want `saved` (None where there is none)."""
-    if wide:
-        return side.contract(_shrink(x, base, side, wide), bias, keep)
-    xz, saved = side.expand(x, False)
-    return _grow(xz, base, bias, side, wide), saved
+    """(y, saved); keep: whether a backward to the parameters will want `saved`."""
+    if side.wide:
+        u, g, _ = side.shrink(x, base)
+        return side.contract(u, g, bias, keep), g if keep else None
+    x, z, saved = side.expand(x, keep)
+    return side.grow(x, z, base, bias), saved
 
 
 def linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    base: Base,
-    side: SmallSide,
-    wide: bool,
-    saved: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor | None] | None, Tensor | None]:
+    dy: Tensor, x: Tensor | None, base: Base, side: SmallSide, saved: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, tuple[Tensor, Tensor | None, Tensor | None] | None, Tensor | None]:
     """(dx, (g, x, h) for `SmallSide.mixer_gradient`, dF) for those of (x, mixer, columns) that need it."""
     need_x, need_mixer, need_columns = needs
-    dx = rows = d_columns = None
-    if wide:
-        uz, h = side.expand(dy, need_mixer)
-        if need_x:
-            dx = _grow(uz, base, None, side, wide)
-        if need_mixer:
-            assert saved is not None
-            rows = (saved, dy, h)
-        if need_columns:
-            d_columns = side.over_tokens(x, uz[:, side.d :])
-        return dx, rows, d_columns
-    dx, g = side.contract(_shrink(dy, base, side, wide), None, need_mixer)
-    if need_mixer or need_columns:
-        h, z = side.inner(x, saved)
-        if need_mixer:
-            assert g is not None
-            rows = (g, x, h)
-        d_columns = side.over_tokens(dy, z) if need_columns else None
-    return dx, rows, d_columns
+    trains, core = need_mixer or need_columns, side.form == "core"
+    h: Tensor | None = None
+    z: Tensor | None = None
+    if side.wide:
+        rows, z, inner = side.expand(dy, trains and not core)
+        dx = side.grow(rows, z, base, None) if need_x else None
+        if not trains:
+            return dx, None, None
+        assert saved is not None and x is not None
+        if inner is not None:
+            h, z = inner[:, : side.width], inner[:, side.width :]
+        return dx, (saved, dy, h) if need_mixer else None, side.columns_gradient(x, z) if need_columns else None
+    if trains:
+        assert saved is not None
+        h, z = (None, saved) if core else (saved[:, : side.width], saved[:, side.width :])
+    u, g, d_columns = side.shrink(dy, base, z if need_columns else None)
+    dx = side.contract(u, g, None, need_mixer) if need_x or need_mixer else None
+    return dx, (g, x, h) if need_mixer else None, d_columns
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """How one forward is computed.
 
     form: factored, folded, core or merged. backend: reference or triton (which serves folded and merged). sink: that of
@@ -230,28 +275,27 @@ def run(x: Tensor, base: Base, bias: Tensor | None, call: Call, keep: bool) -> t
     """(y, saved) outside of autograd; x: T x in_features."""
     if call.form == "merged":
         return torch.nn.functional.linear(x, call.prepared.merged(base, call.backend).to(x.dtype), bias), None
-    side = small_side(call.prepared, call.form, x.dtype, call.backend)
-    return linear_forward(x, base, bias, side, call.prepared.shape.transposed, keep)
+    return linear_forward(x, base, bias, small_side(call.prepared, call.form, x.dtype, call.backend), keep)
 
 
 def pull_back(
-    dy: Tensor, x: Tensor, base: Base, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool]
+    dy: Tensor, x: Tensor | None, base: Base, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | Rows | None, Tensor | None]:
     """(dx, dM, dF) for those of (x, mixer, columns) that need it; dM as `Rows` where that is cheaper."""
     prepared = call.prepared
     if call.form == "merged":
         dx = dy @ prepared.merged(base, call.backend).to(dy.dtype) if needs[0] else None
-        if not (needs[1] or needs[2]):
+        if x is None or not (needs[1] or needs[2]):
             return dx, None, None
-        return dx, *prepared.merged_backward(base.dense(), dy.mT @ x, *needs[1:])
+        return dx, *prepared.merged_backward(base, dy.mT @ x, call.backend, *needs[1:])
     side = small_side(prepared, call.form, dy.dtype, call.backend)
-    dx, rows, d_columns = linear_backward(dy, x, base, side, prepared.shape.transposed, saved, needs)
-    d_mixer: Tensor | Rows | None = None
-    if rows is not None:
-        g, _, h = rows
-        few = h is not None and prepared.wants_rows(len(x))
-        d_mixer = Rows(g, h) if few and h is not None else side.mixer_gradient(*rows)
-    return dx, d_mixer, d_columns
+    dx, rows, d_columns = linear_backward(dy, x, base, side, saved, needs)
+    if rows is None:
+        return dx, None, d_columns
+    g, _, h = rows
+    if h is not None and prepared.wants_rows(dy.shape[0]):
+        return dx, side.rows(g, h), d_columns
+    return dx, side.mixer_gradient(*rows), d_columns
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -259,56 +303,70 @@ class AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mixer, columns, bias, base, call, *tensors):  # type: ignore[no-untyped-def]
-        keep = mixer.requires_grad or columns.requires_grad
-        y, saved = run(x, base, bias, call, keep)
+        trains = mixer.requires_grad or columns.requires_grad
+        y, saved = run(x, base, bias, call, trains)
         ctx.call, ctx.base = call, base
-        ctx.save_for_backward(x if keep else None, saved if keep else None, *tensors)
+        kept = x if trains and keeps_x(call.form, call.prepared.shape.transposed) else None
+        ctx.save_for_backward(kept, saved, *tensors)
         return y
 
     @staticmethod
     @by_hand
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         need_x, need_mixer, need_columns, need_bias = ctx.needs_input_grad[:4]
-        (x, saved, *_), call = ctx.saved_tensors, ctx.call
+        (x, saved, *tensors), call = ctx.saved_tensors, ctx.call
         dx, d_mixer, d_columns = pull_back(
             dy.contiguous(), x, ctx.base, saved, call, (need_x, need_mixer, need_columns))
-        dtype = call.prepared.dtype
         if isinstance(d_mixer, Rows):
             if call.sink is None:
                 d_mixer = d_mixer.left.mT @ d_mixer.right
             else:
                 call.sink[:], d_mixer = [d_mixer], None
+        dtype = call.prepared.dtype
+        if d_mixer is not None and d_mixer.dtype != dtype:
+            d_mixer = d_mixer.to(dtype)
+        if d_columns is not None and d_columns.dtype != dtype:
+            d_columns = d_columns.to(dtype)
         d_bias = dy.sum(0) if need_bias else None
-        return (dx, None if d_mixer is None else d_mixer.to(dtype), None if d_columns is None else d_columns.to(dtype),
-                d_bias, None, None, *[None] * len(ctx.base.saved))  # fmt: skip
+        return dx, d_mixer, d_columns, d_bias, None, None, *[None] * len(tensors)
+
+
+# Function.apply looks for transforms of torch.func in its arguments at first; a layer under one never comes here.
+_apply: Any = super(torch.autograd.Function, AdaptedLinear).apply
 
 
 class AdaptedWeight(torch.autograd.Function):
     """W' as a function of the stand-ins of M and F."""
 
     @staticmethod
-    def forward(ctx, mixer, columns, base, prepared):  # type: ignore[no-untyped-def]
-        ctx.base, ctx.prepared = base, prepared
+    def forward(ctx, mixer, columns, base, prepared, backend, keep):  # type: ignore[no-untyped-def]
+        ctx.base, ctx.prepared, ctx.backend = base, prepared, backend
         ctx.save_for_backward(*base.saved)
-        return prepared.merged(base, keep=False)
+        return prepared.merged(base, backend, keep=keep).detach()
 
     @staticmethod
     @by_hand
     def backward(ctx, d_weight):  # type: ignore[no-untyped-def]
         _ = ctx.saved_tensors  # raises where W0 has been written to
-        return *ctx.prepared.merged_backward(ctx.base.dense(), d_weight, *ctx.needs_input_grad[:2]), None, None
+        prepared, base, dtype = ctx.prepared, ctx.base, ctx.prepared.dtype
+        found = prepared.merged_backward(base, d_weight, ctx.backend, *ctx.needs_input_grad[:2])
+        return *(None if d is None else d.to(dtype) for d in found), None, None, None, None
 
 
 def adapted_matrix(pair: Pair | None, base: Base, prepared: Prepared) -> Tensor:
     """W' (out_features x in_features), a new tensor, with gradients by way of `pair`."""
     if pair is None:
         return prepared.merged(base, keep=False).clone()
-    return AdaptedWeight.apply(*pair, base, prepared)  # type: ignore[no-untyped-call,no-any-return]
+    return AdaptedWeight.apply(*pair, base, prepared, "reference", False)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def adapted_linear(x: Tensor, pair: Pair | None, base: Base, bias: Tensor | None, call: Call) -> Tensor:
     """y = x W'^T + b. x: T x in_features; pair: stand-ins from `attach` or leaves; None: parameters get no gradient."""
     if pair is None and not torch.is_grad_enabled():  # a token at a time, bookkeeping costs as much as a product
         return run(x, base, bias, call, False)[0]
+    if call.form == "merged" and pair is not None:
+        made: Any = AdaptedWeight.apply
+        weight = made(*pair, base, call.prepared, call.backend, True)
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
     mixer, columns = stand_ins(call.prepared) if pair is None else pair
-    return AdaptedLinear.apply(x, mixer, columns, bias, base, call, *base.saved)  # type: ignore[no-untyped-call,no-any-return]
+    return _apply(x, mixer, columns, bias, base, call, *base.saved)  # type: ignore[no-any-return]

@@ -10,12 +10,41 @@ the dtypes in which tokens have asked for it, and in no other.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
 from ..config import LayerShape
 from .base import Base
+from .joined import Joined
 from .products import times
+from .streams import Queued
+
+
+def up(n: int) -> int:
+    """The next multiple of 16."""
+    return -(-n // 16) * 16
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """The matrix with columns of zeros up to a multiple of 16: rows of what is multiplied by it are aligned then."""
+    more = up(matrix.shape[1]) - matrix.shape[1]
+    return torch.nn.functional.pad(matrix, (0, more)) if more else matrix
+
+
+def unaligned(matrix: Tensor, width: int, extra: int, above: int) -> Tensor:
+    """The rows that are not there for alignment, of one whose first `above` rows are N's, as those of `contraction`."""
+    if above == width:
+        return matrix[: width + extra]
+    return torch.cat([matrix[:width], matrix[above : above + extra]])
+
+
+class Batch(Protocol):
+    """Layers that were prepared together."""
+
+    prepared: Sequence[Any]
 
 
 class Matrices:
@@ -29,7 +58,14 @@ class Matrices:
     columns: Tensor
     basis: Tensor
     _mixer: Tensor | None
-    _kept: dict[tuple[str, torch.dtype], Tensor]
+
+    def __init__(self) -> None:
+        self._mixer = None
+        self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.sides: dict[tuple[str, torch.dtype, str], Any] = {}  # what linear.py has made of these
+        self.joined = Joined()
+        self.batch: Callable[[], Batch | None] | None = None  # those that were prepared with these, by weak reference
+        self.queued: Queued | None = None  # where what is built was built last
 
     @property
     def extra(self) -> int:
@@ -45,20 +81,32 @@ class Matrices:
         """M from what a preparation keeps."""
         raise NotImplementedError
 
+    def queue(self) -> None:
+        """Notes that something was built on the current stream; one on which it is used waits."""
+        self.queued = Queued(self.columns)
+
     def settle(self, dtype: torch.dtype) -> None:
         """Lets M go where tokens use it in another dtype than that of the work."""
         if dtype != self.dtype:
             self._mixer = None
 
     def get(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A matrix by its name: mixer, columns, basis, lower, folded, folded_transposed, expansion or core."""
-        found = self._kept.get((name, dtype))
+        """A matrix by its name: mixer, columns, basis, or a property of this class."""
+        found = self.kept.get((name, dtype))
         if found is None:
-            built: Tensor = getattr(self, name)
-            found = built.to(dtype)
-            if found is not built or name not in ("mixer", "columns", "basis"):
-                self._kept[name, dtype] = found
+            if name in ("aligned_basis", "aligned_columns"):
+                found = aligned(self.get(name.removeprefix("aligned_"), dtype))
+            else:
+                built: Tensor = getattr(self, name)
+                found = built.to(dtype)
+                if found is built and name in ("mixer", "columns", "basis"):
+                    return found
+            self.kept[name, dtype] = found
         return found
+
+    def put(self, dtype: torch.dtype, made: dict[str, Tensor]) -> None:
+        """Takes matrices that were built elsewhere."""
+        self.kept.update({(name, dtype): matrix for name, matrix in made.items()})
 
     def _rotated(self, rows: Tensor) -> Tensor:
         """rows V^T."""
@@ -81,8 +129,23 @@ class Matrices:
 
     @property
     def expansion(self) -> Tensor:
-        """[N^T V^T | B_z^T], width x (d + e)."""
-        return torch.cat([self.folded_transposed, self.lower.mT], 1)
+        """[N^T V^T | B_z^T], width x (d + e), with rows and columns of zeros up to multiples of 16."""
+        w, e, d = up(self.shape.width), up(self.extra), self.shape.d
+        made = self.columns.new_zeros(w, d + e)
+        made[: self.shape.width, :d] = self.folded_transposed
+        made[: self.shape.width, d : d + self.extra] = self.lower.mT
+        return made
+
+    @property
+    def contraction(self) -> Tensor:
+        """M V^T, (width + e) x d, with rows of zeros likewise, after those of N and after those of B_z."""
+        width, w, e = self.shape.width, up(self.shape.width), up(self.extra)
+        folded = self.folded
+        if (w, e) == (width, self.extra):
+            return folded
+        made = folded.new_zeros(w + e, self.shape.d)
+        made[:width], made[w : w + self.extra] = folded[:width], folded[width:]
+        return made
 
     @property
     def core(self) -> Tensor:
@@ -94,14 +157,15 @@ class Matrices:
 
     def merged(self, base: Base, backend: str = "reference", keep: bool = True) -> Tensor:
         """W' (out x in) in the base's dtype, from W0: A' = A + [A V | F] M V^T, which is `contract` over A's rows."""
-        found = self._kept.get(("merged", base.dtype))
+        found = self.kept.get(("merged", base.dtype))
         if found is None:
             weight = base.dense()
             tall = weight.mT if self.shape.transposed else weight
             if backend == "triton":
                 from ..triton import launch
 
-                F, V, Q = (self.get(name, weight.dtype) for name in ("columns", "basis", "folded"))
+                names = "aligned_columns", "aligned_basis", "contraction"
+                F, V, Q = (self.get(name, weight.dtype) for name in names)
                 found = launch.merge(tall, F, V, Q, self.shape.transposed)
             else:
                 folded = self.get("folded", self.dtype) if weight.dtype == self.dtype else self.folded
@@ -109,28 +173,54 @@ class Matrices:
                 change = change.mT if self.shape.transposed else change
                 found = torch.add(weight, change).to(weight.dtype).contiguous()
             if keep:
-                self._kept["merged", base.dtype] = found
+                self.kept["merged", base.dtype] = found
+                self.queue()
         return found
 
     def _left(self, tall: Tensor) -> Tensor:
         """[A V | F]."""
         return torch.cat([times(tall, self.basis.to(self.dtype)), self.columns], 1)
 
+    @property
+    def lifted(self) -> Tensor:
+        """[V | V B_z^T], d x (width + e)."""
+        V = self.basis.to(self.dtype)
+        return torch.cat([V, V @ self.lower.mT], 1)
+
     def merged_backward(
-        self, weight: Tensor, d_weight: Tensor, need_mixer: bool = True, need_columns: bool = True
+        self,
+        base: Base,
+        d_weight: Tensor,
+        backend: str = "reference",
+        need_mixer: bool = True,
+        need_columns: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(dM, dF) from dW': dM = ([A V | F]^T dA') V,  dF = dA' (B_z V^T)^T, dA' = dW' or its transpose."""
-        tall, d_tall = (weight.mT, d_weight.mT) if self.shape.transposed else (weight, d_weight)
-        d_tall, d_mixer, d_columns = d_tall.to(self.dtype), None, None
-        if need_mixer:
-            d_mixer = self._left(tall).mT @ d_tall @ self.basis.to(self.dtype)
-        if need_columns:
-            d_columns = d_tall @ self.get("folded", self.dtype)[self.shape.width :].mT
+        """(dM, dF) from dW': dM = [V^T (A^T P); F^T P] with P = dA' V, dF = dA' V B_z^T, dA' = dW' or its transpose.
+
+        Through the Triton path in the dtype of dW', as the tokens' own products are.
+        """
+        dtype, width = d_weight.dtype if backend == "triton" else self.dtype, self.shape.width
+        tall, d_tall = base.tall(self.shape.transposed), d_weight.mT if self.shape.transposed else d_weight
+        pulled = d_tall.to(dtype) @ self.get("lifted", dtype)
+        d_columns = pulled[:, width:] if need_columns else None
+        if not need_mixer:
+            return None, d_columns
+        P = pulled[:, :width]
+        d_mixer = P.new_empty(width + self.extra, width)
+        torch.mm(self.get("basis", dtype).mT, times(tall.mT, P), out=d_mixer[:width])
+        if self.extra:
+            torch.mm(self.get("columns", dtype).mT, P, out=d_mixer[width:])
         return d_mixer, d_columns
+
+    @property
+    def generation(self) -> int:
+        """How many matrices have been built."""
+        return len(self.kept)
 
     @property
     def built(self) -> frozenset[str]:
         """The forms whose matrices exist already."""
-        names = {name for name, _ in self._kept}
-        folded = {"folded"} if {"folded", "folded_transposed"} <= names or {"folded", "expansion"} <= names else set()
+        names = {name for name, _ in self.kept}
+        pairs = {"folded", "folded_transposed"}, {"contraction", "expansion"}
+        folded = {"folded"} if any(pair <= names for pair in pairs) else set()
         return frozenset(folded | (names & {"core", "merged"}))

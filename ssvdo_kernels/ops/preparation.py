@@ -15,6 +15,7 @@ from these where it has been let go.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ Parameters = tuple[Tensor | None, Tensor, Tensor | None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
+Formula = tuple[LayerShape, SSVDOConfig, float]
+"""Sizes, configuration, and what the parameters are multiplied by."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What a preparation is made from. name: how errors call the layer; origin: what knows the factors' weight; scale:
@@ -49,6 +54,10 @@ class Source:
     name: str
     origin: Origin | None
     scale: float = 1.0
+
+    @property
+    def formula(self) -> Formula:
+        return self.shape, self.config, self.scale
 
     def watched(self) -> tuple[Tensor, ...]:
         """The frozen tensors."""
@@ -99,6 +108,30 @@ def version(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
+class News(NamedTuple):
+    """What a GPU says of a preparation, later: of which layer, and as which of its batch."""
+
+    verdict: tuple[Verdict, int] | None
+    name: str
+    config: SSVDOConfig
+    dtype: torch.dtype
+
+    def there(self) -> bool:
+        """Whether `read` returns at once."""
+        return self.verdict is None or self.verdict[0].there()
+
+    def read(self) -> None:
+        """Raises ArithmeticError if it is bad; waits for it if need be."""
+        if self.verdict is None:
+            return
+        verdict, i = self.verdict
+        inverses, pivots = verdict.read()
+        check_pivot(pivots[i], self.name, self.config)
+        if inverses[i]:
+            raise ArithmeticError(f"{self.name}: found no inverse of I + K in {self.dtype}; `inner_rotation` is not "
+                                  "finite or too large: use a smaller learning rate")
+
+
 class Prepared(Matrices):
     """The matrices of one layer made from its parameters, and the way back to the parameters' gradients.
 
@@ -113,6 +146,7 @@ class Prepared(Matrices):
     _verdict: tuple[Verdict, int] | None
 
     def __init__(self, source: Source) -> None:
+        super().__init__()
         if source.origin is not None:
             source.origin.check(source.base, source.name, factors=source.factors)
         self.source, self.shape, self.config, self.name = source, source.shape, source.config, source.name
@@ -133,10 +167,11 @@ class Prepared(Matrices):
         self.singular = self.factors.singular_values.detach()[: self.shape.width].to(self.dtype)
         self.basis = self.factors.basis.detach()[:, : self.shape.width]
         self.outer = None if outer is None else self._outer(self._worked(outer))
-        self._kept, self._mixer, self._verdict = {}, None, None
+        self._verdict = None
         self.tokens = 0  # rows that have passed through this preparation: the planner's clock
         self.trained = 0  # those among them with gradients
         self.expected = 0  # rows with gradients that the preparation before this one served
+        self.plans: dict[tuple[object, ...], str] = {}  # what the planner has found, until more matrices are built
         self.choices: dict[int, str] = {}  # by number of rows: what a forward with gradients saves for backward
 
     def _worked(self, parameter: Tensor) -> Tensor:
@@ -203,13 +238,13 @@ class Prepared(Matrices):
         """Raises ArithmeticError if a GPU has bad news of this preparation. wait: for news, where there is none yet."""
         if self._verdict is None or not (wait or self._verdict[0].there()):
             return
-        verdict, i = self._verdict
-        inverses, pivots = verdict.read()
-        check_pivot(pivots[i], self.name, self.config)
-        if inverses[i]:
-            raise ArithmeticError(f"{self.name}: found no inverse of I + K in {self.dtype}; `inner_rotation` is not "
-                                  "finite or too large: use a smaller learning rate")
+        self.news.read()
         self._verdict = None
+
+    @property
+    def news(self) -> News:
+        """What a GPU will say of this preparation, to be asked for without it."""
+        return News(self._verdict, self.name, self.config, self.dtype)
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def finish(

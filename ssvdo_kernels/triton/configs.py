@@ -1,7 +1,7 @@
-"""Launch configurations that are shipped, by kernel and precision; the first of each is the default.
+"""Launch configurations that are shipped, by kernel and precision; the first that a device has room for is its default.
 
-Every entry compiles for sm_80, sm_90 and sm_100 without spills and within their shared memory: docs/kernels.md, made by
-`python -m benchmarks.kernel_table`, tested in tests/triton_kernels/test_compile.py.
+Every entry compiles without spills for every architecture whose blocks may have as much shared memory: docs/kernels.md,
+made by `python -m benchmarks.kernel_table`, tested in tests/triton_kernels/test_compile.py.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ FUSED_EXTRA = 128
 """The most columns of z that one-pass `contract` holds on chip."""
 
 
+SHARED = {"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "9.0": 227, "10.0": 227, "10.3": 227, "12.0": 99, "12.1": 99}
+"""KiB of shared memory that a block may have, by compute capability (CUDA programming guide, table 30)."""
+
+
 @dataclass(frozen=True)
 class Config:
-    """Block sizes by the kernels' own names, warps and pipeline stages."""
+    """Block sizes by the kernels' own names and in their order, warps, pipeline stages; the KiB of shared memory that a
+    device's blocks must be allowed."""
 
     blocks: tuple[tuple[str, int], ...]
     warps: int
     stages: int
+    shared: int = 99
 
     @property
     def meta(self) -> dict[str, int]:
@@ -28,42 +34,41 @@ class Config:
         return dict(self.blocks)
 
 
-def _config(warps: int, stages: int, **blocks: int) -> Config:
-    return Config(tuple(blocks.items()), warps, stages)
+def _config(warps: int, stages: int, shared: int, **blocks: int) -> Config:
+    return Config(tuple(blocks.items()), warps, stages, shared)
 
 
-def _one_pass(t: int, d: int, n: int, warps: int, stages: int) -> Config:
-    return _config(warps, stages, BLOCK_T=t, BLOCK_D=d, BLOCK_N=n)
+def _one_pass(t: int, d: int, n: int, warps: int, stages: int, shared: int = 99) -> Config:
+    return _config(warps, stages, shared, BLOCK_T=t, BLOCK_D=d, BLOCK_N=n)
 
 
 def _product(t: int, n: int, k: int, warps: int, stages: int) -> Config:
-    return _config(warps, stages, BLOCK_T=t, BLOCK_N=n, BLOCK_K=k, GROUP_T=8)
+    return _config(warps, stages, 99, BLOCK_T=t, BLOCK_N=n, BLOCK_K=k, GROUP_T=8)
 
 
-def _reduce(p: int, q: int, t: int, warps: int, stages: int) -> Config:
-    return _config(warps, stages, BLOCK_P=p, BLOCK_Q=q, BLOCK_T=t)
-
-
-_ONE_PASS = {
-    "half": (_one_pass(64, 64, 64, 4, 3), _one_pass(128, 64, 64, 8, 3)),
-    "tf32": (_one_pass(64, 32, 32, 4, 2),),
-    "fp32": (_one_pass(32, 32, 32, 4, 2),),
-    "fp64": (_one_pass(32, 16, 16, 4, 2),),
-}  # fmt: skip
 CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
-    "expand": _ONE_PASS,
-    "contract": _ONE_PASS,
+    "expand": {
+        "half": (_one_pass(64, 64, 64, 4, 3), _one_pass(128, 64, 64, 8, 3, 163)),
+        "tf32": (_one_pass(64, 32, 32, 4, 2),),
+        "fp32": (_one_pass(32, 32, 32, 8, 2),),
+        "fp64": (_one_pass(32, 16, 16, 4, 2),),
+    },
+    "contract": {
+        "half": (_one_pass(64, 64, 64, 4, 3, 163), _one_pass(128, 64, 64, 8, 3, 163), _one_pass(64, 32, 32, 4, 2)),
+        "tf32": (_one_pass(64, 32, 32, 4, 2, 163), _one_pass(32, 32, 32, 4, 2)),
+        "fp32": (_one_pass(32, 32, 32, 4, 2),),
+        "fp64": (_one_pass(32, 16, 16, 4, 2),),
+    },
     "add_product": {
         "half": (_product(128, 128, 64, 8, 3), _product(64, 128, 64, 4, 3),
-                 _product(64, 64, 64, 4, 3)),
+                 _product(64, 64, 32, 4, 3)),
         "tf32": (_product(64, 128, 32, 4, 3), _product(128, 128, 32, 8, 3), _product(64, 64, 32, 4, 3)),
         "fp32": (_product(64, 64, 16, 8, 2), _product(32, 64, 16, 4, 2)),
         "fp64": (_product(64, 32, 16, 4, 2),),
     },
-    "reduce_rows": {
-        "half": (_reduce(128, 64, 64, 8, 3), _reduce(128, 128, 64, 8, 3), _reduce(64, 64, 64, 4, 3)),
-        "tf32": (_reduce(64, 64, 32, 4, 3), _reduce(128, 64, 32, 4, 3)),
-        "fp32": (_reduce(64, 64, 16, 8, 2),),
-        "fp64": (_reduce(32, 32, 16, 4, 2),),
-    },
 }  # fmt: skip
+
+
+def candidates(kernel: str, precision: str, shared: int) -> tuple[Config, ...]:
+    """Those of a kernel for a device whose blocks may have `shared` KiB of shared memory."""
+    return tuple(c for c in CONFIGS[kernel][precision] if c.shared <= shared)

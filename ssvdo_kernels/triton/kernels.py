@@ -3,10 +3,11 @@
     expand       [x' | z] = [x | 0] + (x V) R          one pass, h = x V stays on chip
     contract     y = u + [u V | z] Q + bias            one pass, u V stays on chip
     add_product  y = [a | 0] + g P + bias              a product with an addend, where V is too wide for one pass
-    reduce_rows  partial sums of a^T b over rows       then `sum_partials` adds them in a fixed order
 
 All accumulate in float32 (float64 for float64 operands). No size needs to be a multiple of anything: loads and stores
-are masked. Offsets of rows are 64-bit, so that tensors may hold more than 2^31 elements.
+are masked. Offsets of rows are 64-bit, so that tensors may hold more than 2^31 elements. The number of tokens is not
+specialised on, as it changes from batch to batch. Arguments come in the order of launch.py: tensors, what changes with
+the tokens, sizes and strides, then blocks, flags, ACC and PRECISION.
 """
 
 # mypy: ignore-errors
@@ -51,10 +52,19 @@ def _project(x, V, rows, T, d, w, x_row, x_col, V_row, V_col,
 
 
 @triton.jit
-def expand(x, V, R, out, h_out, T, d, w, n, x_row, x_col, V_row, V_col, R_row, R_col, out_row, out_col, h_row, h_col,
-           BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-           STORE_H: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """out (T x n) = [x | 0] + (x V) R. x: T x d; V: d x w; R: w x n, n >= d; h_out: T x w, where STORE_H.
+def _put_beyond(base, value, rows, columns, first, stride_row, stride_column, row_count, column_count):
+    """Stores the columns from `first` on, the first of them as column 0."""
+    moved = (columns - first).to(tl.int64)
+    pointers = base + rows.to(tl.int64)[:, None] * stride_row + moved[None, :] * stride_column
+    tl.store(pointers, value.to(base.dtype.element_ty),
+             mask=(rows[:, None] < row_count) & (columns[None, :] >= first) & (columns[None, :] < column_count))
+
+
+@triton.jit(do_not_specialize=["T"])
+def expand(x, V, R, out, kept, T, d, w, n, x_row, x_col, V_row, V_col, R_row, R_col, out_row, out_col, kept_row,
+           kept_col, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+           KEEP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """out (T x n) = [x' | z] = [x | 0] + (x V) R. x: T x d; V: d x w; R: w x n, n >= d. KEEP: kept = [x V | z].
 
     Program (i, j) computes row block i of the j-th run of column blocks; each of the runs computes x V anew.
     """
@@ -63,9 +73,9 @@ def expand(x, V, R, out, h_out, T, d, w, n, x_row, x_col, V_row, V_col, R_row, R
     inner = tl.arange(0, WIDTH)
     h = _project(x, V, rows, T, d, w, x_row, x_col, V_row, V_col, BLOCK_T, BLOCK_D, WIDTH, ACC, PRECISION)
     h = h.to(x.dtype.element_ty)
-    if STORE_H:
+    if KEEP:
         if group == 0:
-            _put(h_out, h, rows, inner, h_row, h_col, T, w)
+            _put(kept, h, rows, inner, kept_row, kept_col, T, w)
     blocks = tl.cdiv(n, BLOCK_N)
     share = tl.cdiv(blocks, tl.num_programs(1))
     for block in range(group * share, tl.minimum(group * share + share, blocks)):
@@ -73,17 +83,19 @@ def expand(x, V, R, out, h_out, T, d, w, n, x_row, x_col, V_row, V_col, R_row, R
         y = tl.dot(h, _tile(R, inner, columns, R_row, R_col, w, n), input_precision=PRECISION, out_dtype=ACC)
         y += _tile(x, rows, columns, x_row, x_col, T, d).to(ACC)
         _put(out, y, rows, columns, out_row, out_col, T, n)
+        if KEEP:
+            _put_beyond(kept + w * kept_col, y, rows, columns, d, kept_row, kept_col, T, n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def contract(u, z, V, Q, Qz, bias, out, g_out, gz_out, T, d, w, e, u_row, u_col, z_row, z_col, V_row, V_col,
              Q_row, Q_col, out_row, out_col, g_row, g_col,
              BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-             EXTRA: tl.constexpr, STORE_G: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
-             PRECISION: tl.constexpr):
+             EXTRA: tl.constexpr, STORE_G: tl.constexpr, STORE_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+             ACC: tl.constexpr, PRECISION: tl.constexpr):
     """out (T x d) = u + [u V | z] [Q; Qz] + bias. u: T x d; z: T x e; V: d x w; Q: w x d; Qz: e x d, strides as Q's.
 
-    With STORE_G, u V goes to g_out (T x w) and z to gz_out (T x e), strides as g_out's.
+    With STORE_G, u V goes to g_out (T x w); with STORE_Z, z to gz_out (T x e), strides as g_out's.
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     group = tl.program_id(1)
@@ -96,7 +108,7 @@ def contract(u, z, V, Q, Qz, bias, out, g_out, gz_out, T, d, w, e, u_row, u_col,
     if EXTRA > 0:
         more = tl.arange(0, EXTRA)
         zs = _tile(z, rows, more, z_row, z_col, T, e)
-        if STORE_G:
+        if STORE_Z:
             if group == 0:
                 _put(gz_out, zs, rows, more, g_row, g_col, T, e)
     blocks = tl.cdiv(d, BLOCK_N)
@@ -114,11 +126,12 @@ def contract(u, z, V, Q, Qz, bias, out, g_out, gz_out, T, d, w, e, u_row, u_col,
         _put(out, y, rows, columns, out_row, out_col, T, d)
 
 
-@triton.jit
-def add_product(a, g, P, bias, out, T, d, K, n, a_row, a_col, g_row, g_col, P_row, P_col, out_row, out_col,
-                BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_T: tl.constexpr,
-                HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """out (T x n) = [a | 0] + g P + bias. a: T x d, d <= n; g: T x K; P: K x n; bias: n.
+@triton.jit(do_not_specialize=["T"])
+def add_product(a, g, P, bias, out, z_out, T, d, K, n, a_row, a_col, g_row, g_col, P_row, P_col, out_row, out_col,
+                z_row, z_col, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                GROUP_T: tl.constexpr, STORE_Z: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
+                PRECISION: tl.constexpr):
+    """out (T x n) = [a | 0] + g P + bias. a: T x d, d <= n; g: T x K; P: K x n; bias: n. STORE_Z: z_out = out[:, d:].
 
     Programs walk GROUP_T row blocks down before they move a column block to the right, so that P stays in L2.
     """
@@ -138,37 +151,8 @@ def add_product(a, g, P, bias, out, T, d, K, n, a_row, a_col, g_row, g_col, P_ro
     if HAS_BIAS:
         y += _row(bias, columns, n).to(ACC)
     _put(out, y, rows, columns, out_row, out_col, T, n)
-
-
-@triton.jit
-def reduce_rows(a, b, out, T, p, q, chunk, a_row, a_col, b_row, b_col, out_split, out_row, out_col,
-                BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """out[s] (p x q) = a[s chunk : (s + 1) chunk]^T b[the same rows]. a: T x p; b: T x q; out: splits x p x q."""
-    column_blocks = tl.cdiv(q, BLOCK_Q)
-    left = (tl.program_id(0) // column_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    right = (tl.program_id(0) % column_blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    split = tl.program_id(1)
-    first = split * chunk
-    last = tl.minimum(first + chunk, T)
-    total = tl.zeros((BLOCK_P, BLOCK_Q), dtype=ACC)
-    for start in range(first, last, BLOCK_T):
-        rows = start + tl.arange(0, BLOCK_T)
-        at = tl.trans(_tile(a, rows, left, a_row, a_col, last, p))
-        total = tl.dot(at, _tile(b, rows, right, b_row, b_col, last, q), total,
-                       input_precision=PRECISION, out_dtype=ACC)
-    _put(out + split.to(tl.int64) * out_split, total, left, right, out_row, out_col, p, q)
-
-
-@triton.jit
-def sum_partials(partials, out, splits, count, BLOCK: tl.constexpr):
-    """out[i] = partials[0, i] + partials[1, i] + ..., always in this order."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < count
-    total = tl.zeros((BLOCK,), dtype=partials.dtype.element_ty)
-    for split in range(0, splits):
-        total += tl.load(partials + tl.cast(split, tl.int64) * count + index, mask=inside, other=0.0)
-    tl.store(out + index, total, mask=inside)
+    if STORE_Z:
+        _put_beyond(z_out, y, rows, columns, d, z_row, z_col, T, n)
 
 
 INTERPRETED = not isinstance(_row, triton.JITFunction)  # what TRITON_INTERPRET said when this was loaded

@@ -2,22 +2,33 @@
 
 Everything takes tensors of any strides and any sizes, 0 rows included; results are new and contiguous. x, u, z, V, R
 and Q share one dtype of float16, bfloat16, float32 or float64. Products accumulate in float32 (float64 for float64);
-float32 operands follow ``torch.backends.cuda.matmul.allow_tf32``.
+float32 operands follow ``torch.backends.cuda.matmul.fp32_precision``.
+
+A launch that is like an earlier one, up to the number of tokens, takes its configuration and its compiled kernel from a
+table: Triton's own way there looks at every argument anew and costs three times as much.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from ..traffic import tf32
 from . import kernels, tuning
-from .configs import FUSED_EXTRA, FUSED_WIDTH, Config
+from .configs import FUSED_EXTRA, FUSED_WIDTH, SHARED, Config
 
-_PROCESSORS: dict[int, int] = {}
+Grid = Callable[[dict[str, int]], tuple[int, int, int]]
+_compiled: dict[tuple[Any, ...], tuple[Any, dict[str, int], tuple[Any, ...]]] = {}
+_again: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_processors: dict[int, int] = {-1: 8}
+_HERE = nullcontext()
+_MOST = 4096  # numbers of tokens and the like that are remembered at a time
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -25,7 +36,7 @@ def precision_of(dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "fp64"
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+        return "tf32" if tf32() else "fp32"
     return "half"
 
 
@@ -33,28 +44,97 @@ def _power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _processors(x: Tensor) -> int:
-    if not x.is_cuda:
-        return 8
-    index = x.device.index
-    if index not in _PROCESSORS:
-        _PROCESSORS[index] = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return _PROCESSORS[index]
+def processors(x: Tensor) -> int:
+    """Multiprocessors of the tensor's device."""
+    index = x.get_device()
+    if index not in _processors:
+        _processors[index] = torch.cuda.get_device_properties(index).multi_processor_count
+    return _processors[index]
 
 
-def _device_of(x: Tensor) -> torch.cuda.device:
-    """The tensor's device made current; nothing for a CPU tensor."""
-    return torch.cuda.device(x.device.index if x.is_cuda else -1)
+def _shared(index: int) -> int:
+    """KiB of shared memory that a block may have on a device; -1: the interpreter's."""
+    if index < 0:
+        return max(SHARED.values())
+    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+    return SHARED.get(capability, min(SHARED.values()))
+
+
+def _on(index: int) -> AbstractContextManager[Any]:
+    """The device made current, where it is not."""
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def _empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, device=like.device, dtype=like.dtype if dtype is None else dtype)
+    return like.new_empty(shape, dtype=dtype)
 
 
-def _options(config: Config, precision: str) -> dict[str, Any]:
-    return {**config.meta, "ACC": tl.float64 if precision == "fp64" else tl.float32,
-            "PRECISION": "tf32" if precision == "tf32" else "ieee", "num_warps": config.warps,
-            "num_stages": config.stages, "enable_fp_fusion": True}  # fmt: skip
+def _ready(call: tuple[Any, ...], operands: tuple[Tensor, ...]) -> tuple[Any, tuple[Any, ...]] | None:
+    """What `_run` has remembered of a call, where its operands are aligned."""
+    bits = 0
+    for t in operands:
+        bits |= t.data_ptr()
+    return None if bits & 15 else _again.get(call)
+
+
+def _run(
+    call: tuple[Any, ...],
+    name: str,
+    operands: tuple[Tensor, ...],
+    T: int,
+    rest: tuple[int, ...],
+    flags: tuple[int, ...],
+    sizes: tuple[int, ...],
+    grid: Grid,
+) -> None:
+    """Launches a kernel by its name.
+
+    Args:
+        call: what the launch is remembered by; all that decides on it but whether operands are aligned.
+        operands, T, rest, flags: its arguments in their order, but for the blocks and the precision. Nothing is
+            specialised on T.
+        sizes: what its timing is remembered by, beside T. grid: block sizes -> programs.
+    """
+    first, precision = operands[0], precision_of(operands[0].dtype)
+    index, bits = first.get_device(), [t.data_ptr() & 15 for t in operands]
+    key = name, index, precision, first.dtype, call[0], (T - 1).bit_length(), rest, flags, *bits
+    with _on(index):
+        found = _compiled.get(key)
+        if found is None:
+
+            def launch(config: Config) -> Any:
+                options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+                constants = _constants(config, flags, precision)
+                return getattr(kernels, name)[grid(config.meta)](*operands, T, *rest, *constants, **options)
+
+            order = tuning.choose(name, precision, T, sizes, launch, shared=_shared(index))
+            kernel, config = _first_with_room(launch, order)
+            # None: interpreted. What a capture takes may not have been timed.
+            if kernel is not None and not tuning.capturing():
+                _compiled[key] = kernel, config.meta, _constants(config, flags, precision)
+            return
+        kernel, meta, constants = found
+        again = kernel[grid(meta)], (T, *rest, *constants)
+        again[0](*operands, *again[1])
+    if not any(bits):
+        if len(_again) >= _MOST:
+            _again.clear()
+        _again[call] = again
+
+
+def _constants(config: Config, flags: tuple[int, ...], precision: str) -> tuple[Any, ...]:
+    accumulator = tl.float64 if precision == "fp64" else tl.float32
+    return *config.meta.values(), *flags, accumulator, "tf32" if precision == "tf32" else "ieee"
+
+
+def _first_with_room(launch: Callable[[Config], Any], order: tuple[Config, ...]) -> tuple[Any, Config]:
+    """Launches the first configuration for which the device has room. Returns the compiled kernel with it."""
+    for config in order[:-1]:
+        try:
+            return launch(config), config
+        except OutOfResources:
+            continue
+    return launch(order[-1]), order[-1]
 
 
 def _groups(row_blocks: int, column_blocks: int, processors: int) -> int:
@@ -62,33 +142,51 @@ def _groups(row_blocks: int, column_blocks: int, processors: int) -> int:
     return max(1, min(4, column_blocks, processors // max(1, row_blocks)))
 
 
+def _by_rows(T: int, columns: int, processors: int) -> Grid:
+    """Programs of the one-pass kernels."""
+
+    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
+        row_blocks, column_blocks = -(-T // meta["BLOCK_T"]), -(-columns // meta["BLOCK_N"])
+        return row_blocks, _groups(row_blocks, column_blocks, processors), 1
+
+    return grid
+
+
 def one_pass(dtype: torch.dtype, w: int, e: int = 0) -> bool:
     """Whether V's w columns (and contract's e columns of z) fit on chip."""
     return w <= FUSED_WIDTH[precision_of(dtype)] and e <= FUSED_EXTRA
 
 
-def expand(x: Tensor, V: Tensor, R: Tensor, keep_h: bool = False) -> tuple[Tensor, Tensor | None]:
-    """([x | 0] + (x V) R, x V if keep_h). x: T x d; V: d x w; R: w x n, n >= d."""
-    (T, d), w, n = x.shape, V.shape[1], R.shape[1]
-    precision = precision_of(x.dtype)
-    if not one_pass(x.dtype, w):
-        h = x @ V
-        return add_product(x, h, R), h if keep_h else None
+def _call(name: str, *operands: Tensor) -> list[Any]:
+    """What decides on a launch beside its flags: sizes, strides, device, dtype, switches."""
+    x = operands[0]
+    found: list[Any] = [torch.are_deterministic_algorithms_enabled(), name, x.get_device(), x.dtype]
+    if x.dtype == torch.float32:
+        found.append(tf32())
+    for t in operands:
+        found += (t.shape, t.stride())
+    return found
+
+
+def expand(x: Tensor, V: Tensor, R: Tensor, keep: bool = False) -> tuple[Tensor, Tensor | None]:
+    """([x' | z] = [x | 0] + (x V) R, [x V | z] if keep). x: T x d; V: d x w; R: w x n, n >= d."""
+    (T, d), (w, n) = x.shape, R.shape
+    kept = _empty(T, w + n - d, like=x) if keep else None
+    call = (*_call("expand", x, V, R), keep)
+    again = _ready(call, (x, V, R))
+    if again is None and w > FUSED_WIDTH[precision_of(x.dtype)]:
+        h = x @ V if kept is None else torch.mm(x, V, out=kept[:, :w])
+        return add_product(x, h, R, z_out=None if kept is None else kept[:, w:]), kept
     out = _empty(T, n, like=x)
-    h = _empty(T, w, like=x) if keep_h else out
-    if T:
-
-        def launch(config: Config) -> None:
-            meta = config.meta
-            row_blocks, column_blocks = triton.cdiv(T, meta["BLOCK_T"]), triton.cdiv(n, meta["BLOCK_N"])
-            grid = (row_blocks, _groups(row_blocks, column_blocks, _processors(x)))
-            kernels.expand[grid](
-                x, V, R, out, h, T, d, w, n, *x.stride(), *V.stride(), *R.stride(), *out.stride(), *h.stride(),
-                WIDTH=_power(w), STORE_H=keep_h, **_options(config, precision))
-
-        with _device_of(x):
-            launch(tuning.choose("expand", precision, T, (d, w, n), launch))
-    return out, h if keep_h else None
+    to = out if kept is None else kept
+    if again is not None:
+        with _on(call[2]):
+            again[0](x, V, R, out, to, *again[1])
+    elif T:
+        rest = (d, w, n, *x.stride(), *V.stride(), *R.stride(), *out.stride(), *to.stride())
+        _run(call, "expand", (x, V, R, out, to), T, rest, (_power(w), keep), (d, w, n),
+             _by_rows(T, n, processors(x)))  # fmt: skip
+    return out, kept
 
 
 def merge(tall: Tensor, columns: Tensor, V: Tensor, Q: Tensor, transposed: bool) -> Tensor:
@@ -105,84 +203,66 @@ def contract(
     z: Tensor,
     V: Tensor,
     Q: Tensor,
-    keep_g: bool = False,
+    keep: bool = False,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(u + [u V | z] Q + bias, [u V | z] if keep_g). u: T x d; z: T x e; V: d x w; Q: (w + e) x d; bias: d, contiguous;
-    out: T x d, any strides."""
+    """(u + [u V | z] Q + bias, [u V | z] if keep). u: T x d; z: T x e; V: d x w; Q: (w + e) x d; bias: d, contiguous;
+    out: T x d, any strides; g: T x (w + e), where z is its last e columns already: what is kept goes there."""
     (T, d), w, e = u.shape, V.shape[1], z.shape[1]
-    precision = precision_of(u.dtype)
+    store_z = keep and g is None and e > 0
     if not one_pass(u.dtype, w, e):
-        g = _empty(T, w + e, like=u)
+        if g is None:
+            g = _empty(T, w + e, like=u)
+            g[:, w:] = z
         torch.mm(u, V, out=g[:, :w])
-        g[:, w:] = z
-        return add_product(u, g, Q, bias, out), g if keep_g else None
+        return add_product(u, g, Q, bias, out), g if keep else None
+    given = out is not None
     out = _empty(T, d, like=u) if out is None else out
-    g = _empty(T, w + e, like=u) if keep_g else out
-    if T:
-        second = (z, Q[w:], g[:, w:]) if e else (u, Q, g)
-
-        def launch(config: Config) -> None:
-            meta = config.meta
-            row_blocks, column_blocks = triton.cdiv(T, meta["BLOCK_T"]), triton.cdiv(d, meta["BLOCK_N"])
-            grid = (row_blocks, _groups(row_blocks, column_blocks, _processors(u)))
-            kernels.contract[grid](
-                u, second[0], V, Q, second[1], u if bias is None else bias, out, g, second[2], T, d, w, e,
-                *u.stride(), *second[0].stride(), *V.stride(), *Q.stride(), *out.stride(), *g.stride(),
-                WIDTH=_power(w), EXTRA=_power(e) if e else 0, STORE_G=keep_g,
-                HAS_BIAS=bias is not None, **_options(config, precision))
-
-        with _device_of(u):
-            launch(tuning.choose("contract", precision, T, (d, w, e), launch))
-    return out, g if keep_g else None
+    g = _empty(T, w + e, like=u) if g is None and keep else g
+    if not T:
+        return out, g if keep else None
+    to = out if g is None else g
+    second = (z, Q[w:], to[:, w:] if store_z else to) if e else (u, Q, to)
+    operands = (u, second[0], V, Q, second[1], u if bias is None else bias, out, to, second[2])
+    call = (*_call("contract", u, z, V, Q, to), keep, store_z, bias is None, given and out.stride())
+    if (again := _ready(call, operands)) is not None:
+        with _on(call[2]):
+            again[0](*operands, *again[1])
+    else:
+        rest = (d, w, e, *u.stride(), *second[0].stride(), *V.stride(), *Q.stride(), *out.stride(), *to.stride())
+        flags = (_power(w), _power(e) if e else 0, keep, store_z, bias is not None)
+        _run(call, "contract", operands, T, rest, flags, (d, w, e), _by_rows(T, d, processors(u)))
+    return out, g if keep else None
 
 
 def add_product(
-    a: Tensor, g: Tensor, P: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    a: Tensor,
+    g: Tensor,
+    P: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    z_out: Tensor | None = None,
 ) -> Tensor:
-    """[a | 0] + g P + bias. a: T x d; g: T x K; P: K x n, n >= d; bias: n, contiguous; out: T x n, any strides."""
-    (T, d), K, n = a.shape, g.shape[1], P.shape[1]
-    precision = precision_of(a.dtype)
+    """[a | 0] + g P + bias. a: T x d; g: T x K; P: K x n, n >= d; bias: n, contiguous; out: T x n, any strides; z_out:
+    T x (n - d), a second place for the result's last columns."""
+    (T, d), (K, n) = a.shape, P.shape
+    given = out is not None
     out = _empty(T, n, like=a) if out is None else out
-    if T:
-
-        def launch(config: Config) -> None:
-            grid = (triton.cdiv(T, config.meta["BLOCK_T"]) * triton.cdiv(n, config.meta["BLOCK_N"]),)
-            kernels.add_product[grid](
-                a, g, P, a if bias is None else bias, out, T, d, K, n, *a.stride(), *g.stride(), *P.stride(),
-                *out.stride(), HAS_BIAS=bias is not None, **_options(config, precision))
-
-        with _device_of(a):
-            launch(tuning.choose("add_product", precision, T, (d, K, n), launch))
-    return out
-
-
-def splits_of(T: int, tiles: int, processors: int) -> int:
-    """Parts into which T rows are cut: enough programs for two waves, at least 256 rows each."""
-    return int(max(1, min(triton.cdiv(2 * processors, tiles), triton.cdiv(T, 256))))
-
-
-def token_product(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b in float32 (float64 for float64), the same bits every time. a: T x p; b: T x q."""
-    (T, p), q = a.shape, b.shape[1]
-    precision = precision_of(a.dtype)
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    out = _empty(p, q, like=a, dtype=dtype)
-    if not p * q:
+    if not T:
+        return out
+    z = out if z_out is None or n == d else z_out
+    operands = (a, g, P, a if bias is None else bias, out, z)
+    call = (*_call("add_product", a, g, P, z), z is out, bias is None, given and out.stride())
+    if (again := _ready(call, operands)) is not None:
+        with _on(call[2]):
+            again[0](*operands, *again[1])
         return out
 
-    def launch(config: Config) -> None:
-        meta = config.meta
-        tiles = triton.cdiv(p, meta["BLOCK_P"]) * triton.cdiv(q, meta["BLOCK_Q"])
-        splits = splits_of(T, tiles, _processors(a))
-        partials = out if splits == 1 else _empty(splits, p, q, like=a, dtype=dtype)
-        chunk = triton.cdiv(triton.cdiv(T, splits), meta["BLOCK_T"]) * meta["BLOCK_T"]
-        kernels.reduce_rows[(tiles, splits)](
-            a, b, partials, T, p, q, chunk, *a.stride(), *b.stride(), p * q, q, 1, **_options(config, precision))
-        if splits > 1:
-            kernels.sum_partials[(triton.cdiv(p * q, 1024),)](partials, out, splits, p * q, BLOCK=1024)
+    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
+        return -(-T // meta["BLOCK_T"]) * -(-n // meta["BLOCK_N"]), 1, 1
 
-    with _device_of(a):
-        launch(tuning.choose("reduce_rows", precision, T, (p, q), launch))
+    rest = (d, K, n, *a.stride(), *g.stride(), *P.stride(), *out.stride(), *z.stride())
+    _run(call, "add_product", operands, T, rest, (z is not out, bias is not None), (d, K, n), grid)
     return out

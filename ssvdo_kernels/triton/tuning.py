@@ -2,7 +2,7 @@
 
 ``SSVDO_AUTOTUNE=0`` (false, off, no, or empty) always takes the first of `configs.CONFIGS`. Otherwise a kernel that has
 several is timed at its first use at a new size (tokens rounded up to a power of two): a few milliseconds a
-configuration, after compilation.
+configuration, after compilation. A launch asks once a size (launch.py), so nothing here is in the way of a step.
 Results are kept in ``$SSVDO_CACHE`` (default ``~/.cache/ssvdo_kernels``; without a home, in the folder for temporary
 files), one JSON file a device and Triton version.
 """
@@ -10,6 +10,7 @@ files), one JSON file a device and Triton version.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -18,20 +19,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from ..files import write_atomically
-from .configs import CONFIGS, Config
+from .configs import Config, candidates
 
 _memory: dict[str, int] = {}
 _loaded: set[Path] = set()
 
 
 def enabled() -> bool:
-    """Whether launches may be timed: on a GPU, outside graph capture, unless SSVDO_AUTOTUNE=0."""
+    """Whether timings decide: on a GPU, unless SSVDO_AUTOTUNE=0, or deterministic algorithms were asked for."""
     off = os.environ.get("SSVDO_AUTOTUNE", "1").lower() in ("0", "false", "off", "no", "")
-    if off or not torch.cuda.is_available():
-        return False
-    return not torch.cuda.is_current_stream_capturing()
+    return not off and not torch.are_deterministic_algorithms_enabled() and torch.cuda.is_available()
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def cache_file(device: str) -> Path:
@@ -59,30 +64,52 @@ def choose(
     sizes: Sequence[int],
     launch: Callable[[Config], None],
     *,
+    shared: int = 227,
     device: str = "",
     time: Callable[[Callable[[], None]], float] | None = None,
-) -> Config:
-    """The configuration for a launch, from memory, from disk or by timing `launch` with each.
+) -> tuple[Config, ...]:
+    """The configurations for a launch, the best first: from memory, from disk or by timing `launch` with each.
+
+    While a graph is captured nothing is timed, but what is remembered is taken, so that a capture runs what was
+    compiled before it. Under ``torch.use_deterministic_algorithms`` the order is always that of `configs.CONFIGS`.
 
     Args:
         launch: runs the kernel with a configuration; results of timed launches are overwritten by the caller's own.
-        device: the device's name; "" asks torch.
+        shared: KiB of shared memory that a block may have. device: the device's name; "" asks torch.
         time: milliseconds of a call; None takes triton.testing.do_bench.
     """
-    candidates = CONFIGS[kernel][precision]
-    if len(candidates) == 1 or (time is None and not enabled()):
-        return candidates[0]
+    found = candidates(kernel, precision, shared)
+    if len(found) == 1 or (time is None and not enabled()):
+        return found
     path = cache_file(device or torch.cuda.get_device_name())
     key = key_of(kernel, precision, tokens, sizes)
     _load(path)
-    found = _memory.get(f"{path}:{key}", -1)
-    if not 0 <= found < len(candidates):
-        timer = _do_bench if time is None else time
-        measured = [timer(lambda config=config: launch(config)) for config in candidates]  # type: ignore[misc]
-        found = min(range(len(candidates)), key=measured.__getitem__)
-        _memory[f"{path}:{key}"] = found
+    best = _memory.get(f"{path}:{key}", -1)
+    if not 0 <= best < len(found):
+        if time is None and capturing():
+            return found
+        measured = _measure(found, launch, _do_bench if time is None else time)
+        if not measured:
+            return found
+        best = min(range(len(found)), key=measured.__getitem__)
+        _memory[f"{path}:{key}"] = best
         _save(path)
-    return candidates[found]
+    return found[best], *found[:best], *found[best + 1 :]
+
+
+def _measure(
+    found: Sequence[Config], launch: Callable[[Config], None], time: Callable[[Callable[[], None]], float]
+) -> list[float]:
+    """Milliseconds of each, infinite where the device has no room for it; [] where there is no memory to time in."""
+    measured = []
+    for config in found:
+        try:
+            measured.append(time(lambda config=config: launch(config)))  # type: ignore[misc]
+        except OutOfResources:
+            measured.append(math.inf)
+        except torch.OutOfMemoryError:
+            return []
+    return measured
 
 
 def _do_bench(call: Callable[[], None]) -> float:
@@ -92,25 +119,27 @@ def _do_bench(call: Callable[[], None]) -> float:
 
 
 def _load(path: Path) -> None:
-    if path in _loaded:
-        return
-    _loaded.add(path)
+    if path not in _loaded:
+        _loaded.add(path)
+        for key, index in _read(path).items():
+            _memory.setdefault(f"{path}:{key}", index)
+
+
+def _read(path: Path) -> dict[str, int]:
     if not path.exists():
-        return
+        return {}
     try:
-        read = json.loads(path.read_text())
-        entries = {f"{path}:{k}": int(v) for k, v in read.items()}
+        return {str(key): int(index) for key, index in json.loads(path.read_text()).items()}
     except (ValueError, AttributeError, TypeError, OSError) as error:
         warnings.warn(f"{path} cannot be read ({error}); its kernels are timed again", stacklevel=2)
-        return
-    for name, index in entries.items():
-        _memory.setdefault(name, index)
+        return {}
 
 
 def _save(path: Path) -> None:
+    """Writes what is remembered, and what other processes have written since."""
     prefix = f"{path}:"
-    entries = {k.removeprefix(prefix): v for k, v in sorted(_memory.items()) if k.startswith(prefix)}
+    own = {k.removeprefix(prefix): v for k, v in _memory.items() if k.startswith(prefix)}
     try:
-        write_atomically({path: json.dumps(entries, indent=1).encode()})
+        write_atomically({path: json.dumps(dict(sorted((_read(path) | own).items())), indent=1).encode()})
     except OSError as error:
         warnings.warn(f"autotuning results cannot be kept in {path} ({error})", stacklevel=2)

@@ -5,6 +5,7 @@ import torch
 from helpers import assert_close, require_triton
 
 require_triton()
+from ssvdo_kernels.ops.linear import over_tokens
 from ssvdo_kernels.triton import launch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -34,15 +35,19 @@ def test_every_kernel(T, d, w, e, dtype):
     h = x.double() @ V.double()
     out, kept = launch.expand(x, V, R, True)
     assert_close("expand", out, torch.cat([x.double(), x.new_zeros(T, e).double()], 1) + h @ R.double(), tolerance)
-    assert_close("h", kept, h, tolerance)
+    assert_close("h", kept[:, :w], h, tolerance)
+    assert torch.equal(kept[:, w:], out[:, d:])
     g = torch.cat([h, z.double()], 1)
     bias = draw(1, d, dtype=dtype)[0]
     out, kept = launch.contract(x, z, V, Q, True, bias)
     assert_close("contract", out, x.double() + g @ Q.double() + bias.double(), tolerance)
     assert_close("g", kept, g, tolerance)
-    product = launch.token_product(kept, x)
-    assert_close("token_product", product, kept.double().mT @ x.double(), 1e-5 if dtype != torch.float64 else 1e-13)
-    assert torch.equal(product, launch.token_product(kept, x))
+    product = over_tokens(kept, x)
+    assert product.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close("over tokens", product, kept.double().mT @ x.double(), 1e-5 if dtype != torch.float64 else 1e-13)
+    assert torch.equal(product, over_tokens(kept, x))
+    twice = over_tokens(kept, x, over_tokens(kept, x))
+    assert_close("added to", twice, 2 * kept.double().mT @ x.double(), 1e-5 if dtype != torch.float64 else 1e-13)
 
 
 @pytest.mark.parametrize("wide", [False, True])

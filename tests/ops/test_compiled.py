@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from ssvdo_kernels.factorize import FACTOR_NAMES
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.ops import compiled as operations
 from ssvdo_kernels.ops import host
+from ssvdo_kernels.ops.preparation import News
 
 # m, n, options
 SHAPES = [(12, 5, {"outer_rank": 3}), (5, 12, {"outer_rank": 3}), (12, 5, {"outer_rank": 4, "rank": 2}),
@@ -51,6 +53,18 @@ def test_opcheck(m, n, options):
     for needs in ([True] * 4, [False, True, False, True]):
         torch.library.opcheck(operations.backward, (
             torch.randn_like(y), x.detach(), saved.detach(), *fixed, needs, layer.adapter.spec, False))  # fmt: skip
+
+
+def test_a_program_without_its_layer_hears_of_a_bad_pivot_later(monkeypatch):
+    """What a GPU says of one forward, the next one raises."""
+    layer = make_layer(12, 5, outer_rank=3)
+    rest = *(None if t is None else t.detach().clone() for t in arguments(layer)), layer.adapter.spec, False
+    verdict = SimpleNamespace(there=lambda: True, read=lambda: ([0], [2]))
+    monkeypatch.setattr(operations.Prepared, "news", property(lambda p: News((verdict, 0), p.name, p.config, p.dtype)))
+    x = torch.randn(7, 5, dtype=torch.float64)
+    operations.infer(x, None, *rest)
+    with pytest.raises(ArithmeticError, match=r"a compiled layer: Cholesky .* failed at pivot 2"):
+        operations.infer(x, None, *rest)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from helpers import make_layer
 
 from ssvdo_kernels import SSVDOConfig
 from ssvdo_kernels.ops import dispatch
-from ssvdo_kernels.ops.dispatch import token_path
+from ssvdo_kernels.ops.dispatch import token_backend, token_path
 
 PACKAGE = Path(dispatch.__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -45,6 +45,25 @@ def test_auto_on_a_gpu(gpu, dtype, tf32, want):
         torch.backends.cuda.matmul.allow_tf32 = before
     assert backend == want
     assert ("tensor cores" if want == "triton" else "vendor") in reason
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="before torch 2.9")
+def test_either_of_the_switches_for_tf32(gpu):
+    """In a process of its own, as torch does not forget that both were used."""
+    code = ("import torch; from ssvdo_kernels.traffic import tf32; m = torch.backends.cuda.matmul; found = [tf32()]\n"
+            "m.allow_tf32 = True; found.append(tf32()); m.fp32_precision = 'ieee'; found.append(tf32())\n"
+            "m.fp32_precision = 'tf32'; found.append(tf32()); print(found)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[False, True, False, True]"
+
+
+def test_a_forward_asks_once(gpu, monkeypatch):
+    dispatch._token_backend.cache_clear()
+    assert token_backend("auto", CUDA, torch.bfloat16) == "triton"
+    monkeypatch.setattr(dispatch, "token_path", None)
+    assert token_backend("auto", CUDA, torch.bfloat16) == "triton"
+    assert token_backend("auto", CPU, torch.bfloat16) == token_backend("reference", CUDA, torch.half) == "reference"
+    dispatch._token_backend.cache_clear()
 
 
 def test_old_gpu(gpu, monkeypatch):

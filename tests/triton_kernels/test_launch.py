@@ -65,10 +65,11 @@ def test_expand(size, dtype, transposed):
     x = draw(T, d, dtype=dtype, transposed=transposed)
     V, R = draw(d, w, dtype=dtype), draw(w, d + e, dtype=dtype, transposed=transposed)
     for keep in (False, True):
-        out, h = launch.expand(x, V, R, keep)
+        out, kept = launch.expand(x, V, R, keep)
         check("out", out, expanded(x, V, R), TOLERANCE[dtype])
-        assert (h is None) == (not keep)
-    check("h", h, summed((x, V)), TOLERANCE[dtype])
+        assert (kept is None) == (not keep)
+    check("h", kept[:, :w], summed((x, V)), TOLERANCE[dtype])
+    assert torch.equal(kept[:, w:], out[:, d:])
 
 
 @given(sizes, dtypes, st.booleans())
@@ -84,16 +85,23 @@ def test_contract(size, dtype, transposed):
         assert (g is None) == (given_bias is None)
     check("u V", g[:, :w], summed((u, V)), TOLERANCE[dtype])
     assert torch.equal(g[:, w:], z)
+    place = torch.full_like(g, float("nan"))
+    place[:, w:] = z
+    out, g = launch.contract(u, place[:, w:], V, Q, True, bias, g=place)
+    check("out", out, contracted(u, z, V, Q, bias), TOLERANCE[dtype])
+    check("u V in its place", place[:, :w], summed((u, V)), TOLERANCE[dtype])
+    assert g is place and torch.equal(g[:, w:], z)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("T, d, w, e", [(37, 150, 140, 9), (20, 140, 5, 130), (0, 140, 140, 3)])
+@pytest.mark.parametrize("T, d, w, e", [(37, 150, 140, 9), (20, 140, 5, 130), (0, 140, 140, 3), (9, 140, 140, 0)])
 def test_wide_sizes_take_two_passes(T, d, w, e, dtype):
     assert not launch.one_pass(dtype, w, e)
     x, V, R = draw(T, d, dtype=dtype), draw(d, w, dtype=dtype), draw(w, d + e, dtype=dtype)
-    out, h = launch.expand(x, V, R, True)
+    out, kept = launch.expand(x, V, R, True)
     check("out", out, expanded(x, V, R), TOLERANCE[dtype])
-    check("h", h, summed((x, V)), TOLERANCE[dtype])
+    check("h", kept[:, :w], summed((x, V)), TOLERANCE[dtype])
+    assert torch.equal(kept[:, w:], out[:, d:])
     z, Q = draw(T, e, dtype=dtype), draw(w + e, d, dtype=dtype)
     bias = draw(1, d, dtype=dtype)[0]
     out, g = launch.contract(x, z, V, Q, True, bias)
@@ -114,22 +122,6 @@ def test_merge(w, wide):
     assert_close("W'", got, want.mT if wide else want, 1e-13)
 
 
-@given(st.sampled_from([0, 1, 100, 700, 1500]), st.integers(1, 70), st.integers(0, 40), dtypes)
-def test_token_product(T, p, q, dtype):
-    a, b = draw(T, p, dtype=dtype), draw(T, q, dtype=dtype, transposed=True)
-    got = launch.token_product(a, b)
-    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    check("a^T b", got, summed((a.mT, b)), TOLERANCE[got.dtype])
-    assert torch.equal(got, launch.token_product(a, b))
-
-
-def test_tokens_are_split_and_summed_in_order():
-    assert launch.splits_of(100, 1, 132) == 1
-    assert launch.splits_of(1 << 16, 1, 132) == 256
-    assert launch.splits_of(1 << 16, 1000, 132) == 1
-    assert launch.splits_of(0, 1, 132) == 1
-
-
 def test_rows_beyond_two_to_the_31_elements():
     """Row 3 lies 3 * 2^30 elements after row 0: 32-bit offsets would wrap. What is never touched takes no memory."""
     stride = 1 << 30
@@ -140,7 +132,6 @@ def test_rows_beyond_two_to_the_31_elements():
     check("out", launch.expand(x, V, R)[0], expanded(x, V, R), TOLERANCE[torch.float16])
     z, Q = draw(4, 2, dtype=torch.float16), draw(5, 8, dtype=torch.float16)
     check("out", launch.contract(x, z, V, Q)[0], contracted(x, z, V, Q), TOLERANCE[torch.float16])
-    check("a^T b", launch.token_product(x, z), summed((x.mT, z)), TOLERANCE[torch.float32])
     out = torch.as_strided(storage, (4, 8), (stride, 1))
     product = launch.add_product(z[:, :0], z, Q[:2], out=out)
     check("into", product, summed((z, Q[:2])), TOLERANCE[torch.float16])

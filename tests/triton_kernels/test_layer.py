@@ -2,16 +2,28 @@
 
 import pytest
 import torch
-from helpers import assert_close, make_layer, reference_linear, require_triton, three
+from helpers import (
+    assert_close,
+    make_layer,
+    prepared,
+    randomise,
+    randomise_all,
+    reference_linear,
+    require_triton,
+    three,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 require_triton()
 from test_linear import compare
 
-from ssvdo_kernels import SSVDOConfig, SSVDOLinear, gradient_accumulation
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, gradient_accumulation
 from ssvdo_kernels.adapter import PARAMETER_NAMES
+from ssvdo_kernels.ops import linear, together
+from ssvdo_kernels.ops.joined import Joined
 from ssvdo_kernels.planner import joins
+from ssvdo_kernels.traffic import Machine
 from ssvdo_kernels.triton import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets; tests/gpu has the compiled kernels")
@@ -36,6 +48,73 @@ def test_many_rows_take_one_product(m, n, bias):
     assert joins(40, 8, 3) and not joins(10, 8, 3)
     layer = make_layer(m, n, outer_rank=3, bias=bias, path="folded", **TRITON)
     compare(layer, torch.randn(40, n, dtype=torch.float64, requires_grad=True), 1e-11)
+
+
+@pytest.fixture
+def kept_joined(monkeypatch):
+    """[W0 | F] is kept from a few rows on; how often W0 was copied."""
+    copied = []
+    original = Joined._made
+    monkeypatch.setattr(linear, "keeps_joined", lambda *_: True)
+    monkeypatch.setattr(Joined, "_made", staticmethod(lambda *a: copied.append(1) or original(*a)))
+    return copied
+
+
+@pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
+def test_w0_and_f_stay_joined_between_steps(m, n, kept_joined):
+    layer = make_layer(m, n, outer_rank=3, path="folded", **TRITON)
+    x = torch.randn(40, n, dtype=torch.float64, requires_grad=True)
+    for step in range(3):
+        x.grad = None
+        layer.zero_grad()
+        randomise(layer, 0.1 * (step + 1))
+        compare(layer, x, 1e-11)
+    assert len(kept_joined) == 1  # forward, backward and three steps
+    with torch.no_grad():
+        layer.weight *= 1  # written to, with the same numbers
+    x.grad = None
+    layer.zero_grad()
+    compare(layer, x, 1e-11)
+    assert len(kept_joined) == 2
+
+
+@pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
+def test_an_old_graph_finds_its_own_f(m, n, kept_joined):
+    layer = make_layer(m, n, outer_rank=3, path="folded", **TRITON)
+    layer.adapter.requires_grad_(False)
+    x = torch.randn(40, n, dtype=torch.float64, requires_grad=True)
+    y, weight = layer(x), layer.adapted_weight()
+    with torch.no_grad():
+        layer.adapter.outer.mul_(-3)
+    layer(x)
+    y.sum().backward()
+    assert_close("dx", x.grad, torch.ones_like(y) @ weight, 1e-11)
+
+
+@pytest.mark.parametrize("rows", [256, 300, 384])
+def test_gradients_of_rows_that_lie_in_the_cache(rows, monkeypatch):
+    machine = Machine("", 1, 1, 1, processors=1, cache=1e9)
+    monkeypatch.setattr(linear, "peaks", lambda *_: machine)
+    assert machine.chunk(rows, 24 * 8, 8 + 16) == 128
+    layer = make_layer(24, 8, outer_rank=3, path="folded", **TRITON)
+    compare(layer, torch.randn(rows, 8, dtype=torch.float64, requires_grad=True), 1e-11)
+
+
+def test_matrices_of_a_group_are_those_of_each_layer():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(torch.nn.Linear(8, 24, dtype=torch.float64) for _ in range(3)))
+    apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=3, path="folded", **TRITON))
+    randomise_all(net)
+    many = [prepared(layer) for layer in net]
+    assert many[0].batch is not None and many[0].batch().prepared is not None
+    names = "contraction", "expansion", "aligned_columns"
+    alone = [[one.get(name, torch.float64) for name in names] for one in many]
+    for one in many:
+        one.kept.clear()
+    together.build(many, torch.float64)
+    for one, wants in zip(many, alone, strict=True):
+        for name, want in zip(names, wants, strict=True):
+            assert_close(name, one.kept[name, torch.float64], want, 1e-14)
 
 
 @st.composite
@@ -80,12 +159,12 @@ def test_float16(m, n, path):
 @pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
 def test_kernels_are_what_runs(m, n, monkeypatch):
     called = []
-    for name in ("expand", "contract", "token_product"):
+    for name in ("expand", "contract"):
         kernel = getattr(launch, name)
         monkeypatch.setattr(launch, name, lambda *a, f=kernel, n=name, **k: called.append(n) or f(*a, **k))
     layer = make_layer(m, n, outer_rank=3, path="folded", **TRITON)
     layer(torch.randn(9, n, dtype=torch.float64, requires_grad=True)).sum().backward()
-    assert sorted(called) == ["contract", "expand", "token_product", "token_product"]
+    assert sorted(called) == ["contract", "expand"]
     called.clear()
     plain = make_layer(m, n, outer_rank=3, path="folded")
     plain(torch.randn(9, n, dtype=torch.float64, requires_grad=True)).sum().backward()

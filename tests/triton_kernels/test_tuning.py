@@ -5,11 +5,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import require_triton
 
 require_triton()
+from triton.runtime.errors import OutOfResources
+
 from ssvdo_kernels.triton import tuning
-from ssvdo_kernels.triton.configs import CONFIGS
+from ssvdo_kernels.triton.configs import CONFIGS, candidates
 
 CANDIDATES = CONFIGS["add_product"]["half"]
 
@@ -22,14 +25,75 @@ def empty(monkeypatch, tmp_path):
 
 
 def choose(tokens=100, milliseconds=(3.0, 1.0, 2.0), kernel="add_product", precision="half"):
-    """The configuration taken and those that were timed."""
+    """The configuration taken and those that were timed. milliseconds: an exception is raised."""
     timed = []
 
     def time(call):
         call()
-        return milliseconds[len(timed) - 1]
+        found = milliseconds[len(timed) - 1]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    return tuning.choose(kernel, precision, tokens, (8, 4), timed.append, device="Some GPU", time=time), timed
+    order = tuning.choose(kernel, precision, tokens, (8, 4), timed.append, device="Some GPU", time=time)
+    assert sorted(order, key=CONFIGS[kernel][precision].index) == list(CONFIGS[kernel][precision])
+    return order[0], timed
+
+
+def test_what_a_device_has_no_room_for_is_slowest():
+    full = OutOfResources(2, 1, "shared memory")
+    assert choose(milliseconds=(full, 2.0, full))[0] == CANDIDATES[1]
+    assert choose() == (CANDIDATES[1], [])
+
+
+def test_no_memory_to_time_in_ends_no_training():
+    """And the next process may try again."""
+    assert choose(milliseconds=(3.0, torch.OutOfMemoryError(), 1.0)) == (CANDIDATES[0], list(CANDIDATES[:2]))
+    assert not tuning.cache_file("Some GPU").exists()
+
+
+def test_what_other_processes_have_written_since_stays():
+    choose()
+    path = tuning.cache_file("Some GPU")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "expand/half/64/1x2x3": 0}))
+    choose(tokens=1000)
+    assert set(json.loads(path.read_text())) == {"add_product/half/128/8x4", "add_product/half/1024/8x4",
+                                                 "expand/half/64/1x2x3"}  # fmt: skip
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU on which everything takes as long as it is late in the list."""
+    times = iter(range(9, 0, -1))
+    monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning.torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(tuning.torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "_do_bench", lambda call: float(next(times)))
+
+
+def test_a_capture_takes_what_was_timed_before_it(gpu, monkeypatch):
+    def asked(tokens):
+        return tuning.choose("add_product", "half", tokens, (8, 4), lambda config: None)[0]
+
+    assert asked(100) == CANDIDATES[-1]
+    monkeypatch.setattr(tuning.torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert asked(100) == CANDIDATES[-1]
+    assert asked(1000) == CANDIDATES[0]  # nothing is timed in a capture
+
+
+def test_deterministic_algorithms_are_not_chosen_by_time(gpu):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert tuning.choose("add_product", "half", 100, (8, 4), lambda config: None) == CANDIDATES
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_less_shared_memory():
+    """contract's first configurations take more than the 99 KiB of an L40S or RTX 4090."""
+    small, large = (candidates("contract", "half", kib) for kib in (99, 163))
+    assert 0 < len(small) < len(large) and set(small) < set(large)
+    assert all(candidates(kernel, precision, 99) for kernel, by in CONFIGS.items() for precision in by)
 
 
 def test_the_fastest_is_taken_and_remembered_by_power_of_two():
@@ -73,7 +137,7 @@ def test_fixed_where_there_is_one_or_timing_is_off(monkeypatch):
     assert choose(kernel="expand", precision="fp64") == (CONFIGS["expand"]["fp64"][0], [])
     monkeypatch.setenv("SSVDO_AUTOTUNE", "0")
     assert not tuning.enabled()
-    assert tuning.choose("add_product", "half", 100, (8, 4), lambda config: None) == CANDIDATES[0]
+    assert tuning.choose("add_product", "half", 100, (8, 4), lambda config: None)[0] == CANDIDATES[0]
 
 
 @pytest.mark.parametrize("value, on", [("0", False), ("false", False), ("OFF", False), ("no", False), ("", False),

@@ -1,0 +1,39 @@
+"""The Triton path's matrices of layers that were prepared together: one launch for what each would start by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .matrices import up
+from .preparation import Prepared
+
+
+def build(many: Sequence[Prepared], dtype: torch.dtype) -> None:
+    """Makes `expansion`, `contraction` and `aligned_columns` of all in the tokens' dtype."""
+    one = many[0]
+    d, width, extra = one.shape.d, one.shape.width, one.extra
+    w, e, n = up(width), up(extra), len(many)
+    M, V = _stacked([p.mixer for p in many]), torch.stack([p.basis for p in many]).to(one.dtype)
+    both, left = M @ V.mT, M[:, :width].mT @ V.mT
+    make = torch.empty if (w, e) == (width, extra) else torch.zeros
+    contraction, expansion, columns = (
+        make(n, *size, dtype=dtype, device=both.device) for size in ((w + e, d), (w, d + e), (one.shape.large, e)))
+    contraction[:, :width], contraction[:, w : w + extra] = both[:, :width], both[:, width:]
+    expansion[:, :width, :d] = left
+    expansion[:, :width, d : d + extra] = M[:, width:].mT
+    columns[:, :, :extra] = _stacked([p.columns for p in many])
+    for p, *made in zip(many, contraction.unbind(), expansion.unbind(), columns.unbind(), strict=True):
+        p.put(dtype, dict(zip(("contraction", "expansion", "aligned_columns"), made, strict=True)))
+
+
+def _stacked(many: Sequence[Tensor]) -> Tensor:
+    """The layers' tensors as one: that of which they are views, where they are all of one."""
+    base = many[0]._base
+    if base is not None and base.ndim == 3 and base.shape == (len(many), *many[0].shape):
+        own = base.unbind()
+        if all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() for a, b in zip(many, own, strict=True)):
+            return base
+    return torch.stack(list(many))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
 
-from . import reference
+from . import inputs, reference
 from .accumulation import Accumulator
 from .cache import Cache, capturing
 from .config import LayerShape, SSVDOConfig, checked_scale
@@ -30,30 +29,12 @@ from .planner import Work, choose
 
 _AS_IT_IS = nullcontext()
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
-_NO_FX = ("torch.fx.symbolic_trace cannot see into an adapted layer; allowed: torch.export, a Tracer that takes it for "
-          "a leaf (is_leaf_module), or remove_ssvdo(model, merge=True) first")  # fmt: skip
 _NO_SCRIPT = ("torch.jit.script cannot compile an adapted layer; allowed: torch.jit.trace, torch.export, or "
               "remove_ssvdo(model, merge=True) first")  # fmt: skip
 
 
 def _no_fast_path(module: nn.Module, args: tuple[object, ...]) -> None:
     """nn.TransformerEncoderLayer's inference fast path reads linear1.weight; it is not taken where there is a hook."""
-
-
-@contextmanager
-def _untraced() -> Iterator[None]:
-    jit: Any = torch._C
-    state = jit._get_tracing_state()
-    jit._set_tracing_state(None)
-    try:
-        yield
-    finally:
-        jit._set_tracing_state(state)
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which our hand-written gradients do not know."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class Adapter(nn.Module):
@@ -215,49 +196,32 @@ class Adapter(nn.Module):
         work = Work(tokens, grad, backend, base.dtype, base.device, base.held)
         return "merged" if self.merged else choose(self.prepared(base), work)
 
-    def _check(self, x: Tensor, base: Base, autocast: torch.dtype | None) -> None:
-        if x.layout != torch.strided:
-            raise TypeError(f"x has layout {x.layout}; allowed: torch.strided (x.to_dense())")
-        if not x.is_floating_point():
-            raise TypeError(f"x has dtype {x.dtype}; allowed: a floating dtype")
-        if x.ndim < 1 or x.shape[-1] != self.shape.in_features:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; its last dimension must be in_features={self.shape.in_features}")
-        if x.device != base.device:
-            raise ValueError(f"x is on {x.device}; the layer is on {base.device}")
-        if autocast is None and x.dtype != base.dtype and base.held:
-            raise TypeError(f"x has dtype {x.dtype}; allowed: the weight's {base.dtype} (autocast casts others)")
-        if base.trains:
-            raise RuntimeError("weight.requires_grad is True, but SSVD-O keeps W0 frozen; switch it off, or call "
-                               "remove_ssvdo to fine-tune the weight itself")
-
     @lasting
     def forward(self, x: Tensor, base: Base, bias: Tensor | None = None) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features). Raises as `SSVDOLinear` says."""
-        if not isinstance(x, Tensor):
-            raise TypeError(_NO_FX if isinstance(x, torch.fx.Proxy) else f"x is a {type(x).__name__}; allowed: Tensor")
+        inputs.check_tensor(x)
         if x.is_nested:
-            return self._nested(x, base, bias)
+            return inputs.by_components(x, lambda rows: self(rows, base, bias))
         kind = base.device.type
         symbolic = kind == "meta" or isinstance(x, FakeTensor)
         autocast = None  # which leaves float64 alone
         if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             autocast = torch.get_autocast_dtype(kind)
-        self._check(x, base, autocast)
+        inputs.check(x, self.shape.in_features, base, autocast)
         tokens = base
         if autocast is None and x.dtype != base.dtype:  # a quantised base takes tokens of any dtype
             tokens, bias = base.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if autocast is not None:
             x, tokens = x.to(autocast), base.to(autocast)
             bias = None if bias is None else bias.to(autocast)
-        if _is_transformed():
+        if inputs.transformed():
             weight, bias = self._by_equations(base), bias if bias is None else bias.to(x.dtype)
             wide = torch.promote_types(x.dtype, weight.dtype)  # a gradient of W' in half precision keeps too few digits
             with own_dtypes():
                 y = nn.functional.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))
             return y.to(x.dtype)
         if torch._C._get_tracing_state() is not None:  # torch.jit.trace: W' is a constant of the trace
-            with _untraced():
+            with inputs.untraced():
                 weight = self.adapted_weight(base).to(x.dtype)
             return nn.functional.linear(x, weight, bias)
         rows = x if x.ndim == 2 else x.reshape(-1, self.shape.in_features)
@@ -282,23 +246,6 @@ class Adapter(nn.Module):
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise ArithmeticError(f"{self.name}: {error}; a parameter is not finite or too large: use a larger tau "
                                       "or a smaller learning rate") from None  # fmt: skip
-
-    def _nested(self, x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
-        """A nested tensor's components in one product."""
-        if x.layout == torch.jagged:
-            ragged: Any = x
-            if ragged._ragged_idx != 1 or ragged.lengths() is not None:
-                raise ValueError("x is a jagged tensor that is transposed or has holes; allowed: a contiguous one, "
-                                 "ragged in its second dimension")  # fmt: skip
-            return torch.nested.nested_tensor_from_jagged(
-                self(x.values(), base, bias), ragged.offsets())
-        parts = x.unbind()
-        if not parts:
-            raise ValueError("x is a nested tensor without components; allowed: one or more")
-        rows = [part.reshape(-1, part.shape[-1]) for part in parts]
-        y = self(torch.cat(rows), base, bias).split([len(r) for r in rows])
-        return torch.nested.as_nested_tensor(
-            [t.view(*part.shape[:-1], t.shape[-1]) for t, part in zip(y, parts, strict=True)])
 
     def _pair(self, parameters: Parameters, prepared: Prepared) -> tuple[Pair | None, list[Rows] | None]:
         """M and F in the graph, and where a gradient may be left as `Rows`; None where parameters get no gradient."""
@@ -336,7 +283,7 @@ class Adapter(nn.Module):
     @lasting
     def dense(self, base: Base) -> Tensor:
         """W' (out_features x in_features) in the weight's dtype, with gradients to the parameters; a new tensor."""
-        if _is_transformed() or base.device.type == "meta" or (torch._C._len_torch_dispatch_stack() and traced()):
+        if inputs.transformed() or base.device.type == "meta" or (torch._C._len_torch_dispatch_stack() and traced()):
             return self._by_equations(base)
         with own_dtypes():
             source = self.source(base)

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, merge_ssvdo
+from ssvdo_kernels.adapter import Adapter
 from ssvdo_kernels.changes import Change, changed, changed_weight
 from ssvdo_kernels.config import LayerShape
 
@@ -175,11 +176,11 @@ def test_weighted_changes(weights, dropped):
         change = layer.adapted_weight() - W0
         want, dense = want + w * given @ change.mT, dense + w * change
     assert_close("y", y, want, TIGHT)
-    assert_close("W'", changed_weight(changes, base, lambda a, b: a.weight(b)), dense, TIGHT)
+    assert_close("W'", changed_weight(changes, base, Adapter.dense), dense, TIGHT)
     trained = [p for layer in layers for p in layer.adapter.trained]
     found = torch.autograd.grad(y.square().sum(), (x, *trained))
     found_dense = torch.autograd.grad(
-        changed_weight(changes, base, lambda a, b: a.weight(b)).square().sum(), trained)
+        changed_weight(changes, base, Adapter.dense).square().sum(), trained)
     torch.manual_seed(7)
     own = [[p.detach().clone().requires_grad_() for p in three(layer)] for layer in layers]
     inputs = [nn.functional.dropout(x, P) if i in dropped else x for i in range(len(weights))]

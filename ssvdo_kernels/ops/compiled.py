@@ -111,10 +111,14 @@ class Spec(NamedTuple):
     scale: float
 
 
+REVISION = 2
+"""Grows when operations return or keep other things: graphs that inductor has on disk from before are made anew."""
+
+
 def encode(shape: LayerShape, config: SSVDOConfig, scale: float) -> str:
     """A layer's `Spec` as the string that every operation takes."""
     sizes = {name: getattr(shape, name) for name in ("out_features", "in_features", "transposed", "k", "l")}
-    return json.dumps({"shape": sizes, "config": config.to_dict(), "scale": scale})
+    return json.dumps({"revision": REVISION, "shape": sizes, "config": config.to_dict(), "scale": scale})
 
 
 @lru_cache(maxsize=256)

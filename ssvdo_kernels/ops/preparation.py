@@ -158,7 +158,7 @@ class Prepared(Matrices):
         self.shift = shift.detach().to(self.dtype)  # `engines` copies it: the way back wants dS as it is now
         self.rotation = self.shift.new_zeros(0) if rotation is None else self._worked(rotation)
         if source.scale != 1:
-            self.shift *= source.scale
+            self.shift = self.shift * source.scale
             self.rotation = self.rotation * source.scale
         self.engine = preparation(self.config.backend, shift.device)[0]
         self.factors = source.factors

@@ -230,7 +230,7 @@ def real_section(name: str, folder: Path, plots: Path) -> str:
         return "\n\n".join(parts)
     tables: dict[str, tuple[Callable[[Runs], str], ...]] = {
         "speech-baseline": (real.differences, real.table), "speech-tuning": (real.tuning,),
-        "speech-length": (real.steps,), "speech-parts": (real.parts,), "speech-continual": (matrix,),
+        "speech-length": (real.differences, real.steps), "speech-parts": (real.parts,), "speech-continual": (matrix,),
         "speech-adult": (real.differences, real.table), "speech-shift": (real.shifts, real.table),
     }  # fmt: skip
     parts += [make(runs) for make in tables.get(name, (real.table,))]

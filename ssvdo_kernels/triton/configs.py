@@ -57,7 +57,7 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
         "half": (_one_pass(64, 64, 64, 4, 3, 163), _one_pass(128, 64, 64, 8, 3, 163), _one_pass(64, 32, 32, 4, 2)),
         "tf32": (_one_pass(64, 32, 32, 4, 2, 163), _one_pass(32, 32, 32, 4, 2)),
         "fp32": (_one_pass(32, 32, 32, 4, 2),),
-        "fp64": (_one_pass(32, 16, 16, 4, 2),),
+        "fp64": (_one_pass(32, 16, 16, 8, 2),),
     },
     "add_product": {
         "half": (_product(128, 128, 64, 8, 3), _product(64, 128, 64, 4, 3),

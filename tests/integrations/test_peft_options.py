@@ -334,3 +334,9 @@ def test_exact_loras_of_adapters_combine_by_loras_own_ways(tmp_path):
     lora.set_adapter("sum")
     model.set_adapter("sum")
     torch.testing.assert_close(lora(x()), model(x()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["weight", [3]])
+def test_names_of_parameters_are_a_list(given):
+    with pytest.raises(TypeError, match="`target_parameters` must be a list of strings or None"):
+        SSVDOConfig(target_parameters=given)

@@ -129,6 +129,9 @@ class SSVDOConfig(PeftConfig):  # type: ignore[misc]
                              "put the layers into the regular expression")  # fmt: skip
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform")
+        given = self.target_parameters
+        if given is not None and (isinstance(given, str) or not all(isinstance(name, str) for name in given)):
+            raise TypeError(f"`target_parameters` must be a list of strings or None. It is {given!r}")
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r} is unknown; allowed: {', '.join(map(repr, BIASES))}")
         if self.bias != "none":

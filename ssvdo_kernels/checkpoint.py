@@ -62,14 +62,15 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
     named = [(f"{n}.{part}" if part else n, host, adapter) for n, host in found.items()
              for part, adapter in host.parts().items()]  # fmt: skip
     folder, contents = Path(path), partial(_contents, named, Path(path), include_basis)
-    if any(_is_sharded(adapter) for *_, adapter in named):
+    sharded = any(_is_sharded(adapter) for *_, adapter in named)
+    if sharded:
         gathered = contents()
         first_writes(partial(write_atomically, gathered), folder)
     elif (group := group_of_replicas(model)) is not None:
         first_writes(lambda: write_atomically(contents()), folder, group)
     else:
         write_atomically(contents())
-    if not any(_is_sharded(adapter) for *_, adapter in named):
+    if not sharded:
         warn_of_untrained([(name, adapter) for name, _, adapter in named], stacklevel=3)
     return folder
 

@@ -177,7 +177,7 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
         if config.combination is not None:  # which lowers nothing anew
             return
         own = [adapter for _, layer in hosts(model) if isinstance(layer, TunerLayer)
-               for name, adapter in layer.named_adapters() if name.split(".")[1] == adapter_name]  # fmt: skip
+               if adapter_name in layer.ssvdo_adapters for adapter in layer.of(adapter_name)]  # fmt: skip
         lowered = [(a.name, a.shape.l) for a in own if a.shape.l < config.core(a.name).outer_rank]
         warn_of_lowered(config.outer_rank, lowered, stacklevel=3)
 
@@ -234,10 +234,9 @@ class SSVDOModel(BaseTuner):  # type: ignore[misc]
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self._layers() if not autocast_adapter_dtype else ():
-            for name, adapter in layer.named_adapters():
-                if name.split(".")[1] == adapter_name:
-                    for p in adapter.trained:
-                        p.data = p.data.to(layer.base(adapter).dtype)
+            for adapter in layer.of(adapter_name) if adapter_name in layer.ssvdo_adapters else ():
+                for p in adapter.trained:
+                    p.data = p.data.to(layer.base(adapter).dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's; on an error every layer is as it was."""

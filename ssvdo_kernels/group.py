@@ -80,7 +80,7 @@ def _alike(a: Source, b: Source) -> bool:
         frozen = (*s.base.tensors, *s.factors.tensors().values())
         trained = [p for p in s.parameters if p is not None]
         held = [t.untyped_storage().nbytes() > 0 for t in (*frozen, *trained)]  # FSDP1 leaves shards or empty storages
-        return (s.shape, s.config, s.parameters[1].dtype, s.factors.null,
+        return (*s.formula, s.parameters[1].dtype, s.factors.null,
                 *held, *(p.shape for p in trained),
                 *((t.dtype, t.device, t.shape, t.stride()) for t in frozen))  # fmt: skip
 

@@ -137,6 +137,17 @@ def test_frozen_parameters():
     assert net.blocks[0][0].adapter.outer.grad is not None and net.blocks[0][0].adapter.inner_scale.grad is None
 
 
+def test_layers_of_other_scales_are_prepared_apart(calls):
+    """A batch has one scale, whichever engine prepares it."""
+    net, alone = nets()
+    for model in net, alone:
+        model.blocks[1][0].adapter.scale = 0.5
+        torch.manual_seed(1)
+        train(model, x_of(4))
+    assert calls["forward"][:3] == [3, 4, 1]
+    agree(net, alone)
+
+
 def test_tied_layers():
     net, alone = nets()
     for model in net, alone:

@@ -70,19 +70,19 @@ def training_step(module: nn.Module, kind: str) -> Step:
 
 
 def group_step(kind: str) -> Step:
-    """Forward and backward of a group's layers, each prepared anew, as after an optimiser's step."""
+    """Forward and backward of a group's layers, each prepared anew, as a step of any optimiser makes it."""
     model = nn.ModuleList(linear(kind) for _ in range(LAYERS))
     config = SSVDOConfig(inner_ratio=1.0, outer_rank=RANK, backend="triton", target_modules="all-linear")
     layers = list(apply_ssvdo(model, config))
     trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD([torch.zeros(1)])
     x, dy = rows(kind, 4)
 
     def step() -> None:
         x.grad = None
         for p in trained:
             p.grad = None
-        for layer in layers:
-            layer.refresh()
+        optimiser.step()
         torch.autograd.backward([layer(x) for layer in layers], [dy] * LAYERS)
 
     return step

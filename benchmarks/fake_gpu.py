@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssvdo_kernels import cache, group
+from ssvdo_kernels import cache
 from ssvdo_kernels.ops import device, dispatch, linear, preparation
 
 NAME = "NVIDIA H100 80GB HBM3"
@@ -128,7 +128,6 @@ def fake_gpu() -> Iterator[FakeGPU]:
         driver.set_active(gpu.triton_driver())
         patch(dispatch, "_obstacle", lambda *_: "")
         patch(preparation, "preparation", lambda *_: ("cuda", NAME))
-        patch(group, "preparation", lambda *_: ("cuda", NAME))
         patch(preparation, "Numbers", lambda _: None)
         patch(cache, "_on_cpu", lambda _: False)
         patch(device, "_C", gpu.core(device._C))

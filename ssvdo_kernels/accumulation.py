@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from .cache import Cache, one_node
+from .cache import Cache, gets, one_node
 from .ops.attach import Pair, attach
 from .ops.preparation import Parameters, Prepared
 
@@ -22,11 +22,6 @@ _INSIDE = "inside gradient_accumulation"
 
 def _hooked(p: Tensor) -> bool:
     return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
-
-
-def _gets(parameters: Parameters) -> list[bool]:
-    """Which of them get gradients."""
-    return [p is not None and p.requires_grad for p in parameters]
 
 
 class _Ahead(Tensor):
@@ -65,7 +60,7 @@ class Sums:
 
     def __init__(self, prepared: Prepared, parameters: Parameters) -> None:
         self.prepared, self.parameters, self.open = prepared, parameters, True
-        self._gets = _gets(parameters)
+        self._gets = gets(parameters)
         self._trained = [p for p in parameters if p is not None and p.requires_grad]
         self._reached = one_node() and all(p.is_leaf and not _hooked(p) for p in self._trained)
         self._totals: list[Tensor | None] = [None, None]
@@ -124,7 +119,7 @@ class Sums:
             raise RuntimeError(
                 f"{prepared.name}: the parameters changed {_INSIDE} (or were prepared anew: refresh, unmerge, "
                 "load_state_dict); step the optimiser after the context")
-        if _gets(parameters) != self._gets:
+        if gets(parameters) != self._gets:
             raise RuntimeError(f"{prepared.name}: requires_grad changed {_INSIDE}; freeze and thaw outside of it")
 
     def finish(self) -> bool:

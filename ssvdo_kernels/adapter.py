@@ -172,8 +172,11 @@ class Adapter(nn.Module):
         return Fingerprint.read(dict(self.named_buffers()), self.shape)
 
     def source(self, base: Base) -> Source:
-        """What a preparation is made from."""
-        return Source(self.parts, self.factors, base, self.shape, self.config, self.name, self.origin, self._scale)
+        """What a preparation is made from; the last one's, where nothing but the parameters' numbers has changed."""
+        parameters, frozen = self._tensors()
+        formula = self.shape, self.config, self._scale
+        found = self.cache.source(formula, (*base.tensors, *frozen), parameters) if base.held else None
+        return found or Source(parameters, self.factors, base, *formula[:2], self.name, self.origin, self._scale)
 
     @lasting
     @own_dtypes()

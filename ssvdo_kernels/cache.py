@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from operator import is_
 from typing import NamedTuple, Protocol
 
 import torch
@@ -48,6 +49,11 @@ def one_node() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
+def gets(parameters: Parameters) -> list[bool]:
+    """Which of them get gradients."""
+    return [p is not None and p.requires_grad for p in parameters]
+
+
 def _ran(batch: weakref.ref[Batch], *_: object) -> bool:
     if (own := batch()) is not None:
         own._attached = {}
@@ -62,19 +68,18 @@ class Batch:
         self.prepared = prepared
         for one in prepared:
             one.batch = weakref.ref(self)
-        self._trained: tuple[bool, ...] = ()
-        self._attached: dict[int, Pair] = {}
+        self._attached: dict[int, tuple[list[bool], Pair]] = {}  # by layer, with which of its parameters get gradients
 
     def attached(self, prepared: Prepared) -> Pair:
         """M and F of one of the batch, from the node that they share."""
-        parameters = [p.source.parameters for p in self.prepared]
-        now = tuple(t is not None and t.requires_grad for three in parameters for t in three)
-        attached = self._attached
-        if now != self._trained or not attached:
-            found = attach(self.prepared, parameters, arrived=partial(_ran, weakref.ref(self)))
-            attached = {id(p): pair for p, pair in zip(self.prepared, found, strict=True)}
-            self._attached, self._trained = attached, now
-        return attached[id(prepared)]
+        found = self._attached.get(id(prepared))
+        if found is None or found[0] != gets(prepared.source.parameters):
+            parameters = [p.source.parameters for p in self.prepared]
+            pairs = attach(self.prepared, parameters, arrived=partial(_ran, weakref.ref(self)))
+            made = zip(map(gets, parameters), pairs, strict=True)
+            self._attached = dict(zip(map(id, self.prepared), made, strict=True))
+            found = self._attached[id(prepared)]
+        return found[1]
 
 
 class Companions(Protocol):
@@ -134,31 +139,41 @@ class Cache:
         kept: Kept | None = getattr(self, "_kept", None)
         return (0 if kept is None else kept.prepared.trained) or getattr(self, "_expected", 0)
 
-    def out_of_date(self, source: Source, by_value: bool = True) -> bool:
-        """Whether what is kept was made from other tensors or numbers. by_value: on a CPU, look at the numbers."""
-        return self._up_to_date(source.formula, source.watched(), source.parameters, by_value) is None
-
-    def _up_to_date(
-        self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters, by_value: bool = True
-    ) -> Prepared | None:
+    def _made_from(self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> Kept | None:
+        """What is kept, where it was made from these tensors, the frozen ones as they are."""
         kept = self._kept
-        if kept is None or (self._captured and self.trusted is not kept.prepared):
+        return kept if kept is not None and _fixed(formula, watched, parameters) == kept.fixed else None
+
+    def source(self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> Source | None:
+        """The source of what is kept, where it would be made the same now."""
+        kept = self._made_from(formula, watched, parameters)
+        if kept is None:
             return None
-        if _fixed(formula, watched, parameters) != kept.fixed:
-            return None
-        look = by_value and _on_cpu(parameters)
-        same = kept.prepared.stands(parameters) if look else _moving(parameters) == kept.moving
-        return kept.prepared if same else None
+        own = kept.prepared.source
+        now = [t for t in watched if t is not None]
+        return own if all(map(is_, parameters, own.parameters)) and all(map(is_, now, own.watched)) else None
+
+    def out_of_date(self, source: Source) -> bool:
+        """Whether what is kept was made from other tensors or numbers than `source`, just made, by their stamps."""
+        kept = self._kept
+        if kept is None or self._distrusts(kept.prepared) or _moving(source.parameters) != kept.moving:
+            return True
+        return source is not kept.prepared.source and self._made_from(*source.parts) is None
+
+    def _distrusts(self, prepared: Prepared) -> bool:
+        return self._captured and self.trusted is not prepared
 
     def hit(self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> Prepared | None:
         """`current` where nothing has changed, from the parts of a source; None elsewhere, and in a capture."""
-        if capturing(parameters):
+        kept = None if capturing(parameters) else self._made_from(formula, watched, parameters)
+        if kept is None or self._distrusts(kept.prepared):
             return None
-        found = self._up_to_date(formula, watched, parameters)
-        if found is not None:
-            found.verify(wait=False)
-            if found.queued is not None:
-                found.queued.wait(parameters[1])
+        found = kept.prepared
+        if not (found.stands(parameters) if _on_cpu(parameters) else _moving(parameters) == kept.moving):
+            return None
+        found.verify(wait=False)
+        if found.queued is not None:
+            found.queued.wait(parameters[1])
         return found
 
     def current(self, source: Source) -> Prepared:
@@ -166,7 +181,7 @@ class Cache:
         if capturing(source.parameters):
             self._captured = True  # a replay may change parameters without a trace
             return prepare_one(source)
-        found = self.hit(source.formula, source.watched(), source.parameters)
+        found = self.hit(*source.parts)
         if found is None and self.group is not None:
             found = self.group.prepare(self, source)
         if found is None:
@@ -178,10 +193,12 @@ class Cache:
         """Takes a preparation, made alone or in a batch."""
         prepared.expected = self._expected = self._served()
         prepared.joined = self._joined
-        prepared.queue()
-        source = prepared.source
-        fixed, watched = _fixed(source.formula, source.watched(), source.parameters), source.watched()
-        self._kept = Kept(prepared, batch, fixed, _moving(source.parameters), tuple(t.detach() for t in watched))
+        source, kept = prepared.source, self._kept
+        if kept is None or kept.prepared.source is not source:
+            fixed, storages = _fixed(*source.parts), tuple(t.detach() for t in source.watched)
+        else:
+            fixed, storages = kept.fixed, kept.storages
+        self._kept = Kept(prepared, batch, fixed, _moving(source.parameters), storages)
 
     def pair(self, prepared: Prepared, parameters: Parameters) -> tuple[Pair, list[Rows] | None]:
         """M and F in the graph, and where their one consumer may leave `Rows`."""

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .cache import Batch, Cache
-from .ops.dispatch import preparation
 from .ops.engines import prepare
 from .ops.preparation import Prepared, Source
 
@@ -40,7 +39,7 @@ class Group:
         """
         if not source.base.held:
             return None  # all of a batch would be dense at once
-        if not _plain(source) or preparation(source.config.backend, source.base.device)[0] == "reference":
+        if source.engine == "reference" or not _alike(source, source):
             return None  # a replica, or sharded
         todo = [(cache, source)]
         for reference, of in self._members:
@@ -48,7 +47,7 @@ class Group:
             if other is None or other is cache:
                 continue
             theirs = of()
-            if theirs is not None and _alike(theirs, source) and other.out_of_date(theirs, by_value=False):
+            if theirs is not None and _alike(theirs, source) and other.out_of_date(theirs):
                 todo.append((other, theirs))
         if len(todo) < 2:
             return None
@@ -71,17 +70,9 @@ def group_alike(members: Iterable[Member]) -> None:
             member.cache.group = group
 
 
-def _plain(source: Source) -> bool:
-    return all(type(p) in (nn.Parameter, Tensor) for p in source.parameters if p is not None)
-
-
 def _alike(a: Source, b: Source) -> bool:
-    def key(s: Source) -> tuple[object, ...]:
-        frozen = (*s.base.tensors, *s.factors.tensors().values())
-        trained = [p for p in s.parameters if p is not None]
-        held = [t.untyped_storage().nbytes() > 0 for t in (*frozen, *trained)]  # FSDP1 leaves shards or empty storages
-        return (*s.formula, s.parameters[1].dtype, s.factors.null,
-                *held, *(p.shape for p in trained),
-                *((t.dtype, t.device, t.shape, t.stride()) for t in frozen))  # fmt: skip
-
-    return _plain(a) and key(a) == key(b)
+    """Whether they make one batch: with parameters as a layer makes them, not a replica's, nor FSDP's shards and empty
+    storages."""
+    return a.kind == b.kind and all(
+        p is None or (type(p) in (nn.Parameter, Tensor) and p.shape == q.shape and p.untyped_storage().nbytes() > 0)
+        for p, q in zip(a.parameters, b.parameters, strict=True) if q is not None)  # fmt: skip

@@ -75,6 +75,7 @@ def call_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
     return b * d * (w + e) + b * d * w + d * w * w + b * e * w
 
 
+@lru_cache(maxsize=1024)
 def plan(
     shape: LayerShape, extra: int, tokens: int, seen: int, grad: bool, built: frozenset[str],
     forms: tuple[str, ...] = FORMS,
@@ -160,6 +161,7 @@ def call_launches(form: str, shape: LayerShape, extra: int, grad: bool, size: in
             traffic.product(e, b, w, size)]  # fmt: skip
 
 
+@lru_cache(maxsize=1024)
 def plan_kernels(
     shape: LayerShape,
     extra: int,

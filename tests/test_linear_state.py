@@ -147,6 +147,27 @@ def test_an_edit_of_any_frozen_tensor_is_seen(name, rank, merged):
     assert torch.equal(after, before) == (name == "outer_basis" and rank == 0)
 
 
+def rescale(layer):
+    layer.adapter.scale = 0.5
+
+
+def replace_basis(layer):
+    layer.adapter.basis = nn.Parameter(layer.adapter.basis.detach().clone(), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [optimiser_step, in_place, load, load_assign, edit_weight, scale_weight_through_data,
+                                    exchange_parameters, replace_basis, rescale, SSVDOLinear.refresh,
+                                    SSVDOLinear.float], ids=lambda f: f.__name__)  # fmt: skip
+def test_what_follows_from_frozen_tensors_is_made_once(change):
+    """A source is that of the last preparation where nothing but numbers of the parameters has changed since."""
+    layer = make_layer(24, 8, outer_rank=3)
+    before = prepared(layer)
+    change(layer)
+    after = prepared(layer)
+    assert after is not before
+    assert (after.source is before.source) == (change in (optimiser_step, in_place))
+
+
 def test_a_weight_where_another_lay_is_another():
     """An address and a version tell tensors apart only while the first is alive."""
     layer = make_layer(24, 8, outer_rank=0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import device, host, outer
 from .complement import Product, one_by_one
 from .preparation import Gradients, Prepared, Rows, Source, check_pivot
+from .streams import Queued
 
 Inner = tuple[Tensor | None, Tensor, Tensor]  # G where it is a series, saved, mixer
 
@@ -59,8 +60,10 @@ def _prepare(many: Sequence[Prepared]) -> list[int]:
             counts[2] = status
     watch = counts is not None and not (counts.is_cuda and torch.cuda.is_current_stream_capturing())
     verdict = device.Verdict(counts[1:3]) if watch and counts is not None else None
+    queued = Queued(one.shift)
     for i, p in enumerate(many):
         p.finish(inner[i], F[i], X[i], None if verdict is None else (verdict, i))
+        p.queued = queued
     return info
 
 

@@ -207,13 +207,16 @@ def small_side(prepared: Prepared, form: str, dtype: torch.dtype, backend: str) 
     found: SmallSide | None = prepared.sides.get((form, dtype, backend))
     if found is None:
         kind: type[SmallSide] = SmallSide
+        built = prepared.generation
         if backend == "triton" and form == "folded":
             kind = TritonSide
             batch = None if prepared.batch is None else prepared.batch()
             if batch is not None and ("expansion", dtype) not in prepared.kept:
                 together.build(batch.prepared, dtype)
+                built = prepared.generation
         found = prepared.sides[form, dtype, backend] = kind(prepared, form, dtype, backend)
-        prepared.queue()
+        if prepared.generation != built:
+            prepared.queue()
     return found
 
 

@@ -104,9 +104,10 @@ class Matrices:
             self.kept[name, dtype] = found
         return found
 
-    def put(self, dtype: torch.dtype, made: dict[str, Tensor]) -> None:
+    def put(self, dtype: torch.dtype, made: dict[str, Tensor], queued: Queued) -> None:
         """Takes matrices that were built elsewhere."""
         self.kept.update({(name, dtype): matrix for name, matrix in made.items()})
+        self.queued = queued
 
     def _rotated(self, rows: Tensor) -> Tensor:
         """rows V^T."""

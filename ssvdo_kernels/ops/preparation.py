@@ -15,6 +15,7 @@ from these where it has been let go.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,10 @@ Formula = tuple[LayerShape, SSVDOConfig, float]
 @dataclass(frozen=True)
 class Source:
     """What a preparation is made from. name: how errors call the layer; origin: what knows the factors' weight; scale:
-    what the parameters are multiplied by."""
+    what the parameters are multiplied by.
+
+    What follows from the frozen tensors is made once, as views alone: a cache keeps a source while these are the same.
+    """
 
     parameters: Parameters
     factors: Factors
@@ -55,13 +59,55 @@ class Source:
     origin: Origin | None
     scale: float = 1.0
 
-    @property
+    @cached_property
     def formula(self) -> Formula:
         return self.shape, self.config, self.scale
 
+    @cached_property
     def watched(self) -> tuple[Tensor, ...]:
         """The frozen tensors."""
         return *self.base.tensors, *self.factors.tensors().values()
+
+    @property
+    def parts(self) -> tuple[Formula, tuple[Tensor, ...], Parameters]:
+        """What a cache compares."""
+        return self.formula, self.watched, self.parameters
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """That of the work."""
+        return compute_dtype(self.parameters[1].dtype)
+
+    @cached_property
+    def engine(self) -> str:
+        """What prepares: see `dispatch.preparation`."""
+        return preparation(self.config.backend, self.parameters[1].device)[0]
+
+    @cached_property
+    def null(self) -> int:
+        """Columns of the null basis that belong to adapted components: the first of up to max(k, l)."""
+        return max(0, self.factors.null - (self.shape.width - self.shape.k))
+
+    @cached_property
+    def singular(self) -> Tensor:
+        """S (width)."""
+        return self.factors.singular_values.detach()[: self.shape.width]
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """V, d x width."""
+        return self.factors.basis.detach()[:, : self.shape.width]
+
+    @cached_property
+    def outer_scale(self) -> float:
+        """L / outer."""
+        return self.scale * self.shape.outer_scale(self.config)
+
+    @cached_property
+    def kind(self) -> tuple[object, ...]:
+        """What layers of one batch have in common, beside the parameters' sizes, which follow from it."""
+        frozen = [(t.dtype, t.device, t.shape, t.stride(), t.untyped_storage().nbytes() > 0) for t in self.watched]
+        return *self.formula, self.parameters[1].dtype, self.factors.null, *frozen
 
 
 @dataclass
@@ -154,18 +200,13 @@ class Prepared(Matrices):
         self.numbers = Numbers(source.parameters) if on_cpu else None
         self._version = version(source.parameters[2])
         rotation, shift, outer = source.parameters
-        self.dtype = compute_dtype(shift.dtype)
-        self.shift = shift.detach().to(self.dtype)  # `engines` copies it: the way back wants dS as it is now
+        self.dtype, self.engine, self.null = source.dtype, source.engine, source.null
+        self.shift = self._worked(shift)  # `engines` copies it: the way back wants dS as it is now
         self.rotation = self.shift.new_zeros(0) if rotation is None else self._worked(rotation)
         if source.scale != 1:
             self.shift = self.shift * source.scale
             self.rotation = self.rotation * source.scale
-        self.engine = preparation(self.config.backend, shift.device)[0]
-        self.factors = source.factors
-        # Of the null basis, which has columns up to max(k, l), the first belong to adapted components.
-        self.null = max(0, self.factors.null - (self.shape.width - self.shape.k))
-        self.singular = self.factors.singular_values.detach()[: self.shape.width].to(self.dtype)
-        self.basis = self.factors.basis.detach()[:, : self.shape.width]
+        self.singular, self.basis = source.singular.to(self.dtype), source.basis
         self.outer = None if outer is None else self._outer(self._worked(outer))
         self._verdict = None
         self.tokens = 0  # rows that have passed through this preparation: the planner's clock
@@ -178,12 +219,12 @@ class Prepared(Matrices):
         return parameter.detach().to(self.dtype).contiguous()
 
     def _outer(self, outer: Tensor) -> Outer:
-        shape, factors = self.shape, self.factors
+        shape, factors = self.shape, self.source.factors
         singular = factors.singular_values.to(self.dtype)
         projector = Projector(self.source.base, shape.transposed, factors.basis, singular, shape.width,
                               factors.null_basis, shape.large)  # fmt: skip
         U = factors.outer_basis if self.config.outer == "rotation" else None
-        return Outer(outer, self.source.scale * shape.outer_scale(self.config), U, projector, self.config.tau)
+        return Outer(outer, self.source.outer_scale, U, projector, self.config.tau)
 
     @property
     def scale(self) -> Tensor:
@@ -254,7 +295,7 @@ class Prepared(Matrices):
         F: large x l."""
         G, self.saved, self._mixer = inner
         self.series = G if self.config.rotation == "neumann" else None
-        null = self.factors.null_basis
+        null = self.source.factors.null_basis
         self.columns = torch.cat([F, null[:, : self.null].to(self.dtype)], 1) if null is not None and self.null else F
         self.X, self._verdict = X, verdict
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .matrices import up
 from .preparation import Prepared
+from .streams import Queued
 
 
 def build(many: Sequence[Prepared], dtype: torch.dtype) -> None:
@@ -25,8 +26,9 @@ def build(many: Sequence[Prepared], dtype: torch.dtype) -> None:
     expansion[:, :width, :d] = left
     expansion[:, :width, d : d + extra] = M[:, width:].mT
     columns[:, :, :extra] = _stacked([p.columns for p in many])
+    queued = Queued(both)
     for p, *made in zip(many, contraction.unbind(), expansion.unbind(), columns.unbind(), strict=True):
-        p.put(dtype, dict(zip(("contraction", "expansion", "aligned_columns"), made, strict=True)))
+        p.put(dtype, dict(zip(("contraction", "expansion", "aligned_columns"), made, strict=True)), queued)
 
 
 def _stacked(many: Sequence[Tensor]) -> Tensor:

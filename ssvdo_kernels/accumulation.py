@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from .cache import Cache, gets, one_node
-from .ops.attach import Pair, attach
+from .ops.attach import StandIns, attach
 from .ops.preparation import Parameters, Prepared
 
 _INSIDE = "inside gradient_accumulation"
@@ -63,11 +63,11 @@ class Sums:
         self._gets = gets(parameters)
         self._trained = [p for p in parameters if p is not None and p.requires_grad]
         self._reached = one_node() and all(p.is_leaf and not _hooked(p) for p in self._trained)
-        self._totals: list[Tensor | None] = [None, None]
-        self._pair: Pair | None = None
+        self._totals: list[Tensor | None] = [None] * 3
+        self._pair: StandIns | None = None
         self._watched: list[tuple[Tensor, _Ahead]] = []  # what stands in .grad
 
-    def pair(self) -> Pair:
+    def pair(self) -> StandIns:
         """The stand-ins."""
         if self._pair is None:
             below = self.parameters
@@ -100,7 +100,7 @@ class Sums:
         found = [p.grad for p, _ in self._watched]
         others = [i for i, (_, ahead) in enumerate(self._watched) if found[i] is not ahead]
         if others and len(others) == len(found) and all(g is None or isinstance(g, _Ahead) for g in found):
-            self._totals, self._watched = [None, None], []
+            self._totals, self._watched = [None] * 3, []
         elif others:
             raise RuntimeError(f"{self.prepared.name}: .grad of some parameters was replaced {_INSIDE}; allowed: "
                                "zero_grad of all of a layer")  # fmt: skip
@@ -141,9 +141,10 @@ class Sums:
                 if ahead.other is not None:
                     p.grad = ahead.other if p.grad is None else p.grad.add_(ahead.other)
 
-    def brought(self, attached: Pair) -> list[tuple[Tensor, Tensor]]:
-        """M and F in the graph, each with the gradient that was summed on it."""
-        return [(t, torch.zeros_like(t) if d is None else d) for t, d in zip(attached, self._totals, strict=True)]
+    def brought(self, attached: StandIns) -> list[tuple[Tensor, Tensor]]:
+        """The stand-ins of a graph that have a gradient, with what was summed."""
+        found = zip(attached, self._totals, strict=True)
+        return [(t, d) for t, d in found if t is not None and d is not None]
 
 
 def _compiled() -> bool:
@@ -185,7 +186,7 @@ class Accumulator:
     def __getstate__(self) -> dict[str, object]:
         return {"cache": self.cache, "_open": False, "_sums": None}
 
-    def pair(self, prepared: Prepared, parameters: Parameters) -> Pair | None:
+    def pair(self, prepared: Prepared, parameters: Parameters) -> StandIns | None:
         """Stand-ins on which gradients are summed; None where the context is not open. Raises as `Sums.check`."""
         if not self._open:
             return None

@@ -18,11 +18,11 @@ from .config import LayerShape, SSVDOConfig, checked_scale
 from .factorize import FACTOR_NAMES, Factors, compute_dtype
 from .fingerprint import Bases, Fingerprint
 from .ops import autocasting, lasting, own_dtypes
-from .ops.attach import Pair
+from .ops.attach import StandIns
 from .ops.base import Base
 from .ops.compiled import adapted, encode, enlist, traced
 from .ops.dispatch import token_backend
-from .ops.linear import Call, adapted_linear, adapted_matrix
+from .ops.linear import Call, adapted_linear, adapted_matrix, pulls
 from .ops.preparation import Parameters, Prepared, Rows, Source
 from .origin import Origin
 from .planner import Work, choose
@@ -250,7 +250,7 @@ class Adapter(nn.Module):
                 raise ArithmeticError(f"{self.name}: {error}; a parameter is not finite or too large: use a larger tau "
                                       "or a smaller learning rate") from None  # fmt: skip
 
-    def _pair(self, parameters: Parameters, prepared: Prepared) -> tuple[Pair | None, list[Rows] | None]:
+    def _pair(self, parameters: Parameters, prepared: Prepared) -> tuple[StandIns | None, list[Rows] | None]:
         """M and F in the graph, and where a gradient may be left as `Rows`; None where parameters get no gradient."""
         if not torch.is_grad_enabled():
             return None, None
@@ -280,8 +280,12 @@ class Adapter(nn.Module):
         backend = token_backend(self.config.backend, device, dtype)
         work = Work(count, pair is not None, backend, dtype, device, base.held)
         form = "merged" if self.merged else choose(prepared, work)
+        pulled = False
+        if pair is not None:
+            behind = count if sink is not None else max(prepared.expected, prepared.trained + count)
+            pulled = pulls(prepared, form, backend, behind, dtype)
         prepared.serve(count, pair is not None)
-        return adapted_linear(rows, pair, tokens, bias, Call(prepared, form, backend, sink))
+        return adapted_linear(rows, pair, tokens, bias, Call(prepared, form, backend, sink, pulled))
 
     @lasting
     def dense(self, base: Base) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .ops.attach import Pair, attach
+from .ops.attach import StandIns, attach
 from .ops.engines import prepare_one
 from .ops.joined import Joined
 from .ops.preparation import Formula, Parameters, Prepared, Rows, Source
@@ -68,9 +68,9 @@ class Batch:
         self.prepared = prepared
         for one in prepared:
             one.batch = weakref.ref(self)
-        self._attached: dict[int, tuple[list[bool], Pair]] = {}  # by layer, with which of its parameters get gradients
+        self._attached: dict[int, tuple[list[bool], StandIns]] = {}  # by layer, with which of its parameters get gradients
 
-    def attached(self, prepared: Prepared) -> Pair:
+    def attached(self, prepared: Prepared) -> StandIns:
         """M and F of one of the batch, from the node that they share."""
         found = self._attached.get(id(prepared))
         if found is None or found[0] != gets(prepared.source.parameters):
@@ -200,7 +200,7 @@ class Cache:
             fixed, storages = kept.fixed, kept.storages
         self._kept = Kept(prepared, batch, fixed, _moving(source.parameters), storages)
 
-    def pair(self, prepared: Prepared, parameters: Parameters) -> tuple[Pair, list[Rows] | None]:
+    def pair(self, prepared: Prepared, parameters: Parameters) -> tuple[StandIns, list[Rows] | None]:
         """M and F in the graph, and where their one consumer may leave `Rows`."""
         kept, own = self._kept, prepared.source.parameters
         # Others of the same numbers (functional_call, a state_dict assigned) are to get their own gradients.

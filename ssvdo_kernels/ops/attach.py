@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +12,28 @@ from . import by_hand
 from .engines import adjoint
 from .preparation import Parameters, Prepared, Rows
 
-Pair = tuple[Tensor, Tensor]
 Arrived = Callable[[Any, Sequence[Tensor | None]], bool]
 """(node, gradients of its stand-ins) -> whether they are taken, so that the parameters get none now."""
 
 
-def stand_ins(prepared: Prepared) -> Pair:
-    """Tensors of the shapes of M and F that hold one number, which nobody reads: they carry gradients, the values are
-    the preparation's."""
-    F = prepared.columns
-    width = prepared.shape.width
-    return F.new_empty_strided((width + F.shape[1], width), (0, 0)), F.new_empty_strided(F.shape, (0, 0))
+class StandIns(NamedTuple):
+    """Tensors that hold one number, which nobody reads: they carry gradients, the values are the preparation's.
+
+    mixer, columns: of the shapes of M and F; pulled: of [F; A^T F], for tokens that have A^T dF beside dF
+    (`Prepared.lends`); a consumer gives a gradient to one of the last two.
+    """
+
+    mixer: Tensor
+    columns: Tensor
+    pulled: Tensor | None
+
+
+def stand_ins(prepared: Prepared) -> StandIns:
+    """Those of one layer."""
+    F, width, (large, extra) = prepared.columns, prepared.shape.width, prepared.columns.shape
+    pulled = F.new_empty_strided((large + prepared.shape.d, extra), (0, 0)) if prepared.lends else None
+    return StandIns(
+        F.new_empty_strided((width + extra, width), (0, 0)), F.new_empty_strided((large, extra), (0, 0)), pulled)
 
 
 class Attach(torch.autograd.Function):
@@ -50,8 +61,8 @@ class Attach(torch.autograd.Function):
             found = adjoint(ctx.prepared, [ctx.sink.pop()], [_whole(ctx.prepared[0], *gradients)[1]])
             used = [0]
         else:
-            used = [i for i in range(len(ctx.prepared)) if any(d is not None for d in gradients[2 * i : 2 * i + 2])]
-            pairs = [_whole(ctx.prepared[i], *gradients[2 * i : 2 * i + 2]) for i in used]
+            used = [i for i in range(len(ctx.prepared)) if any(d is not None for d in gradients[3 * i : 3 * i + 3])]
+            pairs = [_whole(ctx.prepared[i], *gradients[3 * i : 3 * i + 3]) for i in used]
             prepared = [ctx.prepared[i] for i in used]
             found = adjoint(prepared, [d for d, _ in pairs], [d for _, d in pairs]) if used else []
         for i, three in zip(used, found, strict=True):
@@ -61,10 +72,15 @@ class Attach(torch.autograd.Function):
         return None, None, None, *result
 
 
-def _whole(prepared: Prepared, d_mixer: Tensor | None, d_columns: Tensor | None) -> Pair:
+def _whole(
+    prepared: Prepared, d_mixer: Tensor | None, d_columns: Tensor | None, pulled: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(dM, dF) or (dM, [dF; A^T dF]): the latter where all of dF came with it."""
     F, width = prepared.columns, prepared.shape.width
     if d_mixer is None:
         d_mixer = F.new_zeros(()).expand(width + F.shape[1], width)
+    if pulled is not None:
+        return d_mixer, pulled if d_columns is None else d_columns + pulled[: F.shape[0]]
     return d_mixer, F.new_zeros(()).expand(F.shape) if d_columns is None else d_columns
 
 
@@ -73,8 +89,8 @@ def attach(
     parameters: Sequence[Parameters],
     sink: list[Rows] | None = None,
     arrived: Arrived | None = None,
-) -> list[Pair]:
-    """(M, F) of each layer of one preparation as stand-ins with gradients to all parameters."""
+) -> list[StandIns]:
+    """The stand-ins of each layer of one preparation, with gradients to all parameters."""
     flat = [p for three in parameters for p in three]
-    found: tuple[Tensor, ...] = Attach.apply(prepared, sink, arrived, *flat)  # type: ignore[no-untyped-call]
-    return list(zip(found[::2], found[1::2], strict=True))
+    found: tuple[Any, ...] = Attach.apply(prepared, sink, arrived, *flat)  # type: ignore[no-untyped-call]
+    return [StandIns(*found[i : i + 3]) for i in range(0, len(found), 3)]

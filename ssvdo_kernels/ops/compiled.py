@@ -33,7 +33,7 @@ from . import lasting, own_dtypes
 from .base import DenseBase
 from .dispatch import token_backend
 from .engines import adjoint, prepare_one
-from .linear import Call, pull_back, run
+from .linear import Call, pull_back, pulls, run
 from .matrices import up
 from .preparation import News, Parameters, Prepared, Source
 
@@ -256,7 +256,8 @@ def backward(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
     tokens, source = _source(layer, spec)
     prepared = _prepared(source)
     backend = token_backend(source.config.backend, x.device, x.dtype)
-    call = Call(prepared, _training_form(x, prepared, backend, merged), backend)
+    form = _training_form(x, prepared, backend, merged)
+    call = Call(prepared, form, backend, None, pulls(prepared, form, backend, len(x), x.dtype))
     trains = any(needs[1:])
     dx, d_mixer, d_columns = pull_back(
         dy.contiguous(), x, tokens, None if call.form == "merged" else saved, call, (needs[0], trains, trains))

@@ -77,23 +77,43 @@ def inverse_of(singular: Tensor, width: int, null: int) -> Tensor:
     return torch.where(useful, 1 / singular, torch.zeros_like(singular))
 
 
-def project(many: Sequence[Projector], columns: Sequence[Tensor], first: int, rows: int, product: Product = one_by_one
-            ) -> list[Tensor]:  # fmt: skip
+def project(
+    many: Sequence[Projector],
+    columns: Sequence[Tensor],
+    first: int,
+    rows: int,
+    product: Product = one_by_one,
+    pulled: Sequence[Tensor | None] = (),
+) -> list[Tensor]:
     """(P z)[-rows:] of each layer for z, large x cols in the dtype of the work, whose entries above its last `first`
-    rows are 0; only these are given, and read."""
+    rows are 0; only these are given, and read.
+
+    pulled: A^T z, d x cols, of layers where it is known; nothing: of none.
+    """
     one, large = many[0], many[0].large
     for turn in range(one.passes):
         last = turn + 1 == one.passes
-        columns = _once(many, columns, first, rows if last else large, product)
-        first = large
+        columns = _once(many, columns, first, rows if last else large, product, pulled)
+        first, pulled = large, ()
     return list(columns)
 
 
-def _once(many: Sequence[Projector], columns: Sequence[Tensor], first: int, rows: int, product: Product
-          ) -> list[Tensor]:  # fmt: skip
+def _pull(tall: Sequence[Tensor], columns: Sequence[Tensor], product: Product, pulled: Sequence[Tensor | None]
+          ) -> Sequence[Tensor]:  # fmt: skip
+    """A^T z of each layer: by a product where `pulled` does not have it. tall: the rows of A at which z is given."""
+    if not pulled:
+        return product([a.mT for a in tall], columns)
+    missing = [i for i, t in enumerate(pulled) if t is None]
+    made = iter(product([tall[i].mT for i in missing], [columns[i] for i in missing]) if missing else ())
+    return [next(made) if t is None else t for t in pulled]
+
+
+def _once(many: Sequence[Projector], columns: Sequence[Tensor], first: int, rows: int, product: Product,
+          pulled: Sequence[Tensor | None]) -> list[Tensor]:  # fmt: skip
     large, tall = many[0].large, [p.tall for p in many]
-    inner = product([a[large - first :].mT for a in tall], columns)
-    inner = [t.mul_(p.inverse[:, None]) for t, p in zip(product([p.basis.mT for p in many], inner), many, strict=True)]
+    pulled = _pull([a[large - first :] for a in tall], columns, product, pulled)
+    inner = product([p.basis.mT for p in many], pulled)
+    inner = [t.mul_(p.inverse[:, None]) for t, p in zip(inner, many, strict=True)]
     inner = product([p.basis for p in many], [t.mul_(p.inverse[:, None]) for t, p in zip(inner, many, strict=True)])
     found = product([a[large - rows :] for a in tall], inner)
     both = min(first, rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import device, host, outer
 from .complement import Product, one_by_one
 from .preparation import Gradients, Prepared, Rows, Source, check_pivot
+from .products import exact
 from .streams import Queued
 
 Inner = tuple[Tensor | None, Tensor, Tensor]  # G where it is a series, saved, mixer
@@ -90,7 +91,10 @@ def _inner(many: Sequence[Prepared], counts: Tensor | None) -> list[Inner]:
 def adjoint(
     many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows], d_columns: Sequence[Tensor]
 ) -> list[Gradients]:
-    """(d inner_rotation, d inner_scale, d outer) of each layer, in the dtype of the work; None for what is absent."""
+    """(d inner_rotation, d inner_scale, d outer) of each layer, in the dtype of the work; None for what is absent.
+
+    d_columns: dF, large x e; or [dF; A^T dF], (large + d) x e, where the tokens gave both.
+    """
     one = many[0]
     for p in many:
         p.check_unedited()
@@ -98,10 +102,15 @@ def adjoint(
     parts = [p.outer for p in many if p.outer is not None]
     d_outer: Sequence[Tensor | None] = [None] * len(many)
     if parts:
-        l = one.shape.l  # noqa: E741
-        state = [p.X for p in many], [p.columns[:, :l] for p in many], [d[:, :l].to(one.dtype) for d in d_columns]
-        cuda = one.engine == "cuda"
-        d_outer = device.outer_backward(parts, *state) if cuda else outer.backward(parts, *state, _product(one.engine))
+        l, large = one.shape.l, one.shape.large  # noqa: E741
+        both = [d[:, :l].to(one.dtype) for d in d_columns]
+        state = [p.X for p in many], [p.columns[:, :l] for p in many], [d[:large] for d in both]
+        if one.engine == "cuda":
+            d_outer = device.outer_backward(parts, *state)
+        else:
+            known = exact(one.dtype)
+            pulled = [d[large:] if known and d.shape[0] > large else None for d in both]
+            d_outer = outer.backward(parts, *state, _product(one.engine), pulled)
     inner = _inner_gradients(many, d_mixer)
     return [(_through(p, pair[0]) if p.rotation.numel() else None, _through(p, pair[1]), outer)
             for p, pair, outer in zip(many, inner, d_outer, strict=True)]  # fmt: skip

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..planner import joins, keeps_joined, peaks
 from . import by_hand, together
-from .attach import Pair, stand_ins
+from .attach import StandIns, stand_ins
 from .base import Base
 from .matrices import unaligned
 from .preparation import Prepared, Rows
@@ -121,6 +121,14 @@ class SmallSide:
         """dF = rows^T z, without the columns that are there to be aligned."""
         dF = over_tokens(rows, z)
         return dF if self.extra == self.own_extra else dF[:, : self.own_extra]
+
+    def pulled_gradient(self, rows: Tensor, u: Tensor, z: Tensor) -> Tensor:
+        """[dF; A^T dF], as A^T rows^T z = u^T z."""
+        large, d = rows.shape[1], u.shape[1]
+        both = z.new_empty(large + d, z.shape[1])
+        torch.mm(rows.mT, z, out=both[:large])
+        torch.mm(u.mT, z, out=both[large:])
+        return both
 
     # -- the large side ----------------------------------------------------------------------------------------------
     def shrink(self, rows: Tensor, base: Base, z: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -237,9 +245,11 @@ def linear_forward(
 
 
 def linear_backward(
-    dy: Tensor, x: Tensor | None, base: Base, side: SmallSide, saved: Tensor | None, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, tuple[Tensor, Tensor | None, Tensor | None] | None, Tensor | None]:
-    """(dx, (g, x, h) for `SmallSide.mixer_gradient`, dF) for those of (x, mixer, columns) that need it."""
+    dy: Tensor, x: Tensor | None, base: Base, side: SmallSide, saved: Tensor | None, needs: tuple[bool, bool, bool],
+    pulled: bool = False,
+) -> tuple[Tensor | None, tuple[Tensor, Tensor | None, Tensor | None] | None, Tensor | None]:  # fmt: skip
+    """(dx, (g, x, h) for `SmallSide.mixer_gradient`, dF) for those of (x, mixer, columns) that need it; pulled:
+    [dF; A^T dF] of a tall layer."""
     need_x, need_mixer, need_columns = needs
     trains, core = need_mixer or need_columns, side.form == "core"
     h: Tensor | None = None
@@ -256,7 +266,10 @@ def linear_backward(
     if trains:
         assert saved is not None
         h, z = (None, saved) if core else (saved[:, : side.width], saved[:, side.width :])
-    u, g, d_columns = side.shrink(dy, base, z if need_columns else None)
+    u, g, d_columns = side.shrink(dy, base, z if need_columns and not pulled else None)
+    if pulled and need_columns:
+        assert z is not None
+        d_columns = side.pulled_gradient(dy, u, z)
     dx = side.contract(u, g, None, need_mixer) if need_x or need_mixer else None
     return dx, (g, x, h) if need_mixer else None, d_columns
 
@@ -265,13 +278,25 @@ class Call(NamedTuple):
     """How one forward is computed.
 
     form: factored, folded, core or merged. backend: reference or triton (which serves folded and merged). sink: that of
-    `attach`, where few rows leave the mixer's gradient in factored form; None: always dense.
+    `attach`, where few rows leave the mixer's gradient in factored form; None: always dense. pulled: whether dF comes
+    with A^T dF, as `pulls` found.
     """
 
     prepared: Prepared
     form: str
     backend: str
     sink: list[Rows] | None = None
+    pulled: bool = False
+
+
+def pulls(prepared: Prepared, form: str, backend: str, rows: int, dtype: torch.dtype) -> bool:
+    """Whether `rows` tokens of a dtype, all that are behind one dF, spare work by giving A^T dF as well.
+
+    A^T dF = (dy A)^T z: rows d e multiply-adds in place of large d l. P divides by S what it takes along V, and so the
+    roundings of u = dy A, too: tokens of half precision would lose all digits by S_0 / S_i.
+    """
+    fewer = rows * prepared.extra < prepared.shape.large * prepared.shape.l
+    return fewer and prepared.lends and dtype == prepared.dtype and backend == "reference" and form != "merged"
 
 
 def run(x: Tensor, base: Base, bias: Tensor | None, call: Call, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -284,7 +309,8 @@ def run(x: Tensor, base: Base, bias: Tensor | None, call: Call, keep: bool) -> t
 def pull_back(
     dy: Tensor, x: Tensor | None, base: Base, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | Rows | None, Tensor | None]:
-    """(dx, dM, dF) for those of (x, mixer, columns) that need it; dM as `Rows` where that is cheaper."""
+    """(dx, dM, dF) for those of (x, mixer, columns) that need it; dM as `Rows` where that is cheaper, dF as
+    [dF; A^T dF] where `call` says so."""
     prepared = call.prepared
     if call.form == "merged":
         dx = dy @ prepared.merged(base, call.backend).to(dy.dtype) if needs[0] else None
@@ -292,7 +318,7 @@ def pull_back(
             return dx, None, None
         return dx, *prepared.merged_backward(base, dy.mT @ x, call.backend, *needs[1:])
     side = small_side(prepared, call.form, dy.dtype, call.backend)
-    dx, rows, d_columns = linear_backward(dy, x, base, side, saved, needs)
+    dx, rows, d_columns = linear_backward(dy, x, base, side, saved, needs, call.pulled)
     if rows is None:
         return dx, None, d_columns
     g, _, h = rows
@@ -356,20 +382,21 @@ class AdaptedWeight(torch.autograd.Function):
         return *(None if d is None else d.to(dtype) for d in found), None, None, None, None
 
 
-def adapted_matrix(pair: Pair | None, base: Base, prepared: Prepared) -> Tensor:
+def adapted_matrix(pair: StandIns | None, base: Base, prepared: Prepared) -> Tensor:
     """W' (out_features x in_features), a new tensor, with gradients by way of `pair`."""
     if pair is None:
         return prepared.merged(base, keep=False).clone()
-    return AdaptedWeight.apply(*pair, base, prepared, "reference", False)  # type: ignore[no-untyped-call,no-any-return]
+    return AdaptedWeight.apply(*pair[:2], base, prepared, "reference", False)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def adapted_linear(x: Tensor, pair: Pair | None, base: Base, bias: Tensor | None, call: Call) -> Tensor:
+def adapted_linear(x: Tensor, pair: StandIns | None, base: Base, bias: Tensor | None, call: Call) -> Tensor:
     """y = x W'^T + b. x: T x in_features; pair: stand-ins from `attach` or leaves; None: parameters get no gradient."""
     if pair is None and not torch.is_grad_enabled():  # a token at a time, bookkeeping costs as much as a product
         return run(x, base, bias, call, False)[0]
     if call.form == "merged" and pair is not None:
         made: Any = AdaptedWeight.apply
-        weight = made(*pair, base, call.prepared, call.backend, True)
+        weight = made(*pair[:2], base, call.prepared, call.backend, True)
         return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
-    mixer, columns = stand_ins(call.prepared) if pair is None else pair
+    mixer, *two = stand_ins(call.prepared) if pair is None else pair
+    columns = two[call.pulled]
     return _apply(x, mixer, columns, bias, base, call, *base.saved)  # type: ignore[no-any-return]

@@ -256,6 +256,11 @@ class Prepared(Matrices):
         self.tokens += rows
         self.trained += rows if grad else 0
 
+    @property
+    def lends(self) -> bool:
+        """Whether the way back can take A^T dF from the tokens."""
+        return not self.shape.transposed and self.shape.l > 0 and self.engine != "cuda" and self.shift.is_cpu
+
     def stands(self, parameters: Parameters) -> bool:
         """Whether parameters on a CPU hold the numbers that this was made from, where the way back will read them."""
         if self.numbers is None or not self.numbers.same(parameters):

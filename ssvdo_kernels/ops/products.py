@@ -6,10 +6,24 @@ errs by the roundings of its sums alone. A tile at a time, no float32 copy of th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+_MATMUL: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
+
 TILE = 2**20  # numbers that are upcast at a time
+
+
+def exact(dtype: torch.dtype) -> bool:
+    """Whether the library's products of `dtype` on a CPU keep all its digits; those of float32 may run in bfloat16,
+    as torch.set_float32_matmul_precision("medium") wants it."""
+    if dtype != torch.float32:
+        return True
+    if _MATMUL is None:
+        return torch.get_float32_matmul_precision() != "medium"
+    return _MATMUL.fp32_precision in ("none", "ieee")
 
 
 def times(matrix: Tensor, columns: Tensor) -> Tensor:

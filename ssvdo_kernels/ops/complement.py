@@ -59,6 +59,11 @@ class Projector:
         return torch.where(self.inverse[0] > 0, self.inverse[0], 1)
 
     @property
+    def even(self) -> bool:
+        """Whether all that P divides by is at least S_0 / 128."""
+        return bool(self.inverse.max() * self.singular[0] <= 128)
+
+    @property
     def passes(self) -> int:
         """How often P is applied: twice where V is of half precision."""
         return 1 if self.basis.dtype == self.singular.dtype else 2

@@ -292,8 +292,9 @@ class Call(NamedTuple):
 def pulls(prepared: Prepared, form: str, backend: str, rows: int, dtype: torch.dtype) -> bool:
     """Whether `rows` tokens of a dtype, all that are behind one dF, spare work by giving A^T dF as well.
 
-    A^T dF = (dy A)^T z: rows d e multiply-adds in place of large d l. P divides by S what it takes along V, and so the
-    roundings of u = dy A, too: tokens of half precision would lose all digits by S_0 / S_i.
+    A^T dF = (dy A)^T z: rows d e multiply-adds in place of large d l. P divides what it takes along V by S: where the
+    tokens' parts of dF are kappa times their sum, roundings grow by kappa S_0 / S_i, and by the larger of the two
+    otherwise. Tokens of half precision would lose all digits.
     """
     fewer = rows * prepared.extra < prepared.shape.large * prepared.shape.l
     return fewer and prepared.lends and dtype == prepared.dtype and backend == "reference" and form != "merged"

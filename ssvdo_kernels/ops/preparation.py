@@ -256,10 +256,12 @@ class Prepared(Matrices):
         self.tokens += rows
         self.trained += rows if grad else 0
 
-    @property
+    @cached_property
     def lends(self) -> bool:
-        """Whether the way back can take A^T dF from the tokens."""
-        return not self.shape.transposed and self.shape.l > 0 and self.engine != "cuda" and self.shift.is_cpu
+        """Whether the way back can take A^T dF from the tokens: of a tall layer on a CPU, of no weak component."""
+        if self.outer is None or self.shape.transposed or self.engine == "cuda" or not self.shift.is_cpu:
+            return False
+        return self.outer.projector.even
 
     def stands(self, parameters: Parameters) -> bool:
         """Whether parameters on a CPU hold the numbers that this was made from, where the way back will read them."""

@@ -93,7 +93,7 @@ def test_gradients_by_way_of_the_tokens(known, options, scale):
 
 @pytest.mark.parametrize("rows", [(FEW,), (FEW, 3, 4), (MANY,), (FEW, MANY), (MANY, FEW)])
 def test_several_uses_of_a_layer(known, rows):
-    layer, xs = make_layer(M, N, outer_rank=3), inputs(*rows)
+    layer, xs = make_layer(M, N, outer_rank=3, path="folded"), inputs(*rows)
     loss(layer, *xs).backward()
     agrees(layer, *xs)
     assert known == [t < M for t in reversed(rows)]  # each has a node of its own, outside of a group
@@ -148,6 +148,13 @@ def test_micro_batches(known, rows, found):
 def test_a_forward_that_runs_twice(known):
     layer, (x,) = make_layer(M, N, outer_rank=3), inputs(FEW)
     checkpoint(loss, layer, x, use_reentrant=False).backward()
+    agrees(layer, x)
+    assert known == [True]
+
+
+def test_a_compiled_layer(known):
+    layer, (x,) = make_layer(M, N, outer_rank=3), inputs(FEW)
+    loss(torch.compile(layer, backend="aot_eager"), x).backward()
     agrees(layer, x)
     assert known == [True]
 

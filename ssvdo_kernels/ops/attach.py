@@ -75,7 +75,7 @@ class Attach(torch.autograd.Function):
 def _whole(
     prepared: Prepared, d_mixer: Tensor | None, d_columns: Tensor | None, pulled: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(dM, dF) or (dM, [dF; A^T dF]): the latter where all of dF came with it."""
+    """(dM, dF) or (dM, [dF; A^T dF / S_0]): the latter where all of dF came with it."""
     F, width = prepared.columns, prepared.shape.width
     if d_mixer is None:
         d_mixer = F.new_zeros(()).expand(width + F.shape[1], width)

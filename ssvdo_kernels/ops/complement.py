@@ -53,7 +53,7 @@ class Projector:
         """A, of any floating dtype; made anew where the base does not hold it."""
         return self.base.tall(self.transposed)
 
-    @property
+    @cached_property
     def unit(self) -> Tensor:
         """1 / S_0 (1 where W0 = 0): what is of W0's size, times this, times W0 stays in the range of float32."""
         return torch.where(self.inverse[0] > 0, self.inverse[0], 1)

@@ -93,7 +93,7 @@ def adjoint(
 ) -> list[Gradients]:
     """(d inner_rotation, d inner_scale, d outer) of each layer, in the dtype of the work; None for what is absent.
 
-    d_columns: dF, large x e; or [dF; A^T dF], (large + d) x e, where the tokens gave both.
+    d_columns: dF, large x e; or [dF; A^T dF / S_0], (large + d) x e, where the tokens gave both.
     """
     one = many[0]
     for p in many:

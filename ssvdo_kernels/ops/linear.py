@@ -68,6 +68,7 @@ class SmallSide:
         # which weight's [W0 | F] may be kept: not that of a copy in another dtype
         self.joined = prepared.joined if backend == "triton" else None
         self.address = prepared.source.base.dense().data_ptr() if prepared.source.base.held else 0
+        self.unit = prepared.outer.projector.unit if prepared.outer is not None and prepared.lends else None
         prepared.settle(dtype)
 
     def take(self, prepared: Prepared, dtype: torch.dtype) -> None:
@@ -123,11 +124,12 @@ class SmallSide:
         return dF if self.extra == self.own_extra else dF[:, : self.own_extra]
 
     def pulled_gradient(self, rows: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        """[dF; A^T dF], as A^T rows^T z = u^T z."""
+        """[dF; A^T dF / S_0], as A^T rows^T z = u^T z; S_0, as both are of the weight's size."""
+        assert self.unit is not None
         large, d = rows.shape[1], u.shape[1]
         both = z.new_empty(large + d, z.shape[1])
         torch.mm(rows.mT, z, out=both[:large])
-        torch.mm(u.mT, z, out=both[large:])
+        torch.mm(u.mT, z * self.unit, out=both[large:])
         return both
 
     # -- the large side ----------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ def linear_backward(
     pulled: bool = False,
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor | None, Tensor | None] | None, Tensor | None]:  # fmt: skip
     """(dx, (g, x, h) for `SmallSide.mixer_gradient`, dF) for those of (x, mixer, columns) that need it; pulled:
-    [dF; A^T dF] of a tall layer."""
+    `SmallSide.pulled_gradient` in dF's place."""
     need_x, need_mixer, need_columns = needs
     trains, core = need_mixer or need_columns, side.form == "core"
     h: Tensor | None = None
@@ -311,7 +313,7 @@ def pull_back(
     dy: Tensor, x: Tensor | None, base: Base, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | Rows | None, Tensor | None]:
     """(dx, dM, dF) for those of (x, mixer, columns) that need it; dM as `Rows` where that is cheaper, dF as
-    [dF; A^T dF] where `call` says so."""
+    [dF; A^T dF / S_0] where `call` says so."""
     prepared = call.prepared
     if call.form == "merged":
         dx = dy @ prepared.merged(base, call.backend).to(dy.dtype) if needs[0] else None

@@ -101,12 +101,11 @@ def backward(
     product: Product = one_by_one,
     pulled: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
-    """d outer of each layer; F: as `forward` made it, dF: its gradient, in the dtype of the work; pulled: A^T dF of
-    layers where it is known; nothing: of none."""
+    """d outer of each layer; F: as `forward` made it, dF: its gradient, in the dtype of the work; pulled: A^T dF / S_0
+    of layers where it is known; nothing: of none."""
     one, c = many[0], many[0].c
     units = [p.projector.unit for p in many]  # dF is of the size of S
     dF = [d * unit for d, unit in zip(dF, units, strict=True)]
-    pulled = [None if t is None else t * unit for t, unit in zip(pulled or [None] * len(many), units, strict=True)]
     E = project([p.projector for p in many], dF, one.large, c, product, pulled)
     dX = list(product([p.L.mT for p in many], E))
     Q = turned_part(many, X, F, c, product)

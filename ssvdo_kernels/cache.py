@@ -68,7 +68,7 @@ class Batch:
         self.prepared = prepared
         for one in prepared:
             one.batch = weakref.ref(self)
-        self._attached: dict[int, tuple[list[bool], StandIns]] = {}  # by layer, with which of its parameters get gradients
+        self._attached: dict[int, tuple[list[bool], StandIns]] = {}  # by layer, with which parameters get gradients
 
     def attached(self, prepared: Prepared) -> StandIns:
         """M and F of one of the batch, from the node that they share."""

@@ -493,7 +493,7 @@ def test_no_tensor_of_the_size_of_the_complement():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m, n", [(160, 64), (64, 160)])
 def test_a_preparation_makes_no_copy_of_the_frozen_matrices(m, n, dtype, backend, monkeypatch):
-    """V is 64 x 64 and W0 larger; what both ways make is (m + n) x l or k x k, and a tile where a half type is upcast."""
+    """V is 64 x 64, W0 larger; both ways make (m + n) x l or k x k at most, and a tile where a half type is upcast."""
     monkeypatch.setattr(products, "TILE", 512)
     layer = make_layer(m, n, dtype=dtype, outer_rank=4, inner_ratio=0.25, backend=backend)
     assert layer.adapter.basis.dtype == dtype

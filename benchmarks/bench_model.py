@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo, remove_ssvdo
 
 from . import memory
 from .peers import DenseSSVDO, EspnetStyleSSVD, with_lora
@@ -173,9 +173,31 @@ def peak_of(
     return found
 
 
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """Replays of the CUDA graph of a step."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
 @torch.no_grad()
-def decode(stack: Stack, models: dict[str, nn.Module], rounds: int, length: int = 16) -> dict[str, Any]:
-    """Milliseconds a token and the ratio to the model "plain", for one utterance."""
+def decode(
+    stack: Stack, models: dict[str, nn.Module], rounds: int, length: int = 16, graphs: bool = False
+) -> dict[str, Any]:
+    """Milliseconds a token and the ratio to the model "plain", for one utterance; graphs: all tokens as a CUDA graph,
+    the model "plain" too."""
     base: Any = models["plain"]
     weight = next(base.parameters())
     memory = torch.randn(1, stack.frames, stack.width).to(weight)
@@ -184,24 +206,37 @@ def decode(stack: Stack, models: dict[str, nn.Module], rounds: int, length: int 
 
     def speak(model: Any) -> Callable[[], object]:
         recogniser = model.eval().get_base_model() if hasattr(model, "get_base_model") else model.eval()
-        return lambda: list(recogniser.decode(memories, start, length))
+
+        def step() -> object:
+            return list(recogniser.decode(memories, start, length))
+
+        return captured(step) if graphs else step
 
     timings = interleave({n: speak(model) for n, model in models.items()}, rounds, "plain", weight.device, whole=True)
     return {name: {"ms_per_token": t.median_ms / length, "ratio": t.ratio} for name, t in timings.items()}
 
 
 def decoded(stack: Stack, base: nn.Module, method: str, model: nn.Module, rounds: int) -> dict[str, Any]:
-    """`decode` of a method: SSVD-O unmerged and merged, LoRA, "plain" for the frozen model; of others nothing."""
-    if method == "frozen":
-        return decode(stack, {"plain": base}, rounds)
-    if not method.startswith(("LoRA", "SSVD-O")) or method.endswith("compiled"):
+    """`decode` of a method, on a GPU as a graph, too: SSVD-O unmerged, merged and with plain layers in its place, LoRA,
+    "plain" for the frozen model; of others nothing."""
+    if not method.startswith(("frozen", "LoRA", "SSVD-O")) or method.endswith("compiled"):
         return {}
-    name = method.replace("SSVD-O", "unmerged")
-    found = {name: decode(stack, {"plain": base, name: model}, rounds)[name]}
+    found: dict[str, Any] = {}
+
+    def add(name: str) -> None:
+        found[name] = decode(stack, {"plain": base, name: model}, rounds)[name]
+        if next(base.parameters()).is_cuda:
+            try:
+                found[f"{name}, graph"] = decode(stack, {"plain": base, name: model}, rounds, graphs=True)[name]
+            except RuntimeError as error:  # the row has more than this
+                found[f"{name}, graph"] = {"error": str(error).partition("\n")[0]}
+
+    add("plain" if method == "frozen" else method.replace("SSVD-O", "unmerged"))
     if method.startswith("SSVD-O"):
         merge_ssvdo(model)
-        name = method.replace("SSVD-O", "merged")
-        found[name] = decode(stack, {"plain": base, name: model}, rounds)[name]
+        add(method.replace("SSVD-O", "merged"))
+        remove_ssvdo(model, merge=True)
+        add(method.replace("SSVD-O", "removed"))
     return found
 
 
@@ -257,7 +292,8 @@ def markdown(results: dict[str, Any]) -> str:
         said = {n: m for r in rows for n, m in r["decoding"].items()}
         if said:
             lines += ["", *as_markdown(["decoding", "ms a token", "ratio to plain"], [
-                [n, f"{m['ms_per_token']:.2f}", f"{m['ratio']:.2f}"] for n, m in said.items()])]
+                [n, m["error"], "-"] if "error" in m else [n, f"{m['ms_per_token']:.2f}", f"{m['ratio']:.2f}"]
+                for n, m in said.items()])]
     return "\n".join(lines) + "\n"
 
 

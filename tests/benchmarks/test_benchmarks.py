@@ -188,12 +188,43 @@ def test_models_are_measured_by_every_method(tmp_path, monkeypatch, capsys):
     assert trained["frozen"] == 0 and trained["LoRA"] == feed_forward * 4 * (16 + 64)
     assert trained["SSVD-O, p=0.5"] == trained["dense SSVD-O, p=0.5"] == feed_forward * (8 * 9 // 2 + 48 * 4)
     assert training["frozen"]["ratio"] == rows["frozen"]["decoding"]["plain"]["ratio"] == 1.0
-    assert set(rows["SSVD-O, p=0.5"]["decoding"]) == {"unmerged, p=0.5", "merged, p=0.5"}
+    assert set(rows["SSVD-O, p=0.5"]["decoding"]) == {"unmerged, p=0.5", "merged, p=0.5", "removed, p=0.5"}
     ours, lora, shown = training["SSVD-O, p=0.5"], training["LoRA"], capsys.readouterr().out
     assert f"| LoRA | {lora['median_ms']:.1f} |" in shown and "| 0.000 | 0.000 | 2.5 |" in shown
     assert ours["held"] > 0 == lora["held"] and ours["peak_mib"] is None
     assert ours["frozen_state"] == pytest.approx((16 * 16 + 16 + 64 * 4) / (16 * 64))  # V, S, U_l
     assert training["dense SSVD-O, p=0.5"]["frozen_state"] == pytest.approx((64 * 16 + 16 * 16 + 16) / (16 * 64))
+
+
+def test_graphs_are_of_all_tokens_and_as_long_as_plain_ones(monkeypatch):
+    """Without a GPU: what would be captured, and how often."""
+    replayed = []
+
+    def captured(step):
+        said = step()
+        return lambda: replayed.append(said)
+
+    monkeypatch.setattr(bench_model, "captured", captured)
+    base = bench_model.pretrained(TINY, "cpu", torch.float32)
+    found = bench_model.decode(TINY, {"plain": base}, 2, length=3, graphs=True)
+    assert set(found) == {"plain"} and found["plain"]["ratio"] == 1.0
+    assert len(replayed) > 2 and all(len(said) == 3 for said in replayed)
+
+
+def test_a_graph_that_fails_costs_no_row(monkeypatch):
+    base = bench_model.pretrained(TINY, "cpu", torch.float32)
+    real = bench_model.decode
+
+    def decode(*about, graphs=False):
+        if graphs:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return real(*about, length=2)
+
+    monkeypatch.setattr(bench_model, "decode", decode)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    said = bench_model.decoded(TINY, base, "frozen", base, 1)
+    assert said["plain"]["ratio"] == 1.0 and said["plain, graph"] == {
+        "error": "operation not permitted when stream is capturing"}  # fmt: skip
 
 
 def test_a_model_that_does_not_fit_is_a_row(tmp_path, monkeypatch, capsys):

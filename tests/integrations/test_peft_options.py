@@ -11,12 +11,10 @@ pytest.importorskip("peft", reason="peft is not installed")
 import peft
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
+from peft_models import needs_0_21
 from safetensors.torch import load_file
 
 from ssvdo_kernels.integrations.peft import Linear, SSVDOConfig
-
-needs_0_21 = pytest.mark.skipif(not hasattr(BaseTuner, "_remove_adapter_name_from_key"),
-                                reason="PEFT before 0.21 does not load again what it saves of these")  # fmt: skip
 
 
 def base():

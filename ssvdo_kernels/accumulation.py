@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from .cache import Cache, gets, one_node
-from .ops.attach import StandIns, attach
+from .cache import Cache, gets
+from .distributed import hooked, refuse_counting
+from .ops.attach import StandIns, all_wanted, attach
 from .ops.preparation import Parameters, Prepared
 
 _INSIDE = "inside gradient_accumulation"
@@ -62,7 +63,7 @@ class Sums:
         self.prepared, self.parameters, self.open = prepared, parameters, True
         self._gets = gets(parameters)
         self._trained = [p for p in parameters if p is not None and p.requires_grad]
-        self._reached = one_node() and all(p.is_leaf and not _hooked(p) for p in self._trained)
+        self._reached = not hooked() and all(p.is_leaf and not _hooked(p) for p in self._trained)
         self._totals: list[Tensor | None] = [None] * 3
         self._pair: StandIns | None = None
         self._watched: list[tuple[Tensor, _Ahead]] = []  # what stands in .grad
@@ -85,7 +86,7 @@ class Sums:
                                "parameters (DDP, FSDP, register_hook): its backward inside")  # fmt: skip
         if not self.open:
             return False
-        if self._reached and not (compiled or _all_wanted(node)):
+        if self._reached and not (compiled or all_wanted(node)):
             raise RuntimeError(f"{name}: autograd.grad or backward(inputs=some) {_INSIDE}, which brings gradients to "
                                "all parameters when it is left; allowed: backward()")  # fmt: skip
         if not compiled:
@@ -147,21 +148,24 @@ class Sums:
         return [(t, d) for t, d in found if t is not None and d is not None]
 
 
+def _together(ready: Iterable[Sums]) -> Iterable[list[Sums]]:
+    """Those that were prepared together. Each has gradients, so that one node serves them whoever watches."""
+    found: dict[int, list[Sums]] = {}
+    for sums in ready:
+        batch = sums.prepared.batch and sums.prepared.batch()
+        found.setdefault(id(batch or sums), []).append(sums)
+    return found.values()
+
+
+def _brought(some: Sequence[Sums]) -> list[tuple[Tensor, Tensor]]:
+    attached = attach([sums.prepared for sums in some], [sums.parameters for sums in some])
+    return [pair for sums, own in zip(some, attached, strict=True) for pair in sums.brought(own)]
+
+
 def _compiled() -> bool:
     """Whether compiled autograd is running this backward."""
     module = sys.modules.get("torch._dynamo.compiled_autograd")
     return bool(getattr(module, "in_compiled_autograd_region", False))
-
-
-def _all_wanted(node: Any) -> bool:
-    """Whether the backward that runs goes on to all of the node's parameters, to leave gradients there."""
-    try:
-        for below, _ in node.next_functions:
-            if below is not None and not torch._C._will_engine_execute_node(below):
-                return False
-        return True
-    except RuntimeError:  # autograd.grad takes them away
-        return False
 
 
 _pending: weakref.WeakSet[Accumulator] = weakref.WeakSet()
@@ -190,6 +194,7 @@ class Accumulator:
         """Stand-ins on which gradients are summed; None where the context is not open. Raises as `Sums.check`."""
         if not self._open:
             return None
+        refuse_counting(prepared.name)
         if self._sums is None:
             self._sums = Sums(prepared, parameters)
             self.cache.trusted = prepared
@@ -234,7 +239,8 @@ def gradient_accumulation(module: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: module is no nn.Module.
         RuntimeError: the context is open already, or an optimiser steps or a parameter, its ``requires_grad`` or its
-            ``.grad`` changes inside, or autograd.grad or backward(inputs=) asks for some of a layer's gradients.
+            ``.grad`` changes inside, or autograd.grad or backward(inputs=) asks for some of a layer's gradients, or a
+            DDP around the model has find_unused_parameters or static_graph.
 
     Examples:
         >>> with gradient_accumulation(model):
@@ -263,15 +269,15 @@ def gradient_accumulation(module: nn.Module) -> Iterator[None]:
 
 def _leave(opened: Sequence[Accumulator], completed: bool) -> None:
     """Brings what was summed to the parameters, in one backward; all is checked before."""
-    closed = [(accumulator.cache, accumulator.close()) for accumulator in opened]
-    found = [(cache, sums) for cache, sums in closed if sums is not None]
+    closed = [accumulator.close() for accumulator in opened]
+    found = [sums for sums in closed if sums is not None]
     with torch.inference_mode(False), torch.no_grad():
         try:
-            ready = [(cache, sums) for cache, sums in found if completed and sums.finish()]
+            ready = [sums for sums in found if completed and sums.finish()]
         finally:
-            for _, sums in found:
+            for sums in found:
                 sums.clear()
     with torch.inference_mode(False), torch.enable_grad():
-        pairs = [pair for cache, sums in ready for pair in sums.brought(cache.pair(sums.prepared, sums.parameters)[0])]
+        pairs = [pair for some in _together(ready) for pair in _brought(some)]
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [d for _, d in pairs])

@@ -182,7 +182,7 @@ class Adapter(nn.Module):
     @own_dtypes()
     def prepared(self, base: Base) -> Prepared:
         """The prepared matrices for the current parameters (kept until a parameter changes)."""
-        return self.cache.current(self.source(base))
+        return self.cache.current(self.source(base), hold=True)
 
     def refresh(self) -> None:
         """Forgets what was prepared; the next forward prepares anew."""
@@ -274,7 +274,7 @@ class Adapter(nn.Module):
         parameters, frozen = self._tensors()
         prepared = self.cache.hit((self.shape, self.config, self._scale), (*base.tensors, *frozen), parameters)
         if prepared is None:
-            prepared = self.cache.current(self.source(base))
+            prepared = self.cache.current(self.source(base), hold=True)
         pair, sink = self._pair(parameters, prepared)
         count, device, dtype = rows.shape[0], rows.device, rows.dtype
         backend = token_backend(self.config.backend, device, dtype)
@@ -294,7 +294,7 @@ class Adapter(nn.Module):
             return self._by_equations(base)
         with own_dtypes():
             source = self.source(base)
-            prepared = self.cache.current(source)
+            prepared = self.cache.current(source, hold=True)
             return adapted_matrix(self._pair(source.parameters, prepared)[0], base, prepared)
 
     @lasting
@@ -302,7 +302,7 @@ class Adapter(nn.Module):
     @own_dtypes()
     def adapted_weight(self, base: Base) -> Tensor:
         """W' (out_features x in_features) for the current parameters, in the weight's dtype; a new tensor."""
-        return self.cache.current(self.source(base)).merged(base, keep=False).clone()
+        return self.cache.current(self.source(base), hold=True).merged(base, keep=False).clone()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -2,6 +2,8 @@
 
 On the CPU the parameters' bytes are looked at, so that no edit goes unseen; elsewhere version counter, storage and
 optimiser step, because a look would stall the stream. Factors and base weights are compared by version and storage.
+
+A CUDA graph prepares in itself, as parameters change between its replays without a trace: see `Capture`.
 """
 
 from __future__ import annotations
@@ -10,24 +12,31 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from operator import is_
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .ops.attach import StandIns, attach
+from .distributed import all_used, layers_a_node, refuse_unused
+from .ops.attach import StandIns, all_wanted, attach, used
+from .ops.device import capture
 from .ops.engines import prepare_one
 from .ops.joined import Joined
 from .ops.preparation import Formula, Parameters, Prepared, Rows, Source
+from .ops.streams import current
 from .origin import stamps
 
 _optimizer_steps = 0
+_replayed = WeakTensorKeyDictionary()  # parameters that a captured step writes when it is replayed, without a trace
 
 
-def _count_step(*_: object) -> None:
+def _count_step(optimizer: Optimizer, *_: object) -> None:
     global _optimizer_steps
     _optimizer_steps += 1
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        _replayed.update((p, True) for group in optimizer.param_groups for p in group["params"])
 
 
 # Some optimisers write through `p.data`, which leaves no trace in the version counter; every step therefore counts.
@@ -43,20 +52,19 @@ def capturing(parameters: Parameters) -> bool:
     return parameters[1].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def one_node() -> bool:
-    """Whether the gradients of several layers may come from one node: not where DDP's reducer or FSDP's resharding look
-    for a layer's gradients when that layer's own backward is over."""
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
 def gets(parameters: Parameters) -> list[bool]:
     """Which of them get gradients."""
     return [p is not None and p.requires_grad for p in parameters]
 
 
-def _ran(batch: weakref.ref[Batch], *_: object) -> bool:
+def _ran(batch: weakref.ref[Batch], wrapper: Any, node: Any, gradients: Sequence[Tensor | None]) -> bool:
     if (own := batch()) is not None:
-        own._attached = {}
+        for one in node.prepared:
+            own._attached.pop(id(one), None)
+    if wrapper is not None and (waits := wrapper()) is not None and all_wanted(node):
+        found = set(used(gradients))
+        unused = [p for i, p in enumerate(node.prepared) if i not in found]
+        refuse_unused(waits, ((p.name, p.source.parameters) for p in unused))
     return False
 
 
@@ -68,16 +76,18 @@ class Batch:
         self.prepared = prepared
         for one in prepared:
             one.batch = weakref.ref(self)
-        self._attached: dict[int, tuple[list[bool], StandIns]] = {}  # by layer, with which parameters get gradients
+        self._attached: dict[int, tuple[object, StandIns]] = {}  # by layer, with what it was attached for
 
-    def attached(self, prepared: Prepared) -> StandIns:
-        """M and F of one of the batch, from the node that they share."""
-        found = self._attached.get(id(prepared))
-        if found is None or found[0] != gets(prepared.source.parameters):
-            parameters = [p.source.parameters for p in self.prepared]
-            pairs = attach(self.prepared, parameters, arrived=partial(_ran, weakref.ref(self)))
-            made = zip(map(gets, parameters), pairs, strict=True)
-            self._attached = dict(zip(map(id, self.prepared), made, strict=True))
+    def attached(self, prepared: Prepared, most: int) -> StandIns:
+        """M and F of one of the batch, from the node that it shares with at most so many neighbours."""
+        found, wrapper = self._attached.get(id(prepared)), all_used()
+        if found is None or found[0] != (wrapper, gets(prepared.source.parameters)):
+            first = next(i for i, one in enumerate(self.prepared) if one is prepared) // most * most
+            some = self.prepared[first : first + most]
+            parameters = [p.source.parameters for p in some]
+            pairs = attach(some, parameters, arrived=partial(_ran, weakref.ref(self), wrapper))
+            for one, three, pair in zip(some, parameters, pairs, strict=True):
+                self._attached[id(one)] = (wrapper, gets(three)), pair
             found = self._attached[id(prepared)]
         return found[1]
 
@@ -85,6 +95,7 @@ class Batch:
 class Companions(Protocol):
     """Who prepares other layers along with one; see group.py."""
 
+    def __len__(self) -> int: ...
     def prepare(self, cache: Cache, source: Source) -> Prepared | None:
         """Prepares the layer of `cache` and others, each into its cache; None where that brings nothing."""
 
@@ -107,6 +118,56 @@ def _moving(parameters: Parameters) -> tuple[object, ...]:
     return not _on_cpu(parameters) and _optimizer_steps, *stamps(parameters)
 
 
+class Capture:
+    """What was prepared in the CUDA graph whose capture is under way, for this graph alone.
+
+    It is let go of when another capture, or a layer outside of any, prepares: until then its tensors stay in the
+    graph's memory. A capture that asks for fewer than half of the layers that it prepares is of a part of the model
+    (make_graphed_callables): in the next one layers are prepared one by one.
+    """
+
+    _now: ClassVar[Capture | None] = None
+    _parts: ClassVar[bool] = False
+
+    def __init__(self, number: int) -> None:
+        self._number, self.whole = number, not Capture._parts
+        self._kept: dict[int, weakref.WeakKeyDictionary[Cache, Kept]] = {}  # by stream: no other waits for its work
+        self._asked: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+    @staticmethod
+    def under_way(parameters: Parameters) -> Capture | None:
+        """That of the current stream; None where it has no number by which it could be known again."""
+        number, now = capture(parameters[1]), Capture._now
+        if not number:
+            return None
+        if now is None or now._number != number:
+            Capture.over()
+            Capture._now = now = Capture(number)
+        return now
+
+    @staticmethod
+    def over() -> None:
+        """Lets go of the one that was under way."""
+        now, Capture._now = Capture._now, None
+        groups = set() if now is None else {cache.group for cache in now._asked if cache.group is not None}
+        if now is not None and groups:
+            Capture._parts = 2 * len(now._asked) < sum(map(len, groups))
+
+    @staticmethod
+    def forget(cache: Cache) -> None:
+        """Lets go of one layer's."""
+        for kept in Capture._now._kept.values() if Capture._now is not None else ():
+            kept.pop(cache, None)
+
+    def ask(self, cache: Cache) -> None:
+        """Notes a layer that runs in the graph."""
+        self._asked.add(cache)
+
+    def kept(self, parameters: Parameters) -> weakref.WeakKeyDictionary[Cache, Kept]:
+        """What was prepared on the current stream."""
+        return self._kept.setdefault(current(parameters[1]), weakref.WeakKeyDictionary())
+
+
 class Cache:
     """The one preparation that a layer keeps, and the bookkeeping that outlives it."""
 
@@ -122,6 +183,7 @@ class Cache:
         self._expected = self._served()
         self._kept: Kept | None = None
         self._joined = Joined()
+        Capture.forget(self)
 
     def reset(self) -> None:
         """Forgets what the planner has learnt, too."""
@@ -153,20 +215,36 @@ class Cache:
         now = [t for t in watched if t is not None]
         return own if all(map(is_, parameters, own.parameters)) and all(map(is_, now, own.watched)) else None
 
-    def out_of_date(self, source: Source) -> bool:
-        """Whether what is kept was made from other tensors or numbers than `source`, just made, by their stamps."""
+    def wants(self, source: Source) -> bool:
+        """Whether it would be of use to prepare from `source`, just made, ahead of time: what is kept was made from
+        other tensors or numbers, by their stamps, and what is made now will be believed later."""
+        if capturing(source.parameters):
+            graph = Capture.under_way(source.parameters)
+            return graph is None or self._captured_from(source, graph) is None
         kept = self._kept
-        if kept is None or self._distrusts(kept.prepared) or _moving(source.parameters) != kept.moving:
+        if self._distrusts(source.parameters):
+            return False
+        if kept is None or _moving(source.parameters) != kept.moving:
             return True
         return source is not kept.prepared.source and self._made_from(*source.parts) is None
 
-    def _distrusts(self, prepared: Prepared) -> bool:
-        return self._captured and self.trusted is not prepared
+    def _distrusts(self, parameters: Parameters) -> bool:
+        """Whether a replay may change parameters without a trace, so that each forward prepares for itself."""
+        if self.trusted is not None and self._kept is not None and self.trusted is self._kept.prepared:
+            return False
+        return self._captured or bool(_replayed and any(p is not None and p in _replayed for p in parameters))
+
+    def _captured_from(self, source: Source, graph: Capture) -> Prepared | None:
+        """What the graph has prepared from these very tensors and numbers, by their stamps."""
+        kept = graph.kept(source.parameters).get(self)
+        if kept is None or kept.fixed != _fixed(*source.parts) or kept.moving != _moving(source.parameters):
+            return None
+        return kept.prepared
 
     def hit(self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> Prepared | None:
         """`current` where nothing has changed, from the parts of a source; None elsewhere, and in a capture."""
         kept = None if capturing(parameters) else self._made_from(formula, watched, parameters)
-        if kept is None or self._distrusts(kept.prepared):
+        if kept is None or self._distrusts(parameters):
             return None
         found = kept.prepared
         if not (found.stands(parameters) if _on_cpu(parameters) else _moving(parameters) == kept.moving):
@@ -176,24 +254,43 @@ class Cache:
             found.queued.wait(parameters[1])
         return found
 
-    def current(self, source: Source) -> Prepared:
-        """The preparation for `source` as it is now."""
+    def current(self, source: Source, hold: bool = False) -> Prepared:
+        """The preparation for `source` as it is now.
+
+        hold: whether that of a capture may be held until it is over. Not for torch.compile, which wants to know of
+        every tensor in a graph's memory: there a layer prepares for itself each time.
+        """
+        graph = None
         if capturing(source.parameters):
             self._captured = True  # a replay may change parameters without a trace
-            return prepare_one(source)
-        found = self.hit(*source.parts)
-        if found is None and self.group is not None:
+            graph = Capture.under_way(source.parameters) if hold else None
+            if graph is None:
+                return prepare_one(source)
+            graph.ask(self)
+            found = self._captured_from(source, graph)
+        else:
+            found = self.hit(*source.parts)
+            if found is None:
+                Capture.over()
+        if found is None and self.group is not None and (graph is None or graph.whole):
             found = self.group.prepare(self, source)
         if found is None:
             found = prepare_one(source)
             self.keep(found, None)
+        if graph is not None:
+            found.joined.keeps = torch.is_grad_enabled()  # else no later layer could use that memory in its turn
         return found
 
     def keep(self, prepared: Prepared, batch: Batch | None) -> None:
         """Takes a preparation, made alone or in a batch."""
+        source, kept = prepared.source, self._kept
+        if capturing(source.parameters):
+            if (graph := Capture.under_way(source.parameters)) is not None:
+                fixed, moving = _fixed(*source.parts), _moving(source.parameters)
+                graph.kept(source.parameters)[self] = Kept(prepared, batch, fixed, moving, source.watched)
+            return
         prepared.expected = self._expected = self._served()
         prepared.joined = self._joined
-        source, kept = prepared.source, self._kept
         if kept is None or kept.prepared.source is not source:
             fixed, storages = _fixed(*source.parts), tuple(t.detach() for t in source.watched)
         else:
@@ -202,10 +299,10 @@ class Cache:
 
     def pair(self, prepared: Prepared, parameters: Parameters) -> tuple[StandIns, list[Rows] | None]:
         """M and F in the graph, and where their one consumer may leave `Rows`."""
-        kept, own = self._kept, prepared.source.parameters
+        batch, own = prepared.batch and prepared.batch(), prepared.source.parameters
         # Others of the same numbers (functional_call, a state_dict assigned) are to get their own gradients.
         same = all(p is q for p, q in zip(parameters, own, strict=True))
-        if same and kept is not None and prepared is kept.prepared and kept.batch is not None and one_node():
-            return kept.batch.attached(prepared), None
+        if same and isinstance(batch, Batch) and (most := layers_a_node()) > 1:
+            return batch.attached(prepared, most), None
         sink: list[Rows] = []
         return attach([prepared], [parameters], sink)[0], sink

@@ -32,6 +32,9 @@ class Group:
     def __init__(self, members: Iterable[Member]) -> None:
         self._members = [(weakref.ref(m.cache), m.source) for m in members]
 
+    def __len__(self) -> int:
+        return len(self._members)
+
     def prepare(self, cache: Cache, source: Source) -> Prepared | None:
         """Prepares the layer of `cache` and all members that fit and are out of date; None where that brings nothing.
 
@@ -47,7 +50,7 @@ class Group:
             if other is None or other is cache:
                 continue
             theirs = of()
-            if theirs is not None and _alike(theirs, source) and other.out_of_date(theirs):
+            if theirs is not None and _alike(theirs, source) and other.wants(theirs):
                 todo.append((other, theirs))
         if len(todo) < 2:
             return None

@@ -3,18 +3,23 @@
 import copy
 import os
 import time
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial, reduce
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from helpers import require_fully_shard
+from helpers import count_preparations, require_fully_shard
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, checkpoint, gradient_accumulation, load_ssvdo, save_ssvdo, sites
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, load_ssvdo, save_ssvdo, sites
+from ssvdo_kernels import checkpoint as files
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.host import hosts
+from ssvdo_kernels.model import group_layers
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch has no gloo", allow_module_level=True)
@@ -110,27 +115,82 @@ def ddp(rank, folder, alone, want):
 
 def check_saving(rank, folder, wrapped):
     """Of the wrapped model the first writes and the others wait, or it writes alone; of the bare one whoever calls."""
-    written, original = [], checkpoint.write_atomically
+    written, original = [], files.write_atomically
 
     def slow(contents):
         time.sleep(0.3)
         written.extend(contents)
         original(contents)
 
-    checkpoint.write_atomically = slow
+    files.write_atomically = slow
     for n in (1, 2):
         assert (save_ssvdo(wrapped, folder / "ddp") / "ssvdo_model.safetensors").is_file()
         assert len(written) == (2 * n if rank == 0 else 0)
     if rank == 0:
         save_ssvdo(wrapped, folder / "alone")
     save_ssvdo(wrapped.module, folder / f"bare{rank}")
-    checkpoint.write_atomically = original
+    files.write_atomically = original
     dist.barrier()
     want = (folder / "ddp" / "ssvdo_model.safetensors").read_bytes()
     assert all((folder / n / "ssvdo_model.safetensors").read_bytes() == want for n in ("alone", "bare0", "bare1"))
     (folder / "file").touch()
     with pytest.raises(OSError if rank == 0 else RuntimeError, match="rank 0 has not written" if rank else "file"):
         save_ssvdo(wrapped, folder / "file" / "x")
+
+
+MODES = [  # options of DDP, what the training does, which blocks process 0 skips, sizes of the ways back in a step
+    ({}, "", (), [3, 3]),
+    ({"gradient_as_bucket_view": True}, "", (), [3, 3]),
+    ({}, "no_sync", (), [3, 3, 3, 3]),
+    ({}, "accumulation", (), [3, 3]),
+    ({}, "accumulation, no_sync", (), [3, 3]),
+    ({}, "checkpoint", (), [3, 3]),
+    ({}, "checkpoint, reentrant", (), [1] * 6),
+    ({"find_unused_parameters": True}, "", (0, 2), [1, 1]),
+    ({"find_unused_parameters": True, "gradient_as_bucket_view": True}, "no_sync", (2,), [2, 2, 2, 2]),
+    ({"static_graph": True}, "", (2,), [1] * 4),
+    ({"static_graph": True}, "checkpoint, reentrant", (), [1] * 6),
+]
+
+
+def parts_of(model, rows, mode, skip):
+    """The losses of one process's micro-batches of a step, one after the other."""
+    net = getattr(model, "module", model)
+    run = partial(checkpoint, use_reentrant="reentrant" in mode) if "checkpoint" in mode else nn.Module.__call__
+    net.forward = lambda x: reduce(lambda x, i: x if i in skip else x + run(net.blocks[i], x), range(3), x)
+    parts = (rows[:1], rows[1:]) if "no_sync" in mode or "accumulation" in mode else (rows,)
+    return (model(x.clone().requires_grad_()).square().mean() / len(parts) for x in parts)
+
+
+def ddp_modes(rank, folder, alone, want):
+    """Layers of one shape go back together in every mode that allows it, and all train as one process does."""
+    counts = count_preparations(pytest.MonkeyPatch())["backward"]
+    batch = batches()[0]
+    for options, mode, skip, sizes in MODES:
+        model, single = (copy.deepcopy(alone) for _ in range(2))
+        group_layers(model)
+        wrapped = nn.parallel.DistributedDataParallel(model, **options)
+        optimisers = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], 1e-2) for m in (model, single)]
+        for x in batch[:2]:
+            counts.clear()
+            losses = parts_of(wrapped, x[2 * rank : 2 * rank + 2], mode, () if rank else skip)
+            with gradient_accumulation(wrapped) if "accumulation" in mode else nullcontext():
+                if "no_sync" in mode:
+                    with wrapped.no_sync():
+                        next(losses).backward()
+                for loss in losses:
+                    loss.backward()
+            assert rank or counts == sizes, (options, mode, counts)
+            for other in range(2):
+                for loss in parts_of(single, x[2 * other : 2 * other + 2], mode, () if other else skip):
+                    (loss / 2).backward()
+            for (name, p), q in zip(model.named_parameters(), single.parameters(), strict=True):
+                assert (p.grad is None) == (q.grad is None), (options, mode, name)
+                if q.grad is not None:
+                    close(p.grad, q.grad, f"{options} {mode} {name}")
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
 
 
 def ddp_failure(rank, folder, alone, want):
@@ -280,7 +340,7 @@ def accelerated(rank, folder, alone, want):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("work", [ddp, ddp_failure, fsdp, fsdp1, fsdp_square, fsdp_half, accelerated])
+@pytest.mark.parametrize("work", [ddp, ddp_modes, ddp_failure, fsdp, fsdp1, fsdp_square, fsdp_half, accelerated])
 def test_two_processes_give_what_one_gives(work, tmp_path):
     if work in (fsdp, fsdp_square, fsdp_half):
         require_fully_shard()

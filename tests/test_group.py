@@ -9,7 +9,7 @@ from helpers import assert_close, count_preparations, randomise, require_fully_s
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, load_ssvdo, save_ssvdo
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, distributed, gradient_accumulation, load_ssvdo, save_ssvdo
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.model import group_layers
@@ -404,20 +404,57 @@ def one_process(tmp_path):
 
 
 def test_data_parallel(one_process, calls):
-    """DDP marks layers unused by their own nodes: with a shared node it would wait for those that were skipped."""
+    """DDP takes a layer without gradients for unused, though the node that it shares reaches its parameters."""
     net, alone = nets()
     ddp = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
     for skip in ((), (1,), (0, 3)):
         net.zero_grad()
         alone.zero_grad()
         torch.manual_seed(1)
+        clear(calls)
         ddp(x_of(4), skip=skip).square().sum().backward()
+        assert calls["inner_backward"] == [4 - len(skip)] * 2
         torch.manual_seed(1)
         train(alone, x_of(4), skip=skip)
-        for (name, p), (_, q) in zip(net.named_parameters(), alone.named_parameters(), strict=True):
-            if q.grad is not None:
-                assert_close(name, p.grad, q.grad, 1e-11)
-    assert calls["inner_forward"][:2] == [4, 4] and calls["inner_backward"][:2] == [1, 1]
+        agree(net, alone)
+
+
+def test_data_parallel_gets_gradients_of_some_layers_while_the_backward_of_others_runs(one_process, calls, monkeypatch):
+    monkeypatch.setattr(distributed, "LAYERS", 3)
+    net, alone = nets()
+    ddp = nn.parallel.DistributedDataParallel(net)
+    arrived, x = [], x_of(4)
+    for i, block in enumerate(net.blocks):
+        block[0].adapter.outer.register_post_accumulate_grad_hook(lambda _, i=i: arrived.append(i))
+        block.register_full_backward_hook(lambda *_, i=i: arrived.append(f"after {i}"))
+    train(ddp, x.requires_grad_())
+    assert calls["inner_forward"] == [4, 4] and sorted(calls["inner_backward"]) == [1, 1, 3, 3]
+    assert arrived.index(3) < arrived.index("after 2") < arrived.index("after 0")
+    train(alone, x)
+    agree(net, alone)
+
+
+def test_data_parallel_that_waits_for_every_gradient_hears_of_a_layer_without(one_process):
+    net, _ = nets()
+    ddp = nn.parallel.DistributedDataParallel(net)
+    train(ddp, x_of(4))
+    with ddp.no_sync():
+        train(ddp, x_of(4), skip=(1,))
+    loss = ddp(x_of(4), skip=(1,)).square().sum()
+    torch.autograd.grad(loss, net.blocks[0][0].adapter.outer, retain_graph=True)  # on which it does not wait
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.2: no gradient came .*find_unused_parameters=True"):
+        loss.backward()
+    net.blocks[1].requires_grad_(False)
+    train(nn.parallel.DistributedDataParallel(net), x_of(4), skip=(1,))
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
+def test_gradient_accumulation_where_data_parallel_counts_parameters_is_refused(one_process, option):
+    net, _ = nets()
+    ddp = nn.parallel.DistributedDataParallel(net, **{option: True})
+    with pytest.raises(RuntimeError, match=rf"gradient_accumulation in .*{option}=True"), gradient_accumulation(ddp):
+        ddp(x_of(4))
+    assert net.blocks[0][0].adapter.outer.grad is None
 
 
 def test_fully_sharded(one_process):

@@ -81,6 +81,7 @@ namespace device {
 template <class T>
 const Device<T>* table();
 int set_device(int index);  // returns the one that was current
+unsigned long long capture(void* stream);  // of a graph: unique in a process; 0: none
 const char* architectures();
 }  // namespace device
 

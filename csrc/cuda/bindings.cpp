@@ -168,6 +168,9 @@ void bind_device(py::module_& m) {
     m.attr("max_layers") = max_layers;
 #ifdef SSVDO_CUDA
     m.def("device_architectures", &device::architectures, "What the CUDA code was built for; \"\": not built.");
+    m.def(
+        "device_capture", [](std::uintptr_t stream) { return device::capture(pointer<void>(stream)); }, py::arg("stream"),
+        "The number of the graph's capture that is under way on a stream, which no other has in a process; 0: none.");
 #else
     m.def("device_architectures", [] { return ""; }, "What the CUDA code was built for; \"\": not built.");
 #endif

@@ -94,6 +94,13 @@ int set_device(int index) {
     return before;
 }
 
+unsigned long long capture(void* stream) {
+    cudaStreamCaptureStatus status;
+    unsigned long long id = 0;
+    check(cudaStreamGetCaptureInfo(cudaStream_t(stream), &status, &id), "cudaStreamGetCaptureInfo");
+    return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
 const char* architectures() { return SSVDO_TEXT(SSVDO_ARCHITECTURES); }
 
 }  // namespace device

@@ -59,17 +59,33 @@ class Attach(torch.autograd.Function):
             return None, None, None, *result
         if ctx.sink:
             found = adjoint(ctx.prepared, [ctx.sink.pop()], [_whole(ctx.prepared[0], *gradients)[1]])
-            used = [0]
+            those = [0]
         else:
-            used = [i for i in range(len(ctx.prepared)) if any(d is not None for d in gradients[3 * i : 3 * i + 3])]
-            pairs = [_whole(ctx.prepared[i], *gradients[3 * i : 3 * i + 3]) for i in used]
-            prepared = [ctx.prepared[i] for i in used]
-            found = adjoint(prepared, [d for d, _ in pairs], [d for _, d in pairs]) if used else []
-        for i, three in zip(used, found, strict=True):
+            those = used(gradients)
+            pairs = [_whole(ctx.prepared[i], *gradients[3 * i : 3 * i + 3]) for i in those]
+            prepared = [ctx.prepared[i] for i in those]
+            found = adjoint(prepared, [d for d, _ in pairs], [d for _, d in pairs]) if those else []
+        for i, three in zip(those, found, strict=True):
             for j, gradient in enumerate(three, 3 * i):
                 if gradient is not None and ctx.needs_input_grad[3 + j]:
                     result[j] = gradient.to(ctx.dtypes[j])
         return None, None, None, *result
+
+
+def used(gradients: Sequence[Tensor | None]) -> list[int]:
+    """Which layers of a node have any gradient on their stand-ins."""
+    return [i for i in range(len(gradients) // 3) if any(d is not None for d in gradients[3 * i : 3 * i + 3])]
+
+
+def all_wanted(node: Any) -> bool:
+    """Whether the backward that runs goes on to all of the node's parameters, to leave gradients there."""
+    try:
+        for below, _ in node.next_functions:
+            if below is not None and not torch._C._will_engine_execute_node(below):
+                return False
+        return True
+    except RuntimeError:  # autograd.grad takes them away
+        return False
 
 
 def _whole(

@@ -16,6 +16,7 @@ from ..config import LayerShape, SSVDOConfig
 from .complement import LEAST
 from .host import _C, Tensors, absent, inner_sizes, left_out
 from .outer import Outer
+from .streams import current
 
 
 def obstacle(device: torch.device) -> str:
@@ -60,6 +61,12 @@ def not_built() -> str:
 def architectures() -> str:
     """The GPUs that the CUDA part was built for; "" if it was not."""
     return "" if _C is None else str(_C.device_architectures())
+
+
+def capture(like: Tensor) -> int:
+    """The number of the CUDA graph's capture that is under way on the current stream, which no other has in this
+    process; 0: there is none, or there is no CUDA part to ask for it."""
+    return int(_C.device_capture(current(like))) if like.is_cuda and architectures() else 0
 
 
 def _call(

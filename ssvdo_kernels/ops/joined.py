@@ -15,6 +15,8 @@ class Joined:
     A layer's forwards hand it on from preparation to preparation. So W0 is copied once, and F once a step.
     """
 
+    keeps = True  # False: whatever is as large as W0 is for one forward
+
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
         self._weight: Tensor | None = None  # alive, so that no other comes to lie there
@@ -24,7 +26,7 @@ class Joined:
     def of(self, F: Tensor, base: Base, wide: bool, keep: bool) -> Tensor:
         """The matrix for F as it is; keep: for later calls, too. Not to be kept across what gathers weights anew."""
         weight = base.dense()
-        if not keep or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not (keep and self.keeps) or (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self._made(F, weight, wide)
         now = *stamp(weight), weight.stride(), F.shape, F.dtype
         if self._buffer is None or now != self._stamp:

@@ -173,7 +173,7 @@ class Matrices:
                 change = self._left(tall) @ folded
                 change = change.mT if self.shape.transposed else change
                 found = torch.add(weight, change).to(weight.dtype).contiguous()
-            if keep:
+            if keep and self.joined.keeps:
                 self.kept["merged", base.dtype] = found
                 self.queue()
         return found

@@ -5,17 +5,29 @@ import json
 
 import pytest
 import torch
-from helpers import assert_close, require_triton
+from helpers import assert_close, count_preparations, require_triton
 from torch import nn
 
 require_triton()
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, cache
 from ssvdo_kernels.host import hosts
+from ssvdo_kernels.ops import device
 from ssvdo_kernels.triton import launch, tuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 # bf16 operands are rounded about ten products deep; two runs of one code on the same numbers differ by less
 TOLERANCE = 8 * 2**-7
+
+
+@pytest.fixture(autouse=True)
+def no_capture_before():
+    cache.Capture.over()
+    cache.Capture._parts = False
+
+
+def require_cuda_part():
+    if missing := device.not_built():
+        pytest.skip(missing)
 
 
 def model(pairs=1, **options):
@@ -107,6 +119,118 @@ def test_a_group_under_capture_follows_its_parameters():
         want = [y, again.grad, *(p.grad for p in trained(other))]
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             assert_close(f"replayed {i}", a, b, TOLERANCE)
+
+
+def kernels(run):
+    """How often each of csrc/cuda's kernels ran, by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    names = "OuterKernel", "FactorKernel", "InvertKernel", "HalfwayKernel", "PackKernel"
+    found = {event.key: event.count for event in profile.key_averages()}
+    return {name: sum(count for key, count in found.items() if name in key) for name in names}
+
+
+def test_a_replay_prepares_each_group_once_each_way(monkeypatch):
+    require_cuda_part()
+    net, x = model(3), tokens()
+    calls = count_preparations(monkeypatch)
+
+    def step():
+        net.zero_grad(set_to_none=True)
+        for sizes in calls.values():
+            sizes.clear()
+        for part in (x, x[:20]):  # two micro-batches on one preparation
+            net(part).float().square().sum().backward()
+
+    graph = captured(step)
+    assert calls == {"forward": [3, 3], "backward": [3] * 4}
+    graph.replay()  # the profiler's own start is behind it then
+    want = {"OuterKernel": 2 * 2 + 4, "FactorKernel": 2, "InvertKernel": 2, "HalfwayKernel": 4, "PackKernel": 4}
+    assert kernels(graph.replay) == want
+
+
+def test_a_step_inside_the_graph_is_followed_by_a_batch_of_its_own(monkeypatch):
+    require_cuda_part()
+    net, x = model(2), tokens()
+    twin = copy.deepcopy(net)
+    optimisers = [torch.optim.AdamW(trained(m), lr=1e-2, eps=0.1, capturable=True) for m in (net, twin)]
+    calls = count_preparations(monkeypatch)
+
+    def step(m, optimiser):
+        for _ in range(2):
+            optimiser.zero_grad(set_to_none=True)
+            m(x).float().square().mean().backward()
+            optimiser.step()
+        step.y = m(x)
+
+    graph = captured(lambda: step(net, optimisers[0]), warm=1)
+    assert calls["forward"][-6:] == [2] * 6
+    captured_y = step.y
+    step(twin, optimisers[1])  # the warm-up's
+    for _ in range(2):
+        graph.replay()
+        step(twin, optimisers[1])
+        assert_close("as eager training", captured_y, step.y, TOLERANCE)
+
+
+def test_two_graphs_of_one_model_and_what_is_freed_with_them():
+    net, x = model(3), tokens()
+    outputs = {}
+
+    def forward(count):
+        with torch.no_grad():
+            outputs[count] = net(x[:count])
+
+    graphs = {count: captured(lambda count=count: forward(count), warm=1) for count in (33, 20)}
+    for _ in range(2):
+        with torch.no_grad():
+            for p in trained(net):
+                p.add_(0.05 * torch.randn_like(p))
+        for count, graph in graphs.items():
+            outputs[count].fill_(float("nan"))
+            graph.replay()
+            assert_close(f"{count} rows", outputs[count], afresh(net, x[:count]), TOLERANCE)
+    with torch.no_grad():
+        net(x)  # outside of any: what the last capture held is let go of
+    assert cache.Capture._now is None
+
+
+def test_graphed_callables_train_as_eager_layers_do(monkeypatch):
+    """Each block's forward and backward is a graph of its own; the optimiser is outside."""
+    require_cuda_part()
+    net, x = model(3), tokens()
+    twin = copy.deepcopy(net)
+    calls = count_preparations(monkeypatch)
+    blocks = [nn.Sequential(*net[i : i + 3]) for i in range(0, 9, 3)]
+    samples = [(torch.zeros_like(x).requires_grad_(i > 0),) for i in range(3)]
+    graphed = nn.Sequential(*torch.cuda.make_graphed_callables(tuple(blocks), tuple(samples)))
+    assert calls["forward"][-6:] == [3, 3, 1, 1, 1, 1]  # the first does not know that the others come apart
+    optimisers = [torch.optim.AdamW(trained(m), lr=1e-2, eps=0.1) for m in (net, twin)]
+    for _ in range(3):
+        ys = []
+        for m, optimiser in zip((graphed, twin), optimisers, strict=True):
+            optimiser.zero_grad(set_to_none=True)
+            ys.append(m(x))
+            ys[-1].float().square().sum().backward()
+            optimiser.step()
+        assert_close("y", *ys, TOLERANCE)
+    for p, q in zip(trained(net), trained(twin), strict=True):
+        assert_close("parameter", p, q, TOLERANCE)
+
+
+def test_an_optimiser_captured_alone_leaves_no_eager_layer_stale():
+    net, x = model(2), tokens()
+    optimiser = torch.optim.AdamW(trained(net), lr=1e-2, capturable=True)
+    net(x).float().square().sum().backward()
+    graph = captured(optimiser.step)
+    for _ in range(2):
+        with torch.no_grad():
+            before = net(x)
+            graph.replay()
+            after = net(x)
+        assert_close("after a replay", after, afresh(net, x), TOLERANCE)
+        assert not torch.equal(before, after)
 
 
 @pytest.mark.parametrize("path", ["auto", "merged"])

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from .cache import Cache, gets
-from .distributed import hooked, refuse_counting
+from .distributed import hooked, refuse_counting, units
 from .ops.attach import StandIns, all_wanted, attach
 from .ops.preparation import Parameters, Prepared
 
@@ -234,13 +234,13 @@ def gradient_accumulation(module: nn.Module) -> Iterator[None]:
     the preparation's backward: the same gradients, more work. An exception inside leaves ``.grad`` as it was.
 
     ``zero_grad`` inside discards what was summed. ``clip_grad_norm_`` and ``GradScaler.unscale_`` belong after the
-    context; that they are not inside is checked, but not where hooks watch the parameters (DDP, FSDP).
+    context; that they are not inside is checked, but not where hooks watch the parameters (DDP).
 
     Raises:
         TypeError: module is no nn.Module.
         RuntimeError: the context is open already, or an optimiser steps or a parameter, its ``requires_grad`` or its
-            ``.grad`` changes inside, or autograd.grad or backward(inputs=) asks for some of a layer's gradients, or a
-            DDP around the model has find_unused_parameters or static_graph.
+            ``.grad`` changes inside, or autograd.grad or backward(inputs=) asks for some of a layer's gradients, or
+            FSDP shards the module, or a DDP around it has find_unused_parameters or static_graph.
 
     Examples:
         >>> with gradient_accumulation(model):
@@ -250,6 +250,9 @@ def gradient_accumulation(module: nn.Module) -> Iterator[None]:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; allowed: torch.nn.Module")
+    if next(units(module), None) is not None:
+        raise RuntimeError("gradient_accumulation of a module that FSDP shards, whose parameters are not there when it "
+                           "is left; allowed: micro-batches without it")  # fmt: skip
     found = [getattr(m, "accumulator", None) for m in module.modules()]  # a wrapper gives that of what it wraps
     opened: list[Accumulator] = []
     completed = False

@@ -72,18 +72,28 @@ class Batch:
     """Layers that were prepared together, and their stand-ins in the graph, until their node's backward has run: it may
     run twice under autograd itself, but not compiled, and it would hold what `swap_tensors` exchanges."""
 
-    def __init__(self, prepared: Sequence[Prepared]) -> None:
-        self.prepared = prepared
+    def __init__(self, prepared: Sequence[Prepared], units: Sequence[int] = ()) -> None:
+        """units: of FSDP, a number for each, 0 for none; empty where no FSDP is."""
+        self.prepared, self._units = prepared, units
         for one in prepared:
             one.batch = weakref.ref(self)
         self._attached: dict[int, tuple[object, StandIns]] = {}  # by layer, with what it was attached for
 
-    def attached(self, prepared: Prepared, most: int) -> StandIns:
-        """M and F of one of the batch, from the node that it shares with at most so many neighbours."""
+    def _neighbours(self, prepared: Prepared) -> Sequence[Prepared]:
+        """Those whose gradients may come from its node: all, some of them in DDP, those of its unit in FSDP."""
+        most, i = layers_a_node(), next(i for i, one in enumerate(self.prepared) if one is prepared)
+        if most > 1:
+            return self.prepared[i // most * most :][:most]
+        own = self._units[i] if self._units else 0
+        return [p for p, unit in zip(self.prepared, self._units, strict=True) if unit == own] if own else [prepared]
+
+    def attached(self, prepared: Prepared) -> StandIns | None:
+        """M and F of one of the batch, from the node that it shares with others; None where it has one of its own."""
         found, wrapper = self._attached.get(id(prepared)), all_used()
         if found is None or found[0] != (wrapper, gets(prepared.source.parameters)):
-            first = next(i for i, one in enumerate(self.prepared) if one is prepared) // most * most
-            some = self.prepared[first : first + most]
+            some = self._neighbours(prepared)
+            if len(some) < 2:
+                return None
             parameters = [p.source.parameters for p in some]
             pairs = attach(some, parameters, arrived=partial(_ran, weakref.ref(self), wrapper))
             for one, three, pair in zip(some, parameters, pairs, strict=True):
@@ -302,7 +312,7 @@ class Cache:
         batch, own = prepared.batch and prepared.batch(), prepared.source.parameters
         # Others of the same numbers (functional_call, a state_dict assigned) are to get their own gradients.
         same = all(p is q for p, q in zip(parameters, own, strict=True))
-        if same and isinstance(batch, Batch) and (most := layers_a_node()) > 1:
-            return batch.attached(prepared, most), None
+        if same and isinstance(batch, Batch) and (found := batch.attached(prepared)) is not None:
+            return found, None
         sink: list[Rows] = []
         return attach([prepared], [parameters], sink)[0], sink

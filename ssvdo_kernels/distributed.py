@@ -7,7 +7,7 @@ import os
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -120,8 +120,23 @@ def ddp() -> Any:
     return DistributedDataParallel._get_active_ddp_module() if hooked() else None  # type: ignore[no-untyped-call]
 
 
+def units(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+    """(module, its unit's number) of every module that FSDP gathers and shards with others: those below the same
+    nearest module that is sharded."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = tuple(getattr(fsdp, n) for n in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, n))
+    todo = [(model, 0)] if kinds else []
+    while todo:
+        module, unit = todo.pop()
+        unit = id(module) if isinstance(module, kinds) else unit
+        if unit:
+            yield module, unit
+        todo += [(child, unit) for child in module.children()]
+
+
 def layers_a_node() -> int:
-    """How many layers' gradients may come from one node: all in a single process, some in a forward of DDP, else 1.
+    """How many layers' gradients may come from one node: all in a single process, some in a forward of DDP, else 1 (or
+    those of one unit of FSDP).
 
     A node of several brings nothing to layers that nothing used, though it reaches their parameters; DDP takes that as
     it is meant. With static_graph it counts on them each time, and they may be in one batch and not in the next. FSDP

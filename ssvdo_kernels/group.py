@@ -8,12 +8,13 @@ skipped, frozen, copied, moved, tied or compiled is right with or without its gr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .cache import Batch, Cache
+from .distributed import ddp, hooked
 from .ops.engines import prepare
 from .ops.preparation import Prepared, Source
 
@@ -26,11 +27,16 @@ class Member(NamedTuple):
     source: Callable[[], Source | None]
 
 
+Units = Callable[[], Mapping[Cache, int]]
+"""Numbers for the units of FSDP in which layers are, as it has them now."""
+
+
 class Group:
     """Members by weak reference."""
 
-    def __init__(self, members: Iterable[Member]) -> None:
+    def __init__(self, members: Iterable[Member], units: Units) -> None:
         self._members = [(weakref.ref(m.cache), m.source) for m in members]
+        self._look, self._units = units, units()
 
     def __len__(self) -> int:
         return len(self._members)
@@ -56,19 +62,26 @@ class Group:
             return None
         found = prepare([theirs for _, theirs in todo])
         good = [(c, made) for (c, _), made in zip(todo, found, strict=True) if made is not None]
-        batch = Batch([made for _, made in good])
+        batch = Batch([made for _, made in good], self._units_of([c for c, _ in good]))
         for c, made in good:
             c.keep(made, batch)
         return found[0]
 
 
-def group_alike(members: Iterable[Member]) -> None:
+    def _units_of(self, caches: Sequence[Cache]) -> Sequence[int]:
+        if not hooked() or ddp() is not None:
+            return ()
+        self._units = self._units or self._look()  # what is sharded stays so
+        return [self._units.get(cache, 0) for cache in caches]
+
+
+def group_alike(members: Iterable[Member], units: Units = dict) -> None:
     """Puts layers of one shape and configuration into one group; a layer alone has none."""
     alike: dict[Hashable, list[Member]] = {}
     for member in members:
         alike.setdefault(member.kind, []).append(member)
     for found in alike.values():
-        group = Group(found) if len(found) > 1 else None
+        group = Group(found, units) if len(found) > 1 else None
         for member in found:
             member.cache.group = group
 

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .cache import Cache
+from .distributed import units
 from .group import Member, group_alike
 from .ops.base import Base
 from .ops.preparation import Source
@@ -229,7 +231,8 @@ def settle(model: nn.Module) -> None:
     together, and nn.TransformerEncoder, which looks at linear1.weight alone, no longer makes nested tensors for a fast
     path that its layers do not take."""
     layers = [layer for _, layer in hosts(model)]
-    group_alike(_member(layer, adapter) for layer in layers for adapter in layer.adapters())
+    members = [_member(layer, adapter) for layer in layers for adapter in layer.adapters()]
+    group_alike(members, partial(_units, weakref.ref(model)))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             adapted = any(isinstance(m, Host) for m in module.modules())
@@ -262,6 +265,11 @@ def warn_of_lowered(outer_rank: int, layers: Sequence[tuple[str, int]], stacklev
 def _member(layer: Host, adapter: Adapter) -> Member:
     kind = adapter.shape, adapter.config
     return Member(adapter.cache, kind, partial(_source, weakref.ref(layer), weakref.ref(adapter)))
+
+
+def _units(model: weakref.ref[nn.Module]) -> weakref.WeakKeyDictionary[Cache, int]:
+    found = units(whole) if (whole := model()) is not None else ()
+    return weakref.WeakKeyDictionary({m.cache: unit for m, unit in found if isinstance(m, Adapter)})
 
 
 def _source(layer: weakref.ref[Host], adapter: weakref.ref[Adapter]) -> Source | None:

@@ -6,6 +6,8 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial, reduce
+from itertools import islice
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from helpers import count_preparations, require_fully_shard
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, load_ssvdo, save_ssvdo, sites
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, cache, gradient_accumulation, load_ssvdo, save_ssvdo, sites
 from ssvdo_kernels import checkpoint as files
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.host import hosts
@@ -48,11 +50,11 @@ def batches():
     return torch.randn(STEPS, 4, 8, dtype=torch.float64), torch.randn(STEPS, 4, 8, dtype=torch.float64)
 
 
-def fit(model, rows=slice(None)):
-    """The losses of 20 steps."""
+def fit(model, rows=slice(None), steps=STEPS):
+    """The losses of some steps."""
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
     losses = []
-    for x, y in zip(*batches(), strict=True):
+    for x, y in islice(zip(*batches(), strict=True), steps):
         optimiser.zero_grad()
         loss = (model(x[rows]) - y[rows]).square().mean()
         loss.backward()
@@ -212,11 +214,11 @@ def ddp_failure(rank, folder, alone, want):
         apply_ssvdo(other, SSVDOConfig(outer_rank=1), process_group=dist.group.WORLD)
 
 
-def shard(model):
+def shard(model, **options):
     from torch.distributed.fsdp import fully_shard
 
     for block in model.blocks:
-        fully_shard(block)
+        fully_shard(block, **options)
     return fully_shard(model)
 
 
@@ -245,6 +247,91 @@ def fsdp(rank, folder, alone, want):
     dcp.load({"model": state}, checkpoint_id=str(folder / "dcp"))
     set_model_state_dict(again, state)
     close(again(x), y, "distributed checkpoint")
+
+
+class Gated(nn.Module):
+    """Three layers of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(*size) for size in ((8, 24), (8, 24), (8, 24), (24, 8)))
+
+    def forward(self, x):
+        return x + self.d(torch.tanh(self.a(x)) * self.b(x) + self.c(x))
+
+
+class Mixed(nn.Module):
+    """Two such blocks, and a layer of the same shape outside of them."""
+
+    check: ClassVar[bool | None] = None  # whether blocks are checkpointed, and with reentry
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.blocks = nn.ModuleList(Gated() for _ in range(2))
+
+    def forward(self, x):
+        x = self.second(torch.tanh(self.first(x)))
+        for block in self.blocks:
+            x = block(x) if self.check is None else checkpoint(block, x, use_reentrant=self.check)
+        return x
+
+
+def mixed():
+    torch.manual_seed(0)
+    return apply_ssvdo(Mixed().double(), CONFIG)
+
+
+def sharded_again(model):
+    return shard(model)
+
+
+def sharded_once(model):
+    """Gathered until the backward has run, so that all blocks are there when the second forward prepares."""
+    return shard(model, reshard_after_forward=False)
+
+
+def sharded_flat(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({Gated})
+    return FullyShardedDataParallel(
+        model, use_orig_params=True, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+
+
+def units(rank, folder, alone, want):
+    """The layers of a shape in a unit of FSDP go back together; those of other units, and of the root, on their own."""
+    patch = pytest.MonkeyPatch()
+    counts = count_preparations(patch)
+    patch.setattr(cache, "_on_cpu", lambda _: False)  # steps count, as on a GPU: anew may lie where it lay before
+    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+    for check in (None, False, True):
+        Mixed.check = check
+        want = fit(mixed(), steps=3)
+        for way in (sharded_again, sharded_once, sharded_flat) if newer else (sharded_flat,):
+            model = way(mixed())
+            close(mean_loss(fit(model, slice(2 * rank, 2 * rank + 2), steps=3)), want, f"{way.__name__} {check}")
+            if check is not True:
+                assert counts["backward"][-6:] == [1, 3, 1, 3, 1, 1], (way.__name__, check, counts["backward"][-6:])
+    if newer:
+        batch_of_several_units(counts)
+
+
+def batch_of_several_units(counts):
+    Mixed.check = None
+    grads, x = [], batches()[0][0]
+    for way in (lambda model: model, sharded_once):
+        model = way(mixed())
+        y = model(x)
+        for _, layer in hosts(model):
+            layer.refresh()
+        counts["forward"].clear()
+        (y + model(x)).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert counts["forward"] == [7, 3]
+    for got, want in zip(grads[1], grads[0], strict=True):
+        close(got.full_tensor(), want, "gradient")
 
 
 def fsdp1(rank, folder, alone, want):
@@ -340,7 +427,7 @@ def accelerated(rank, folder, alone, want):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("work", [ddp, ddp_modes, ddp_failure, fsdp, fsdp1, fsdp_square, fsdp_half, accelerated])
+@pytest.mark.parametrize("work", [ddp, ddp_modes, ddp_failure, fsdp, fsdp1, units, fsdp_square, fsdp_half, accelerated])
 def test_two_processes_give_what_one_gives(work, tmp_path):
     if work in (fsdp, fsdp_square, fsdp_half):
         require_fully_shard()

@@ -464,6 +464,8 @@ def test_fully_sharded(one_process):
     for block in net.blocks:
         fsdp.fully_shard(block, mesh=mesh)
     fsdp.fully_shard(net, mesh=mesh)
+    with pytest.raises(RuntimeError, match="FSDP shards"), gradient_accumulation(net):
+        net(x_of(4))
     for model in net, alone:
         optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         for seed in range(2):

@@ -133,7 +133,8 @@ def fake_gpu() -> Iterator[FakeGPU]:
         patch(device, "_C", gpu.core(device._C))
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # 20 us for a product that takes nothing
         patch(torch.cuda, "get_device_name", lambda *_: NAME)
-        patch(linear, "over_tokens", float32_sums)
+        for module in (linear, preparation):
+            patch(module, "over_tokens", float32_sums)
         patch(tuning, "enabled", lambda: True)
         patch(tuning, "_do_bench", lambda _: 1.0)
         patch(tuning, "_save", lambda _: None)

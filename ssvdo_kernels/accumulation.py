@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .cache import Cache, gets
 from .distributed import hooked, refuse_counting, units
-from .ops.attach import StandIns, all_wanted, attach
+from .ops.attach import StandIns, all_wanted, attach, without_product
 from .ops.preparation import Parameters, Prepared
 
 _INSIDE = "inside gradient_accumulation"
@@ -64,7 +64,7 @@ class Sums:
         self._gets = gets(parameters)
         self._trained = [p for p in parameters if p is not None and p.requires_grad]
         self._reached = not hooked() and all(p.is_leaf and not _hooked(p) for p in self._trained)
-        self._totals: list[Tensor | None] = [None] * 3
+        self._totals: list[Tensor | None] = [None] * len(StandIns._fields)
         self._pair: StandIns | None = None
         self._watched: list[tuple[Tensor, _Ahead]] = []  # what stands in .grad
 
@@ -74,7 +74,7 @@ class Sums:
             below = self.parameters
             if not self._reached:
                 below = None, self.prepared.columns.new_zeros(()).requires_grad_(), None
-            self._pair = attach([self.prepared], [below], arrived=self._arrived)[0]
+            self._pair = attach([self.prepared], [below], arrived=self._arrived, sums=True)[0]
         return self._pair
 
     def _arrived(self, node: Any, gradients: Sequence[Tensor | None]) -> bool:
@@ -101,7 +101,7 @@ class Sums:
         found = [p.grad for p, _ in self._watched]
         others = [i for i, (_, ahead) in enumerate(self._watched) if found[i] is not ahead]
         if others and len(others) == len(found) and all(g is None or isinstance(g, _Ahead) for g in found):
-            self._totals, self._watched = [None] * 3, []
+            self._totals, self._watched = [None] * len(StandIns._fields), []
         elif others:
             raise RuntimeError(f"{self.prepared.name}: .grad of some parameters was replaced {_INSIDE}; allowed: "
                                "zero_grad of all of a layer")  # fmt: skip
@@ -132,6 +132,7 @@ class Sums:
         self.check(self.prepared, self.parameters)
         self.prepared.check_unedited()
         self.prepared.verify()
+        self._totals = without_product(self.prepared, self._totals)
         return True
 
     def clear(self) -> None:

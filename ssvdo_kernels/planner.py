@@ -6,15 +6,15 @@ Per token (multiply-adds, e = l + q, w = max(k, l), m*n the frozen product, b = 
     factored   2dw + w^2 + we + be         2dw + 2w^2 + 2we + 2be
     folded     2dw + we + be               2dw + w^2 + we + de + 2be
     core       d(d + e) + be               2d(d + e) + 2be
-    merged     0                           mn                        (dW' = dy^T x)
+    merged     0                           dw + bw                   (dC, of A' = A + C V^T)
 
 A form's matrices are built once per preparation. Whether that pays depends on the tokens still to come, which nobody
 knows; so the planner rents until renting has cost what buying would have (the ski-rental rule): it counts the tokens
 that this preparation, or the one before it, has already served as if they came again. Within one preparation it is
 never worse than twice the best in hindsight.
 
-The core and merged forms, besides, bring the gradients of E and W' to the parameters' matrices once a backward, however
-few its tokens.
+The core form, besides, brings the gradient of E to the parameters' matrices once a backward, however few its tokens;
+the merged form that of C, once for all the backwards of a gradient accumulation.
 
 With the Triton kernels the choice is between folded, core and merged, by the larger of the bandwidth and the arithmetic
 floor of every launch (traffic.py).
@@ -46,7 +46,7 @@ def token_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
     elif form == "core":
         forward, backward = d * (d + e) + b * e, 2 * d * (d + e) + 2 * b * e
     elif form == "merged":
-        forward, backward = 0, b * d
+        forward, backward = 0, (b + d) * w
     else:
         raise ValueError(f"form={form!r} is unknown; allowed: {', '.join(map(repr, FORMS))}")
     return forward + (backward if grad else 0)
@@ -66,13 +66,13 @@ def build_cost(form: str, shape: LayerShape, extra: int) -> float:
 
 
 def call_cost(form: str, shape: LayerShape, extra: int, grad: bool) -> float:
-    """Multiply-adds of one backward that do not depend on tokens: from dE or dW' to dM and dF."""
+    """Multiply-adds of one backward that do not depend on tokens: from dE or dC to dM and dF."""
     d, b, w, e = shape.d, shape.large, shape.width, extra
     if not grad or form in ("factored", "folded"):
         return 0
     if form == "core":
         return d * (d + e) * w + d * w * w
-    return b * d * (w + e) + b * d * w + d * w * w + b * e * w
+    return b * d * w + d * w * w + 2 * b * e * w
 
 
 @lru_cache(maxsize=1024)
@@ -117,7 +117,7 @@ def launches(
     """
     d, b, w, e, t, wide = shape.d, shape.large, shape.width, extra, tokens, shape.transposed
     if form == "merged":
-        return [traffic.product(b, t, d, size)] if grad else []
+        return [traffic.product(t, d, w, size), traffic.over_tokens(t, b, w, size)] if grad else []
     large = traffic.product(t, e, b, size, addend=True), traffic.product(t, b, e, size)  # z F^T, x F
     joining = joins(t, d, e)
     if joining:
@@ -157,8 +157,8 @@ def call_launches(form: str, shape: LayerShape, extra: int, grad: bool, size: in
         return []
     if form == "core":
         return [traffic.product(d + e, d, w, size), traffic.product(w, d, w, size)]
-    return [traffic.product(b, d, w + e, size), traffic.product(d, b, w, size), traffic.product(w, d, w, size),
-            traffic.product(e, b, w, size)]  # fmt: skip
+    return [traffic.over_tokens(b, d, w, size), traffic.product(w, d, w, 4), traffic.product(e, b, w, 4),
+            traffic.product(b, w, e, 4)]  # fmt: skip
 
 
 @lru_cache(maxsize=1024)

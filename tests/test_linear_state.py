@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from ssvdo_kernels import SSVDOConfig, SSVDOLinear, cache, gradient_accumulation
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.diagnostics import complement_departure
 from ssvdo_kernels.factorize import DEPARTURE
+from ssvdo_kernels.model import group_layers
 from ssvdo_kernels.ops import products, streams
 
 
@@ -394,6 +396,28 @@ def test_a_merged_layer_still_trains():
         each(X).square().sum().backward()
     for a, b in zip(grads(layer), grads(plain), strict=True):
         assert_close("grad", a, b, 1e-11)
+
+
+@pytest.mark.parametrize("how", ["alone", "grouped", "accumulated"])
+@pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
+def test_one_backward_may_be_of_several_forms(m, n, how):
+    """Through M and F, through W' and through W' as a tensor."""
+    layers = [make_layer(m, n, outer_rank=3, seed=seed) for seed in (0, 1)]
+    if how == "grouped":
+        group_layers(nn.ModuleList(layers))
+    x = torch.randn(5, n, dtype=torch.float64)
+    for layer in layers:
+        with gradient_accumulation(layer) if how == "accumulated" else nullcontext():
+            ys = [layer(x), layer(x[:2])]
+            layer.merge()
+            ys += [layer(x), layer(x[1:]), x @ layer.adapter.dense(layer.base()).mT]
+            sum((i + 1) * y.square().sum() for i, y in enumerate(ys)).backward()
+        wide = [p.detach().clone().requires_grad_() for p in three(layer)]
+        ys = [reference_linear(layer, rows, wide) for rows in (x, x[:2], x, x[1:], x)]
+        ys[-1] = ys[-1] - layer.bias
+        sum((i + 1) * y.square().sum() for i, y in enumerate(ys)).backward()
+        for p, q in zip(three(layer), wide, strict=True):
+            assert_close("grad", p.grad, q.grad, 1e-10)
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make_layer
+from helpers import make_layer, prepared
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssvdo_kernels import SSVDOConfig, gradient_accumulation
@@ -18,7 +18,7 @@ def in_place(self_shape, a_shape, b_shape, *args, **kwargs):
 @pytest.mark.parametrize("m, n", [(96, 24), (24, 96)])
 def test_token_costs_are_the_operations_executed(m, n, form):
     layer = make_layer(m, n, outer_rank=6, path=form, bias=False)
-    tokens = 10
+    tokens = 100  # so many that the way back does not take A^T dF from them
 
     def operations(count):
         x = torch.randn(count, n, dtype=torch.float64, requires_grad=True)
@@ -32,6 +32,12 @@ def test_token_costs_are_the_operations_executed(m, n, form):
     per_token = (many - few) / tokens
     per_call = few - tokens * per_token
     shape = layer.adapter.shape
+    if form == "merged":  # inside gradient_accumulation dC is summed, and brought to dM and dF once
+        assert per_call == pytest.approx(0, abs=1e-6)
+        made = prepared(layer)
+        with FlopCounterMode(display=False) as counter:
+            made.of_product(torch.randn(shape.large, shape.width, dtype=torch.float64))
+        per_call = counter.get_total_flops() / 2
     assert per_call == pytest.approx(call_cost(form, shape, 6, grad=True), abs=1e-6)
     expected = 2 * m * n + token_cost(form, shape, 6, grad=True)
     assert per_token == pytest.approx(expected, rel=1e-9)
@@ -56,7 +62,7 @@ def test_known_choices():
     assert plan(SHAPE, 64, 1, 0, True, frozenset()) == "factored"
     assert plan(SHAPE, 64, 1 << 20, 0, False, frozenset()) == "merged"
     assert plan(SHAPE, 64, 1, 0, False, frozenset({"merged"})) == "merged"
-    assert plan(SHAPE, 64, 16, 1000, True, frozenset({"merged", "folded"})) == "folded"  # dW' costs each backward anew
+    assert plan(SHAPE, 64, 16, 1000, True, frozenset({"merged", "folded"})) == "folded"  # dC costs each backward anew
 
 
 def test_small_batches_build_a_larger_form_in_the_end_and_pay_at_most_twice():

@@ -20,20 +20,34 @@ class StandIns(NamedTuple):
     """Tensors that hold one number, which nobody reads: they carry gradients, the values are the preparation's.
 
     mixer, columns: of the shapes of M and F; pulled: of [F; A^T F], for tokens that have A^T dF beside dF
-    (`Prepared.lends`); a consumer gives a gradient to one of the last two.
+    (`Prepared.lends`); product: of C = [A V | F] M, large x width, where tokens that go through W' are to sum its
+    gradient. A consumer gives gradients to the first and one of the next two, or to the last.
     """
 
     mixer: Tensor
     columns: Tensor
     pulled: Tensor | None
+    product: Tensor | None
+
+    @property
+    def dense(self) -> tuple[Tensor | None, Tensor]:
+        """Those that W' is a function of: M's and F's, or None and C's."""
+        return (self.mixer, self.columns) if self.product is None else (None, self.product)
 
 
-def stand_ins(prepared: Prepared) -> StandIns:
-    """Those of one layer."""
+def stand_ins(prepared: Prepared, sums: bool = False) -> StandIns:
+    """Those of one layer; sums: with C's."""
     F, width, (large, extra) = prepared.columns, prepared.shape.width, prepared.columns.shape
     pulled = F.new_empty_strided((large + prepared.shape.d, extra), (0, 0)) if prepared.lends else None
-    return StandIns(
-        F.new_empty_strided((width + extra, width), (0, 0)), F.new_empty_strided((large, extra), (0, 0)), pulled)
+    product = F.new_empty_strided((large, width), (0, 0)) if sums else None
+    mixer, columns = F.new_empty_strided((width + extra, width), (0, 0)), F.new_empty_strided((large, extra), (0, 0))
+    return StandIns(mixer, columns, pulled, product)
+
+
+def by_layer(tensors: Sequence[Any]) -> list[StandIns]:
+    """What belongs to the stand-ins of several layers, layer by layer."""
+    step = len(StandIns._fields)
+    return [StandIns(*tensors[i : i + step]) for i in range(0, len(tensors), step)]
 
 
 class Attach(torch.autograd.Function):
@@ -41,40 +55,40 @@ class Attach(torch.autograd.Function):
 
     One backward for all: it runs when the last consumer has delivered. A layer that nothing used gets no gradient.
     sink: where the only consumer of a single layer may leave the mixer's gradient as `Rows`, and return none.
-    arrived: who is asked at first.
+    arrived: who is asked at first. sums: of `stand_ins`.
     """
 
     @staticmethod
-    def forward(ctx, prepared, sink, arrived, *parameters):  # type: ignore[no-untyped-def]
+    def forward(ctx, prepared, sink, arrived, sums, *parameters):  # type: ignore[no-untyped-def]
         ctx.prepared, ctx.sink, ctx.arrived = prepared, sink, arrived
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         ctx.set_materialize_grads(False)
-        return tuple(t for p in prepared for t in stand_ins(p))
+        return tuple(t for p in prepared for t in stand_ins(p, sums))
 
     @staticmethod
     @by_hand
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
         result: list[Tensor | None] = [None] * len(ctx.dtypes)
         if ctx.arrived is not None and ctx.arrived(ctx, gradients):
-            return None, None, None, *result
+            return None, None, None, None, *result
         if ctx.sink:
-            found = adjoint(ctx.prepared, [ctx.sink.pop()], [_whole(ctx.prepared[0], *gradients)[1]])
+            found = adjoint(ctx.prepared, [ctx.sink.pop()], [_whole(ctx.prepared[0], gradients)[1]])
             those = [0]
         else:
-            those = used(gradients)
-            pairs = [_whole(ctx.prepared[i], *gradients[3 * i : 3 * i + 3]) for i in those]
+            each, those = by_layer(gradients), used(gradients)
+            pairs = [_whole(ctx.prepared[i], each[i]) for i in those]
             prepared = [ctx.prepared[i] for i in those]
             found = adjoint(prepared, [d for d, _ in pairs], [d for _, d in pairs]) if those else []
         for i, three in zip(those, found, strict=True):
             for j, gradient in enumerate(three, 3 * i):
-                if gradient is not None and ctx.needs_input_grad[3 + j]:
+                if gradient is not None and ctx.needs_input_grad[4 + j]:
                     result[j] = gradient.to(ctx.dtypes[j])
-        return None, None, None, *result
+        return None, None, None, None, *result
 
 
 def used(gradients: Sequence[Tensor | None]) -> list[int]:
     """Which layers of a node have any gradient on their stand-ins."""
-    return [i for i in range(len(gradients) // 3) if any(d is not None for d in gradients[3 * i : 3 * i + 3])]
+    return [i for i, own in enumerate(by_layer(gradients)) if any(d is not None for d in own)]
 
 
 def all_wanted(node: Any) -> bool:
@@ -88,10 +102,19 @@ def all_wanted(node: Any) -> bool:
         return False
 
 
-def _whole(
-    prepared: Prepared, d_mixer: Tensor | None, d_columns: Tensor | None, pulled: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def without_product(prepared: Prepared, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of one layer's stand-ins, with that of C brought to M and F."""
+    d_mixer, d_columns, pulled, product = gradients
+    if product is None:
+        return [d_mixer, d_columns, pulled, None]
+    more = prepared.of_product(product)
+    summed = [m if d is None else d + m for d, m in zip((d_mixer, d_columns), more, strict=True)]
+    return [*summed, pulled, None]
+
+
+def _whole(prepared: Prepared, gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """(dM, dF) or (dM, [dF; A^T dF / S_0]): the latter where all of dF came with it."""
+    d_mixer, d_columns, pulled, _ = without_product(prepared, gradients)
     F, width = prepared.columns, prepared.shape.width
     if d_mixer is None:
         d_mixer = F.new_zeros(()).expand(width + F.shape[1], width)
@@ -105,8 +128,9 @@ def attach(
     parameters: Sequence[Parameters],
     sink: list[Rows] | None = None,
     arrived: Arrived | None = None,
+    sums: bool = False,
 ) -> list[StandIns]:
     """The stand-ins of each layer of one preparation, with gradients to all parameters."""
     flat = [p for three in parameters for p in three]
-    found: tuple[Any, ...] = Attach.apply(prepared, sink, arrived, *flat)  # type: ignore[no-untyped-call]
-    return [StandIns(*found[i : i + 3]) for i in range(0, len(found), 3)]
+    found: tuple[Any, ...] = Attach.apply(prepared, sink, arrived, sums, *flat)  # type: ignore[no-untyped-call]
+    return by_layer(found)

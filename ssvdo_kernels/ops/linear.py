@@ -30,18 +30,7 @@ from .attach import StandIns, stand_ins
 from .base import Base
 from .matrices import unaligned
 from .preparation import Prepared, Rows
-
-_FLOAT32_SUMS = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def over_tokens(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """a^T b (+ total) over rows; on a GPU in float32 where a and b are of half precision, on a CPU in their dtype."""
-    if a.is_cuda and a.dtype in _HALF and _FLOAT32_SUMS:
-        if total is None:
-            return torch.mm(a.mT, b, out_dtype=torch.float32)
-        return torch.addmm(total, a.mT, b, out_dtype=torch.float32, out=total)
-    return torch.mm(a.mT, b) if total is None else total.addmm_(a.mT, b)
+from .products import over_tokens, times
 
 
 class SmallSide:
@@ -309,6 +298,21 @@ def run(x: Tensor, base: Base, bias: Tensor | None, call: Call, keep: bool) -> t
     return linear_forward(x, base, bias, small_side(call.prepared, call.form, x.dtype, call.backend), keep)
 
 
+def merged_backward(
+    dy: Tensor, x: Tensor | None, base: Base, call: Call, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dC) for those that need it: C = [A V | F] M of A' = A + C V^T, so that dC = dA' V = (large side)^T (small
+    side) V, without dA'."""
+    prepared = call.prepared
+    dx = dy @ prepared.merged(base, call.backend).to(dy.dtype) if needs[0] else None
+    if x is None or not needs[1]:
+        return dx, None
+    V = prepared.get("aligned_basis" if call.backend == "triton" else "basis", dy.dtype)
+    dC = over_tokens(x, dy @ V) if prepared.shape.transposed else over_tokens(dy, x @ V)
+    width = prepared.shape.width
+    return dx, dC if V.shape[1] == width else dC[:, :width]
+
+
 def pull_back(
     dy: Tensor, x: Tensor | None, base: Base, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | Rows | None, Tensor | None]:
@@ -316,10 +320,8 @@ def pull_back(
     [dF; A^T dF / S_0] where `call` says so."""
     prepared = call.prepared
     if call.form == "merged":
-        dx = dy @ prepared.merged(base, call.backend).to(dy.dtype) if needs[0] else None
-        if x is None or not (needs[1] or needs[2]):
-            return dx, None, None
-        return dx, *prepared.merged_backward(base, dy.mT @ x, call.backend, *needs[1:])
+        dx, product = merged_backward(dy, x, base, call, (needs[0], needs[1] or needs[2]))
+        return dx, *((None, None) if product is None else prepared.of_product(product))
     side = small_side(prepared, call.form, dy.dtype, call.backend)
     dx, rows, d_columns = linear_backward(dy, x, base, side, saved, needs, call.pulled)
     if rows is None:
@@ -331,13 +333,16 @@ def pull_back(
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """y = x W'^T + b as a function of x, the stand-ins of M and F, and the bias; `tensors` are what the base saves."""
+    """y = x W'^T + b as a function of x, the stand-ins of M and F, and the bias; `tensors` are what the base saves.
+
+    In the merged form these may be None and the stand-in of C: see `StandIns.dense`.
+    """
 
     @staticmethod
     def forward(ctx, x, mixer, columns, bias, base, call, *tensors):  # type: ignore[no-untyped-def]
-        trains = mixer.requires_grad or columns.requires_grad
+        trains = columns.requires_grad or (mixer is not None and mixer.requires_grad)
         y, saved = run(x, base, bias, call, trains)
-        ctx.call, ctx.base = call, base
+        ctx.call, ctx.base, ctx.sums = call, base, mixer is None
         kept = x if trains and keeps_x(call.form, call.prepared.shape.transposed) else None
         ctx.save_for_backward(kept, saved, *tensors)
         return y
@@ -347,8 +352,11 @@ class AdaptedLinear(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         need_x, need_mixer, need_columns, need_bias = ctx.needs_input_grad[:4]
         (x, saved, *tensors), call = ctx.saved_tensors, ctx.call
-        dx, d_mixer, d_columns = pull_back(
-            dy.contiguous(), x, ctx.base, saved, call, (need_x, need_mixer, need_columns))
+        dy, d_mixer = dy.contiguous(), None
+        if ctx.sums:
+            dx, d_columns = merged_backward(dy, x, ctx.base, call, (need_x, need_columns))
+        else:
+            dx, d_mixer, d_columns = pull_back(dy, x, ctx.base, saved, call, (need_x, need_mixer, need_columns))
         if isinstance(d_mixer, Rows):
             if call.sink is None:
                 d_mixer = d_mixer.left.mT @ d_mixer.right
@@ -368,38 +376,34 @@ _apply: Any = super(torch.autograd.Function, AdaptedLinear).apply
 
 
 class AdaptedWeight(torch.autograd.Function):
-    """W' as a function of the stand-ins of M and F."""
+    """W', a new tensor, as a function of what `StandIns.dense` gives."""
 
     @staticmethod
-    def forward(ctx, mixer, columns, base, prepared, backend, keep):  # type: ignore[no-untyped-def]
-        ctx.base, ctx.prepared, ctx.backend = base, prepared, backend
+    def forward(ctx, mixer, columns, base, prepared):  # type: ignore[no-untyped-def]
+        ctx.prepared, ctx.sums = prepared, mixer is None
         ctx.save_for_backward(*base.saved)
-        return prepared.merged(base, backend, keep=keep).detach()
+        return prepared.merged(base, keep=False).detach()
 
     @staticmethod
     @by_hand
     def backward(ctx, d_weight):  # type: ignore[no-untyped-def]
         _ = ctx.saved_tensors  # raises where W0 has been written to
-        prepared, base, dtype = ctx.prepared, ctx.base, ctx.prepared.dtype
-        found = prepared.merged_backward(base, d_weight, ctx.backend, *ctx.needs_input_grad[:2])
-        return *(None if d is None else d.to(dtype) for d in found), None, None, None, None
+        d_tall = d_weight.mT if ctx.prepared.shape.transposed else d_weight
+        product = times(ctx.prepared.basis.mT, d_tall.mT.to(ctx.prepared.dtype)).mT
+        return *((None, product) if ctx.sums else ctx.prepared.of_product(product)), None, None
 
 
 def adapted_matrix(pair: StandIns | None, base: Base, prepared: Prepared) -> Tensor:
     """W' (out_features x in_features), a new tensor, with gradients by way of `pair`."""
     if pair is None:
         return prepared.merged(base, keep=False).clone()
-    return AdaptedWeight.apply(*pair[:2], base, prepared, "reference", False)  # type: ignore[no-untyped-call,no-any-return]
+    return AdaptedWeight.apply(*pair.dense, base, prepared)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def adapted_linear(x: Tensor, pair: StandIns | None, base: Base, bias: Tensor | None, call: Call) -> Tensor:
     """y = x W'^T + b. x: T x in_features; pair: stand-ins from `attach` or leaves; None: parameters get no gradient."""
     if pair is None and not torch.is_grad_enabled():  # a token at a time, bookkeeping costs as much as a product
         return run(x, base, bias, call, False)[0]
-    if call.form == "merged" and pair is not None:
-        made: Any = AdaptedWeight.apply
-        weight = made(*pair[:2], base, call.prepared, call.backend, True)
-        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
-    mixer, *two = stand_ins(call.prepared) if pair is None else pair
-    columns = two[call.pulled]
-    return _apply(x, mixer, columns, bias, base, call, *base.saved)  # type: ignore[no-any-return]
+    own = stand_ins(call.prepared) if pair is None else pair
+    two = own.dense if call.form == "merged" else (own.mixer, own.pulled if call.pulled else own.columns)
+    return _apply(x, *two, bias, base, call, *base.saved)  # type: ignore[no-any-return]

@@ -183,37 +183,6 @@ class Matrices:
         return torch.cat([times(tall, self.basis.to(self.dtype)), self.columns], 1)
 
     @property
-    def lifted(self) -> Tensor:
-        """[V | V B_z^T], d x (width + e)."""
-        V = self.basis.to(self.dtype)
-        return torch.cat([V, V @ self.lower.mT], 1)
-
-    def merged_backward(
-        self,
-        base: Base,
-        d_weight: Tensor,
-        backend: str = "reference",
-        need_mixer: bool = True,
-        need_columns: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(dM, dF) from dW': dM = [V^T (A^T P); F^T P] with P = dA' V, dF = dA' V B_z^T, dA' = dW' or its transpose.
-
-        Through the Triton path in the dtype of dW', as the tokens' own products are.
-        """
-        dtype, width = d_weight.dtype if backend == "triton" else self.dtype, self.shape.width
-        tall, d_tall = base.tall(self.shape.transposed), d_weight.mT if self.shape.transposed else d_weight
-        pulled = d_tall.to(dtype) @ self.get("lifted", dtype)
-        d_columns = pulled[:, width:] if need_columns else None
-        if not need_mixer:
-            return None, d_columns
-        P = pulled[:, :width]
-        d_mixer = P.new_empty(width + self.extra, width)
-        torch.mm(self.get("basis", dtype).mT, times(tall.mT, P), out=d_mixer[:width])
-        if self.extra:
-            torch.mm(self.get("columns", dtype).mT, P, out=d_mixer[width:])
-        return d_mixer, d_columns
-
-    @property
     def generation(self) -> int:
         """How many matrices have been built."""
         return len(self.kept)

@@ -31,6 +31,7 @@ from .device import Verdict
 from .dispatch import preparation
 from .matrices import Matrices
 from .outer import Outer, turned_part
+from .products import over_tokens, times
 from .rotation import cayley_backward_low_rank, rotation_backward, rotation_forward
 
 Parameters = tuple[Tensor | None, Tensor, Tensor | None]
@@ -347,6 +348,12 @@ class Prepared(Matrices):
         d_rotation = rotation_backward(
             dB * self.scale[:, None], self.saved, self.config.rotation, self.config.neumann_terms)
         return d_rotation, (dB * self.G).sum(1)
+
+    def of_product(self, d_product: Tensor) -> tuple[Tensor, Tensor]:
+        """(dM, dF) from dC, C = [A V | F] M: dM = [V^T A^T dC; F^T dC], dF = dC B_z^T."""
+        tall, dC = self.source.base.tall(self.shape.transposed), d_product.to(self.dtype)
+        pulled = over_tokens(tall, dC.to(tall.dtype)) if dC.is_cuda else times(tall.mT, dC)
+        return torch.cat([times(self.basis.mT, pulled.to(self.dtype)), self.columns.mT @ dC]), dC @ self.lower.mT
 
     def _to_b(self, d_mixer: Tensor) -> Tensor:
         """Rows of dB (k) from rows of dM (width + l + q): the adjoint of how the mixer is put together from B."""

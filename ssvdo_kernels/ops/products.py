@@ -1,4 +1,4 @@
-"""Products of frozen matrices, stored in any floating dtype, with columns in the dtype of the work.
+"""Products of frozen matrices, stored in any floating dtype, with columns in the dtype of the work; sums over tokens.
 
 A number of a half type is a float32 number, so a product of upcast tiles is as exact as one in float32 throughout: it
 errs by the roundings of its sums alone. A tile at a time, no float32 copy of the whole matrix is ever made.
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FLOAT32_SUMS = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8
+_HALF = (torch.float16, torch.bfloat16)
 _MATMUL: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
 
 TILE = 2**20  # numbers that are upcast at a time
@@ -42,3 +44,12 @@ def times(matrix: Tensor, columns: Tensor) -> Tensor:
     for i in range(0, inner, step):
         out.addmm_(matrix[:, i : i + step].to(columns.dtype), columns[i : i + step])
     return out
+
+
+def over_tokens(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
+    """a^T b (+ total) over rows; on a GPU in float32 where a and b are of half precision, on a CPU in their dtype."""
+    if a.is_cuda and a.dtype in _HALF and _FLOAT32_SUMS:
+        if total is None:
+            return torch.mm(a.mT, b, out_dtype=torch.float32)
+        return torch.addmm(total, a.mT, b, out_dtype=torch.float32, out=total)
+    return torch.mm(a.mT, b) if total is None else total.addmm_(a.mT, b)

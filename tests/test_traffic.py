@@ -78,7 +78,7 @@ def test_few_tokens_fold_and_many_merge(m, n, grad):
     assert choice(16) == "folded"
     assert choice(16, built=frozenset({"folded", "merged"})) == ("folded" if grad else "merged")
     assert choice(16, seen=1 << 24) == ("folded" if grad else "merged")
-    if not grad:  # in training, dW' = dy^T x costs as much as the frozen layer's forward
+    if not grad:  # in training, the way back through C costs about what the folded form does
         assert choice(1 << 24) == "merged"
 
 

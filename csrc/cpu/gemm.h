@@ -44,55 +44,54 @@ struct Scratch {
     Scratch& operator=(const Scratch&) = delete;
 };
 
-// `count` panels of B, depth x NR each (depth-major), zero-padded; row by row through all of them, as B's rows may lie a
-// page apart.
+// A panel of B, depth x NR (depth-major), zero-padded; a line of the cache at a time, whichever way B lies.
 template <class T, int NR>
-inline void pack_panels(View<const T> B, int depth, int columns, int count, T* out) {
-    for (int p = 0; p < depth; p++)
-        for (int q = 0; q < count; q++) {
-            int here = columns - q * NR < NR ? columns - q * NR : NR;
-            T* to = out + (ptrdiff_t(q) * depth + p) * NR;
-            const T* from = &B(p, q * NR);
-            if (B.column == 1 && here == NR) {
-                __builtin_memcpy(to, from, NR * sizeof(T));
-                continue;
-            }
-            for (int j = 0; j < here; j++) to[j] = from[j * B.column];
-            for (int j = here; j < NR; j++) to[j] = 0;
-        }
+inline void pack_panel(View<const T> B, int depth, int columns, T* out) {
+    constexpr int line = 64 / int(sizeof(T));
+    for (int top = 0; top < depth; top += B.column == 1 ? 1 : line) {
+        const int bottom = B.column == 1 ? top + 1 : top + line < depth ? top + line : depth;
+        for (int j = 0; j < columns; j++)
+            for (int p = top; p < bottom; p++) out[ptrdiff_t(p) * NR + j] = B(p, j);
+        for (int p = top; p < bottom; p++)
+            for (int j = columns; j < NR; j++) out[ptrdiff_t(p) * NR + j] = 0;
+    }
 }
 
-// Asks for the panel of B that is packed next, a few rows before each of `steps` tiles.
-template <class T>
+// Rows of the panel that is packed next, asked for one by one while another is multiplied.
+template <class T, int NR>
 struct Ahead {
     View<const T> B;
-    int left, step, width;
-    Ahead(View<const T> next, int depth, int most, int columns, int steps)
-        : B(next), left(depth < most ? depth : most), step(steps ? (left + steps - 1) / steps : 0),
-          width(columns * int(sizeof(T))) {
-        if (B.column != 1) left = 0;
-    }
+    int left;
+    Ahead(View<const T> next, int depth) : B(next), left(next.column == 1 ? depth : 0) {}
     void fetch() {
-        for (int f = 0; f < step && left > 0; f++, left--, B.data += B.row)
-            for (int b = 0; b < width; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(B.data) + b, 0, 2);
+        if (left-- <= 0) return;
+        for (int b = 0; b < NR * int(sizeof(T)); b += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(B.data) + b, 0, 2);
+        B.data += B.row;
     }
 };
 
 // rows x columns of C (at most MR x NR, NR = V registers) from A, element (r, p) at a[r * a_row + p * a_column], and a
-// packed panel of B.
+// packed panel of B, or, with `packed`, of one whose rows lie b_row apart, which is packed by the way.
 template <class T, int MR, int V>
-inline void micro_kernel(int depth, const T* __restrict a, ptrdiff_t a_row, ptrdiff_t a_column, const T* __restrict b,
-                         T alpha, bool add, View<T> C, int rows, int columns) {
+__attribute__((always_inline)) inline void micro_kernel(int depth, const T* __restrict a, ptrdiff_t a_row, ptrdiff_t a_column, const T* __restrict b,
+                         T alpha, bool add, View<T> C, int rows, int columns,
+                         Ahead<T, Tile<T>::lanes * V>* next = nullptr, ptrdiff_t b_row = Tile<T>::lanes * V,
+                         T* __restrict packed = nullptr) {
     using Vector = typename Tile<T>::Vector;
     constexpr int lanes = Tile<T>::lanes, NR = lanes * V;
     Vector acc[MR][V] = {};
-    for (int p = 0; p < depth; p++, a += a_column, b += NR) {
+    for (int p = 0; p < depth; p++, a += a_column, b += b_row) {
+        if (next && p % 4 == 0) next->fetch();
         if (a_column == 1 && p % 16 == 0)  // the next rows: each may lie on a page that the processor does not foresee
 #pragma GCC unroll 32
             for (int r = 0; r < MR; r++) __builtin_prefetch(a + (MR + r) * a_row);
         Vector right[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) right[v] = *reinterpret_cast<const Vector*>(b + v * lanes);
+        for (int v = 0; v < V; v++) {
+            __builtin_memcpy(&right[v], b + v * lanes, sizeof(Vector));  // unaligned
+            if (packed) *reinterpret_cast<Vector*>(packed + ptrdiff_t(p) * NR + v * lanes) = right[v];
+        }
 #pragma GCC unroll 32
         for (int r = 0; r < MR; r++)
 #pragma GCC unroll 8
@@ -134,7 +133,7 @@ inline void gemm(int m, int n, int k, T alpha, View<const T> A, View<const T> B,
     }
     // Few rows: many panels of little depth, so that B is read row by row. Many: one deep panel, and A is read so.
     const bool flat = 2 * m < n;
-    const int KC = flat ? 96 : 384, most = flat ? 16 : 1;
+    const int KC = flat ? 80 : 384, most = flat ? 16 : 1;
     int panels = (n + NR - 1) / NR;
     // A task packs a group of panels and multiplies them with a run of rows: enough tasks for every thread, no more.
     int workers = may_spread(threads) && 2.0 * m * n * k > 4e6 ? threads : 1;
@@ -146,26 +145,32 @@ inline void gemm(int m, int n, int k, T alpha, View<const T> A, View<const T> B,
     parallel_for(groups * cuts, workers, [&](int task) {
         int first = task / cuts * group, count = panels - first < group ? panels - first : group;
         int top = task % cuts * height, bottom = m - top < height ? m : top + height;
-        Scratch<T> packed(size_t(count) * NR * (k < KC ? k : KC));
+        Scratch<T> packed(size_t(NR) * (k < KC ? k : KC));
         for (int p = 0; p < k; p += KC) {
             int depth = k - p < KC ? k - p : KC;
-            pack_panels<T, NR>(B.at(p, first * NR), depth, n - first * NR, count, packed.data);
             for (int q = 0; q < count; q++) {
                 int j = (first + q) * NR, columns = n - j < NR ? n - j : NR, i = top;
-                const T* panel = packed.data + ptrdiff_t(q) * NR * depth;
-                Ahead<T> ahead(B.at(p + depth, j), flat ? k - p - depth : 0, KC, NR, (bottom - top) / MR);
-                auto rows = [&](auto size) {  // as many times `size` as there are; a row alone waits for each sum
+                const int below = k - p - depth;
+                const View<const T> panel = B.at(p, j);
+                Ahead<T, NR> ahead(B.at(p + depth, j), columns == NR && flat ? (below < KC ? below : KC) : 0);
+                auto tiles = [&](auto size, auto... more) {  // as many as there are; a row alone waits for each sum
                     constexpr int R = decltype(size)::value;
-                    for (; i + R <= bottom; i += R) {
-                        if (R == MR) ahead.fetch();
-                        micro_kernel<T, R, V>(depth, &A(i, p), A.row, A.column, panel, alpha, add || p > 0, C.at(i, j), R,
-                                              columns);
-                    }
+                    for (; i + R <= bottom; i += R)
+                        micro_kernel<T, R, V>(depth, &A(i, p), A.row, A.column, packed.data, alpha, add || p > 0,
+                                              C.at(i, j), R, columns, more...);
                 };
-                rows(std::integral_constant<int, MR>());
-                rows(std::integral_constant<int, 4>());
-                rows(std::integral_constant<int, 2>());
-                rows(std::integral_constant<int, 1>());
+                if (panel.column == 1 && columns == NR && bottom - top >= MR) {
+                    micro_kernel<T, MR, V>(depth, &A(i, p), A.row, A.column, panel.data, alpha, add || p > 0, C.at(i, j), MR,
+                                           columns, &ahead, panel.row, packed.data);
+                    i += MR;
+                } else {
+                    pack_panel<T, NR>(panel, depth, columns, packed.data);
+                }
+                if (flat) tiles(std::integral_constant<int, MR>(), &ahead);
+                tiles(std::integral_constant<int, MR>());
+                tiles(std::integral_constant<int, 4>());
+                tiles(std::integral_constant<int, 2>());
+                tiles(std::integral_constant<int, 1>());
             }
         }
     });

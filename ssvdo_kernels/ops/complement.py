@@ -123,7 +123,8 @@ def _once(many: Sequence[Projector], columns: Sequence[Tensor], first: int, rows
     found = product([a[large - rows :] for a in tall], inner)
     both = min(first, rows)
     for out, z, p in zip(found, columns, many, strict=True):
-        out.neg_()[rows - both :] += z[first - both :]
+        out[: rows - both].neg_()
+        torch.sub(z[first - both :], out[rows - both :], out=out[rows - both :])
         if p.null is not None:
             null = p.null.to(out.dtype)
             out.addmm_(null[large - rows :], null[large - first :].mT @ z, alpha=-1)

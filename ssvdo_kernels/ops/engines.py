@@ -132,9 +132,8 @@ def _inner_gradients(many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows])
     dense = [d.to(one.dtype).contiguous() for d in d_mixer if isinstance(d, Tensor)]
     if one.engine == "cuda":
         return device.inner_backward(*state, saved, dense, *rest)
-    G = [p.G.contiguous() for p in many]
     if not rows:
-        return host.inner_backward(*state, G, saved, dense, *rest)
+        return host.inner_backward(*state, [p.G.contiguous() for p in many], saved, dense, *rest)
     pairs = [(d.left.to(one.dtype).contiguous(), d.right.to(one.dtype).contiguous()) for d in rows]
     left, right = ([pair[i] for pair in pairs] for i in range(2))
-    return host.inner_backward(*state, G, saved, left, *rest, rows=(left, right))
+    return host.inner_backward(*state, saved, saved, left, *rest, rows=(left, right))  # rows do without G

@@ -111,7 +111,7 @@ class Matrices:
 
     def _rotated(self, rows: Tensor) -> Tensor:
         """rows V^T."""
-        return times(self.basis, rows.mT).mT
+        return rows @ self.basis.mT if self.basis.dtype == rows.dtype else times(self.basis, rows.mT).mT
 
     @property
     def lower(self) -> Tensor:

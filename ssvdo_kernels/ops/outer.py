@@ -107,7 +107,7 @@ def backward(
     units = [p.projector.unit for p in many]  # dF is of the size of S
     dF = [d * unit for d, unit in zip(dF, units, strict=True)]
     E = project([p.projector for p in many], dF, one.large, c, product, pulled)
-    dX = list(product([p.L.mT for p in many], E))
+    dX = [d.mul_(p.scale) for d, p in zip(product([p.outer.mT for p in many], E), many, strict=True)]  # L^T E
     Q = turned_part(many, X, F, c, product)
     if one.U is not None:
         pulled = product([p.U.mT for p in many if p.U is not None], dF)

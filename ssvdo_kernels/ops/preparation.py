@@ -128,26 +128,28 @@ def check_pivot(info: int, name: str, config: SSVDOConfig) -> None:
 
 
 class Numbers:
-    """What parameters held, where they can be looked at: on a CPU, as a hash by the compiled core, or as copies."""
+    """What parameters held, where they can be looked at: on a CPU, as hashes by the compiled core, or as copies."""
 
     def __init__(self, parameters: Parameters) -> None:
         present = [p.detach() for p in parameters if p is not None]
-        self._hash = host.fingerprint(present)
-        self._copies = [] if self._hash is not None else [p.clone() for p in present]
-        self._last = host.fingerprint(present[-1:])
+        self._hashes = self._hashed(present)
+        self._copies = [p.clone() for p in present] if None in self._hashes else []
+
+    @staticmethod
+    def _hashed(present: list[Tensor]) -> tuple[int | None, int | None]:
+        """Of all but the last, and of the last; None where one is not contiguous, or there is no core."""
+        return host.fingerprint(present[:-1]), host.fingerprint(present[-1:])
 
     def same(self, parameters: Parameters) -> bool:
         """Whether `parameters` hold the same bits (the same numbers, without the core)."""
         present = [p.detach() for p in parameters if p is not None]
-        if self._hash is not None:
-            return host.fingerprint(present) == self._hash
-        return all(map(torch.equal, self._copies, present))
+        return all(map(torch.equal, self._copies, present)) if self._copies else self._hashed(present) == self._hashes
 
     def last_same(self, parameter: Tensor) -> bool:
         """The same of the last parameter that there is."""
-        if self._hash is None:
+        if self._copies:
             return torch.equal(self._copies[-1], parameter)
-        return host.fingerprint([parameter.detach()]) == self._last
+        return host.fingerprint([parameter.detach()]) == self._hashes[1]
 
 
 def version(tensor: Tensor | None) -> int | None:

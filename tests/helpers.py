@@ -1,7 +1,13 @@
 """Shared by the tests: layers with random parameters, and a comparison that names the tensor."""
 
+import os
+import socket
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -133,3 +139,22 @@ def assert_right(layer, tokens: int, tolerance: float) -> None:
     assert_close("dx", x.grad, x64.grad, tolerance)
     for name, p, q in zip(PARAMETER_NAMES, layer.adapter.trained, wide, strict=True):
         assert_close(name, p.grad, q.grad, tolerance)
+
+
+def _process(rank, port, work, *args):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        work(rank, *args)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def two_processes(work, *args):
+    """Calls work(rank, *args) in each of two processes of a gloo group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, work, *args), nprocs=2)

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import assert_close, count_preparations, randomise
-from torch import nn
+from groups import agree, clear, nets, train
+from helpers import assert_close, count_preparations
 from torch.utils.checkpoint import checkpoint
 
-from ssvdo_kernels import SSVDOConfig, adapter, apply_ssvdo, cache
+from ssvdo_kernels import adapter, cache
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.ops import host
 
@@ -23,41 +23,8 @@ if not host.available():
     pytest.skip("the compiled core was not built", allow_module_level=True)
 
 
-class Net(nn.Module):
-    """Four blocks up and down: two groups of four layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 8)) for _ in range(4))
-
-    def forward(self, x, skip=()):
-        for i, block in enumerate(self.blocks):
-            x = x if i in skip else x + block(x)
-        return x
-
-
-def nets():
-    """(grouped, alone): equal models."""
-    torch.manual_seed(0)
-    net = apply_ssvdo(Net().double(), SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2))
-    for _, layer in hosts(net):
-        randomise(layer)
-    return net, copy.deepcopy(net)  # a copy has no groups
-
-
 def x_of(count=5):
     return torch.randn(count, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
-
-
-def train(model, x, **options):
-    model(x, **options).square().sum().backward()
-
-
-def agree(net, alone):
-    for (name, p), (_, q) in zip(net.named_parameters(), alone.named_parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        if p.grad is not None:
-            assert_close(name, p.grad, q.grad, 1e-11)
 
 
 @pytest.fixture
@@ -86,11 +53,6 @@ def capture(monkeypatch):
 def calls(monkeypatch):
     """How many layers each preparation, and each way back, was for."""
     return count_preparations(monkeypatch)
-
-
-def clear(calls):
-    for sizes in calls.values():
-        sizes.clear()
 
 
 def test_one_batch_each_way_a_capture(capture, calls):

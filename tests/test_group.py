@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_close, count_preparations, randomise, require_fully_shard
+from groups import Net, agree, clear, nets, train
+from helpers import assert_close, count_preparations
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, distributed, gradient_accumulation, load_ssvdo, save_ssvdo
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, load_ssvdo, save_ssvdo
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.model import group_layers
@@ -17,31 +18,6 @@ from ssvdo_kernels.ops import host
 
 if not host.available():
     pytest.skip("the compiled core was not built", allow_module_level=True)
-
-
-class Net(nn.Module):
-    """Four blocks up and down: two groups of four layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 8)) for _ in range(4))
-
-    def forward(self, x, skip=()):
-        for i, block in enumerate(self.blocks):
-            x = x if i in skip else x + block(x)
-        return x
-
-
-def nets(**options):
-    """(grouped, alone): equal models."""
-    torch.manual_seed(0)
-    net = Net().double()
-    apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2, **options))
-    for _, layer in hosts(net):
-        randomise(layer)
-    alone = copy.deepcopy(net)  # a copy has no groups
-    assert all(layer.adapter.cache.group is None for _, layer in hosts(alone))
-    return net, alone
 
 
 @pytest.fixture
@@ -58,25 +34,8 @@ def calls(monkeypatch):
     return found
 
 
-def clear(calls):
-    """Keeps the dictionary that is being counted in."""
-    for sizes in calls.values():
-        sizes.clear()
-
-
 def x_of(*shape):
     return torch.randn(*shape, 8, dtype=torch.float64)
-
-
-def agree(net, alone, tolerance=1e-11):
-    for (name, p), (_, q) in zip(net.named_parameters(), alone.named_parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        if p.grad is not None:
-            assert_close(name, p.grad, q.grad, tolerance)
-
-
-def train(net, x, forward=None, **options):
-    (forward or net)(x, **options).square().sum().backward()
 
 
 ALL = {"forward": [4, 4], "inner_forward": [4, 4], "backward": [4, 4], "inner_backward": [4, 4]}
@@ -394,89 +353,6 @@ def test_replicas_prepare_for_themselves(calls):
     clear(calls)
     net(x)
     assert calls["forward"] == []  # what the original kept is still its own
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_data_parallel(one_process, calls):
-    """DDP takes a layer without gradients for unused, though the node that it shares reaches its parameters."""
-    net, alone = nets()
-    ddp = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
-    for skip in ((), (1,), (0, 3)):
-        net.zero_grad()
-        alone.zero_grad()
-        torch.manual_seed(1)
-        clear(calls)
-        ddp(x_of(4), skip=skip).square().sum().backward()
-        assert calls["inner_backward"] == [4 - len(skip)] * 2
-        torch.manual_seed(1)
-        train(alone, x_of(4), skip=skip)
-        agree(net, alone)
-
-
-def test_data_parallel_gets_gradients_of_some_layers_while_the_backward_of_others_runs(one_process, calls, monkeypatch):
-    monkeypatch.setattr(distributed, "LAYERS", 3)
-    net, alone = nets()
-    ddp = nn.parallel.DistributedDataParallel(net)
-    arrived, x = [], x_of(4)
-    for i, block in enumerate(net.blocks):
-        block[0].adapter.outer.register_post_accumulate_grad_hook(lambda _, i=i: arrived.append(i))
-        block.register_full_backward_hook(lambda *_, i=i: arrived.append(f"after {i}"))
-    train(ddp, x.requires_grad_())
-    assert calls["inner_forward"] == [4, 4] and sorted(calls["inner_backward"]) == [1, 1, 3, 3]
-    assert arrived.index(3) < arrived.index("after 2") < arrived.index("after 0")
-    train(alone, x)
-    agree(net, alone)
-
-
-def test_data_parallel_that_waits_for_every_gradient_hears_of_a_layer_without(one_process):
-    net, _ = nets()
-    ddp = nn.parallel.DistributedDataParallel(net)
-    train(ddp, x_of(4))
-    with ddp.no_sync():
-        train(ddp, x_of(4), skip=(1,))
-    loss = ddp(x_of(4), skip=(1,)).square().sum()
-    torch.autograd.grad(loss, net.blocks[0][0].adapter.outer, retain_graph=True)  # on which it does not wait
-    with pytest.raises(RuntimeError, match=r"blocks\.1\.2: no gradient came .*find_unused_parameters=True"):
-        loss.backward()
-    net.blocks[1].requires_grad_(False)
-    train(nn.parallel.DistributedDataParallel(net), x_of(4), skip=(1,))
-
-
-@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
-def test_gradient_accumulation_where_data_parallel_counts_parameters_is_refused(one_process, option):
-    net, _ = nets()
-    ddp = nn.parallel.DistributedDataParallel(net, **{option: True})
-    with pytest.raises(RuntimeError, match=rf"gradient_accumulation in .*{option}=True"), gradient_accumulation(ddp):
-        ddp(x_of(4))
-    assert net.blocks[0][0].adapter.outer.grad is None
-
-
-def test_fully_sharded(one_process):
-    fsdp = require_fully_shard()
-    net, alone = nets()
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    for block in net.blocks:
-        fsdp.fully_shard(block, mesh=mesh)
-    fsdp.fully_shard(net, mesh=mesh)
-    with pytest.raises(RuntimeError, match="FSDP shards"), gradient_accumulation(net):
-        net(x_of(4))
-    for model in net, alone:
-        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        for seed in range(2):
-            optimiser.zero_grad()
-            torch.manual_seed(seed)
-            train(model, x_of(4))
-            optimiser.step()
-    for (name, p), (_, q) in zip(net.named_parameters(), alone.named_parameters(), strict=True):
-        if q.grad is not None:
-            assert_close(name, p.grad.full_tensor(), q.grad, 1e-11)
-            assert_close(name, p.full_tensor(), q, 1e-11)
 
 
 def test_loaded_adapters_are_grouped(calls, tmp_path):

@@ -13,15 +13,16 @@ from torch._subclasses import FakeTensor
 
 from . import inputs, reference
 from .accumulation import Accumulator
-from .cache import Cache, capturing
+from .cache import Cache, capturing, one_node
 from .config import LayerShape, SSVDOConfig, checked_scale
 from .factorize import FACTOR_NAMES, Factors, compute_dtype
 from .fingerprint import Bases, Fingerprint
 from .ops import autocasting, lasting, own_dtypes
 from .ops.attach import StandIns
 from .ops.base import Base
-from .ops.compiled import adapted, encode, enlist, traced
+from .ops.compiled import encode, enlist, traced
 from .ops.dispatch import token_backend
+from .ops.graph import adapted
 from .ops.linear import Call, adapted_linear, adapted_matrix, pulls
 from .ops.preparation import Parameters, Prepared, Rows, Source
 from .origin import Origin
@@ -230,7 +231,8 @@ class Adapter(nn.Module):
         rows = x if x.ndim == 2 else x.reshape(-1, self.shape.in_features)
         if torch.compiler.is_compiling() or symbolic or (torch._C._len_torch_dispatch_stack() and traced()):
             factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
-            y = adapted(rows, tokens.dense(), base.dense(), bias, self.parts, factors, self.spec, self.merged)
+            y = adapted(rows, tokens.dense(), base.dense(), bias, self.parts, factors, self.spec, self.merged,
+                        one_node())
         else:
             with own_dtypes() if autocasting() else _AS_IT_IS:
                 y = self._forward(rows, tokens, base, bias)

@@ -35,7 +35,7 @@ from .dispatch import token_backend
 from .engines import adjoint, prepare_one
 from .linear import Call, pull_back, pulls, run
 from .matrices import up
-from .preparation import News, Parameters, Prepared, Source
+from .preparation import News, Prepared, Rows, Source
 
 
 class Keeper(Protocol):
@@ -96,7 +96,9 @@ def _prepared_anew(source: Source) -> Prepared:
     return made
 
 
-def _prepared(source: Source) -> Prepared:
+def prepared_of(source: Source) -> Prepared:
+    """The preparation that the living layer of a source's parameters keeps; one that nobody keeps where there is none.
+    """
     owner = _owner(source.parameters[1], source.factors.basis)
     if owner is None:
         return _prepared_anew(source)
@@ -128,7 +130,7 @@ def decode(spec: str) -> Spec:
     return Spec(LayerShape(**read["shape"]), SSVDOConfig.from_dict(read["config"]), read["scale"])
 
 
-def _op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def operation(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Registers a real implementation, run outside autocast and inference mode, with its fake."""
 
     def register(function: Callable[..., Any]) -> Any:
@@ -149,11 +151,12 @@ def _op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[
 
 
 # tokens: W0 in the dtype of x; weight: W0 as it is stored, the same tensor outside of autocast
-_LAYER = ("Tensor tokens, Tensor weight, Tensor? rotation, Tensor scale, Tensor? outer, Tensor basis, "
+LAYER = ("Tensor tokens, Tensor weight, Tensor? rotation, Tensor scale, Tensor? outer, Tensor basis, "
           "Tensor singular_values, Tensor? outer_basis, Tensor? null_basis")  # fmt: skip
 
 
-def _source(layer: Sequence[Any], spec: str) -> tuple[DenseBase, Source]:
+def source_of(layer: Sequence[Any], spec: str) -> tuple[DenseBase, Source]:
+    """W0 for tokens, and what a preparation is made from, of the tensors in `LAYER`."""
     tokens, weight, rotation, scale, outer, *factors = layer
     shape, config, times = decode(spec)
     parameters, base = (rotation, scale, outer), DenseBase(weight)
@@ -161,7 +164,8 @@ def _source(layer: Sequence[Any], spec: str) -> tuple[DenseBase, Source]:
     return DenseBase(tokens), source
 
 
-def _extra(layer: Sequence[Tensor | None], shape: LayerShape) -> int:
+def extra_of(layer: Sequence[Tensor | None], shape: LayerShape) -> int:
+    """Columns of F; `layer` ends with the null basis."""
     null = layer[-1]
     return shape.l + (0 if null is None else max(0, null.shape[1] - (shape.width - shape.k)))
 
@@ -178,12 +182,12 @@ def _adapted_fake(x, bias, *rest):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], decode(rest[-2]).shape.out_features)
 
 
-@_op("adapted", f"(Tensor x, Tensor? bias, {_LAYER}, str spec, bool merged) -> Tensor", _adapted_fake)
+@operation("adapted", f"(Tensor x, Tensor? bias, {LAYER}, str spec, bool merged) -> Tensor", _adapted_fake)
 def infer(x, bias, *rest):  # type: ignore[no-untyped-def]
     """y (T x out_features), by whichever form is cheapest."""
     *layer, spec, merged = rest
-    tokens, source = _source(layer, spec)
-    prepared = _prepared(source)
+    tokens, source = source_of(layer, spec)
+    prepared = prepared_of(source)
     backend = token_backend(source.config.backend, x.device, x.dtype)
     form = "merged" if merged else choose(prepared, Work(len(x), False, backend, x.dtype, x.device))
     prepared.serve(len(x), False)
@@ -216,29 +220,51 @@ def _saved_shape(x: Tensor, layer: Sequence[Tensor | None], spec: str, merged: b
     backend = token_backend(config.backend, x.device, x.dtype)
     if form == "merged":
         return 0, 0
-    extra = _extra(layer, shape)
+    extra = extra_of(layer, shape)
     if form == "core":
         return x.shape[0], extra + (shape.d if shape.transposed else 0)
     return x.shape[0], up(shape.width) + up(extra) if backend == "triton" else shape.width + extra
 
 
-def _train_fake(x, bias, *rest):  # type: ignore[no-untyped-def]
-    _refuse_onnx()
+def trained(x: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    """What `train` computes."""
     *layer, spec, merged = rest
-    return x.new_empty(x.shape[0], decode(spec).shape.out_features), x.new_empty(_saved_shape(x, layer, spec, merged))
-
-
-@_op("adapted_train", f"(Tensor x, Tensor? bias, {_LAYER}, str spec, bool merged) -> (Tensor, Tensor)", _train_fake)
-def train(x, bias, *rest):  # type: ignore[no-untyped-def]
-    """(y, saved): saved is empty in the merged form, whose backward needs x alone."""
-    *layer, spec, merged = rest
-    tokens, source = _source(layer, spec)
-    prepared = _prepared(source)
+    tokens, source = source_of(layer, spec)
+    prepared = prepared_of(source)
     backend = token_backend(source.config.backend, x.device, x.dtype)
     form = _training_form(x, prepared, backend, merged)
     prepared.serve(len(x), True)
     y, saved = run(x, tokens, bias, Call(prepared, form, backend), True)
     return y, x.new_empty(0, 0) if saved is None else saved
+
+
+def trained_fake(x: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Of what sizes."""
+    _refuse_onnx()
+    *layer, spec, merged = rest
+    return x.new_empty(x.shape[0], decode(spec).shape.out_features), x.new_empty(_saved_shape(x, layer, spec, merged))
+
+
+@operation("adapted_train", f"(Tensor x, Tensor? bias, {LAYER}, str spec, bool merged) -> (Tensor, Tensor)",
+           trained_fake)  # fmt: skip
+def train(x, bias, *rest):  # type: ignore[no-untyped-def]
+    """(y, saved): saved is empty in the merged form, whose backward needs x alone."""
+    return trained(x, bias, *rest)
+
+
+def pulled_back(
+    dy: Tensor, x: Tensor, saved: Tensor, layer: Sequence[Any], needs: tuple[bool, bool], spec: str, merged: bool,
+    alone: bool = False,
+) -> tuple[Prepared, Tensor | None, Tensor | Rows | None, Tensor | None]:  # fmt: skip
+    """(preparation, dx, dM, dF). needs: whether x, and whether parameters want gradients; alone: whether dF may come
+    with A^T dF, of a size that only the preparation tells."""
+    tokens, source = source_of(layer, spec)
+    prepared = prepared_of(source)
+    backend = token_backend(source.config.backend, x.device, x.dtype)
+    form = _training_form(x, prepared, backend, merged)
+    call = Call(prepared, form, backend, None, alone and pulls(prepared, form, backend, len(x), x.dtype))
+    kept = None if call.form == "merged" else saved
+    return prepared, *pull_back(dy.contiguous(), x, tokens, kept, call, (*needs, needs[1]))
 
 
 def _backward_fake(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
@@ -248,23 +274,17 @@ def _backward_fake(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
                  for t, need in zip(like, needs, strict=True))  # fmt: skip
 
 
-@_op("adapted_backward", f"(Tensor dy, Tensor x, Tensor saved, {_LAYER}, bool[] needs, str spec, bool merged) "
+@operation("adapted_backward", f"(Tensor dy, Tensor x, Tensor saved, {LAYER}, bool[] needs, str spec, bool merged) "
      "-> (Tensor, Tensor, Tensor, Tensor)", _backward_fake)  # fmt: skip
 def backward(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
     """(dx, d inner_rotation, d inner_scale, d outer); an empty tensor for those that `needs` leaves out."""
     *layer, needs, spec, merged = rest
-    tokens, source = _source(layer, spec)
-    prepared = _prepared(source)
-    backend = token_backend(source.config.backend, x.device, x.dtype)
-    form = _training_form(x, prepared, backend, merged)
-    call = Call(prepared, form, backend, None, pulls(prepared, form, backend, len(x), x.dtype))
-    trains = any(needs[1:])
-    dx, d_mixer, d_columns = pull_back(
-        dy.contiguous(), x, tokens, None if call.form == "merged" else saved, call, (needs[0], trains, trains))
+    prepared, dx, d_mixer, d_columns = pulled_back(
+        dy, x, saved, layer, (needs[0], any(needs[1:])), spec, merged, alone=True)
     found: list[Tensor | None] = [dx, None, None, None]
     if d_mixer is not None and d_columns is not None:
         found[1:] = adjoint([prepared], [d_mixer], [d_columns])[0]
-    like = (x, *source.parameters)
+    like = (x, *prepared.source.parameters)
     return tuple(x.new_empty(0) if g is None or t is None or not need else g.to(t.dtype).contiguous()
                  for g, t, need in zip(found, like, needs, strict=True))  # fmt: skip
 
@@ -295,26 +315,3 @@ def traced() -> bool:
     """
     replays = checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
     return any(isinstance(mode, replays) or mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
-
-
-def adapted(
-    x: Tensor,
-    tokens: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    parameters: Parameters,
-    factors: tuple[Tensor | None, ...],
-    spec: str,
-    merged: bool,
-) -> Tensor:
-    """y = x W'^T + b through the operations of this file.
-
-    Args:
-        x: T x in_features. tokens: W0 in x's dtype; weight: W0 as it is stored. factors: in the order of `Factors`.
-        spec: from `encode`. merged: whether to go through the dense W'.
-    """
-    layer = (tokens, weight, *parameters, *factors)
-    learns = x.requires_grad or any(p is not None and p.requires_grad for p in (bias, *parameters))
-    if torch.is_grad_enabled() and learns:
-        return train(x, bias, *layer, spec, merged)[0]  # type: ignore[no-any-return]
-    return infer(x, bias, *layer, spec, merged)  # type: ignore[no-any-return]

@@ -1,0 +1,200 @@
+"""A layer in a graph that torch.compile makes: which operation it becomes, and how layers of one shape are joined.
+
+In the graph as Dynamo captures it every layer is an operation of its own. Before a compiler sees the graph, `join`
+puts one `stand_ins` before all layers of one shape and configuration, and lets them send their gradients there: so the
+way back from M and F to the parameters is one operation for all. A graph that is not joined is right as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
+from operator import getitem
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from .compiled import decode, infer, train
+from .compiled_batch import Own, pack
+from .preparation import Parameters, version
+
+_VIEWS = ("flatten", "mT")  # of W0, in `linear_maps.matrix_of`
+
+
+def adapted(
+    x: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parameters: Parameters,
+    factors: tuple[Tensor | None, ...],
+    spec: str,
+    merged: bool,
+    joins: bool,
+) -> Tensor:
+    """y = x W'^T + b through the operations of `compiled`.
+
+    Args:
+        x: T x in_features. tokens: W0 in x's dtype; weight: W0 as it is stored. factors: in the order of `Factors`.
+        spec: from `encode`. merged: whether to go through the dense W'. joins: whether gradients of several layers of a
+            graph may come from one node.
+    """
+    layer = (tokens, weight, *parameters, *factors)
+    learns = x.requires_grad or any(p is not None and p.requires_grad for p in (bias, *parameters))
+    if torch.is_grad_enabled() and learns:
+        if joins and torch.compiler.is_dynamo_compiling():
+            from torch._dynamo.comptime import comptime
+
+            comptime(_join_later)
+        return train(x, bias, *layer, spec, merged)[0]  # type: ignore[no-any-return]
+    return infer(x, bias, *layer, spec, merged)  # type: ignore[no-any-return]
+
+
+def _join_later(context: Any) -> None:
+    """Has the graph that Dynamo is making joined when it is whole."""
+    output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
+    if not output.export and join not in output.register_finalizer_fns:
+        output.add_graph_finalizer(join)
+
+
+class _Region(NamedTuple):
+    """The whole graph, or what one call of torch.utils.checkpoint in it runs. inputs: its placeholders, each with what
+    of the whole graph comes there."""
+
+    module: GraphModule
+    call: Any
+    inputs: dict[Node, Any]
+
+
+class _Origin(NamedTuple):
+    """An input of the whole graph, and the views that are taken of it: op, target, arguments beside the tensor."""
+
+    input: Node
+    views: tuple[tuple[str, Any, tuple[Any, ...]], ...]
+
+
+class _Layer(NamedTuple):
+    """A layer by where its parts come from (`_Origin`)."""
+
+    own: Own
+    spec: str
+
+
+def join(module: GraphModule) -> None:
+    """Lets the layers of one shape and configuration in a graph of Dynamo's share one `stand_ins`.
+
+    Left alone are layers whose parameters want no gradients, and those whose tensors are not inputs of the graph or are
+    written to in it: then they may not be at its start what they are where the layer stands.
+    """
+    regions = _regions(module)
+    written = _written(regions)
+    kinds: dict[Hashable, list[tuple[_Layer, Node, _Region]]] = {}
+    for region in regions:
+        for node in region.module.graph.nodes:
+            if node.target == torch.ops.ssvdo_kernels.adapted_train.default:
+                layer = _layer(node, region)
+                if layer is not None and _joinable(layer, written):
+                    shape, config, _ = decode(layer.spec)
+                    kinds.setdefault((shape, config), []).append((layer, node, region))
+    for uses in kinds.values():
+        if len(uses) > 1:
+            pairs = _stand_ins(module.graph, list(dict.fromkeys(layer for layer, _, _ in uses)))
+            for layer, node, region in uses:
+                x, bias, *rest = node.args
+                node.args = (x, bias, *(_brought(t, region) for t in pairs[layer]), *rest)
+                node.target = torch.ops.ssvdo_kernels.adapted_joined.default
+    for region in regions:
+        region.module.recompile()
+
+
+def _at_start(graph: Graph) -> AbstractContextManager[Any]:
+    """Where nodes come to stand after the inputs."""
+    return graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder"))
+
+
+def _inputs(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _regions(module: GraphModule) -> list[_Region]:
+    found = [_Region(module, None, {node: node for node in _inputs(module.graph)})]
+    for call in module.graph.nodes:
+        if call.op == "call_function" and str(call.target) == "tag_activation_checkpoint":
+            function, *given = call.args
+            if len(function.users) == 1:  # nothing else runs it
+                body: Any = module.get_submodule(function.target)
+                found.append(_Region(body, call, dict(zip(_inputs(body.graph), given, strict=True))))
+    return found
+
+
+def _written(regions: Sequence[_Region]) -> set[int]:
+    """The storages that something in the graph writes to."""
+    found: set[int] = set()
+    for node in (node for region in regions for node in region.module.graph.nodes):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        # of foreach, versions tell nothing here
+        in_place = node.op != "placeholder" and name.endswith("_") and not name.endswith("__")
+        for known in (node, *node.all_input_nodes) if in_place else (node,):
+            value = known.meta.get("example_value")
+            if isinstance(value, Tensor) and (in_place or version(value)):
+                found.add(value.untyped_storage()._cdata)
+    return found
+
+
+def _layer(node: Node, region: _Region) -> _Layer | None:
+    """The layer of an operation; None where not all that it is made of are inputs of the graph, or views of them."""
+    parts: Any = node.args[3:-1]
+    *tensors, spec = parts
+    own = [None if t is None else _origin(t, region) for t in tensors]
+    return _Layer(Own(*own), spec) if all(t is None or o for t, o in zip(tensors, own, strict=True)) else None
+
+
+def _origin(tensor: Node, region: _Region) -> _Origin | None:
+    if tensor in region.inputs:
+        given = region.inputs[tensor]
+        return _Origin(given, ()) if given.op == "placeholder" else None
+    below, *rest = tensor.args or (None,)
+    name = rest[0] if tensor.target is getattr else tensor.target
+    if name not in _VIEWS or not isinstance(below, Node) or tensor.kwargs:
+        return None
+    origin = _origin(below, region)
+    return None if origin is None else _Origin(origin.input, (*origin.views, (tensor.op, tensor.target, tuple(rest))))
+
+
+def _joinable(layer: _Layer, written: set[int]) -> bool:
+    own = Own(*(origin and origin.input.meta["example_value"] for origin in layer.own))
+    learns = any(p is not None and p.requires_grad for p in own.parameters)
+    return learns and not any(t is not None and t.untyped_storage()._cdata in written for t in own)
+
+
+def _stand_ins(graph: Graph, layers: Sequence[_Layer]) -> dict[_Layer, tuple[Node, Node]]:
+    """Puts the stand-ins of layers at the start of the graph."""
+    with _at_start(graph):
+        tensors, present = pack(Own(*(t and _placed(graph, t) for t in layer.own)) for layer in layers)
+        specs = "\n".join(layer.spec for layer in layers)
+        made = graph.call_function(torch.ops.ssvdo_kernels.stand_ins.default, (tensors, specs, present))
+        found = [graph.call_function(getitem, (made, i)) for i in range(2 * len(layers))]
+    return dict(zip(layers, zip(found[::2], found[1::2], strict=True), strict=True))
+
+
+def _placed(graph: Graph, origin: _Origin) -> Node:
+    node = origin.input
+    for op, target, rest in origin.views:
+        node = graph.create_node(op, target, (node, *rest))
+    return node
+
+
+def _brought(tensor: Node, region: _Region) -> Node:
+    """A tensor of the whole graph in a region."""
+    if region.call is None:
+        return tensor
+    for own, given in region.inputs.items():
+        if given is tensor:
+            return own
+    with _at_start(region.module.graph):
+        own = region.module.graph.placeholder(tensor.name)
+    region.call.args = (*region.call.args, tensor)
+    region.inputs[own] = tensor
+    return own

@@ -231,8 +231,7 @@ class Adapter(nn.Module):
         rows = x if x.ndim == 2 else x.reshape(-1, self.shape.in_features)
         if torch.compiler.is_compiling() or symbolic or (torch._C._len_torch_dispatch_stack() and traced()):
             factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
-            y = adapted(rows, tokens.dense(), base.dense(), bias, self.parts, factors, self.spec, self.merged,
-                        one_node())
+            y = adapted(rows, tokens.dense(), base, bias, self.parts, factors, self.spec, self.merged, one_node())
         else:
             with own_dtypes() if autocasting() else _AS_IT_IS:
                 y = self._forward(rows, tokens, base, bias)

@@ -21,10 +21,10 @@ from .adapter import Adapter
 from .checkpoint import Entry, adapter_file, checked, fill, read_adapter
 from .factorize import check_weight
 from .files import as_bytes, beside, check_places, move_all
-from .linear_maps import laid_out, matrix_of
+from .linear_maps import laid_out
 from .lora import Lora, check_rank, lora_of, write_lora
 from .model_files import FOREIGN, TORCH, WHOLE, is_torch, loaded, named_by, read_header, tensor_names, weight_files
-from .ops.base import Base
+from .ops.base import Base, matrix_of
 from .sites import Plan, Site, adapted
 
 WEIGHTS = (".safetensors", *TORCH, ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite", ".pb",

@@ -36,13 +36,6 @@ def kind_of(layer: object) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
-def matrix_of(weight: Tensor, layout: str) -> Tensor:
-    """W0, out_features x in_features: a view of a weight of this layout."""
-    if layout == "transposed":
-        return weight.mT
-    return weight.flatten(1) if layout == "flattened" else weight
-
-
 def laid_out(matrix: Tensor, layout: str, shape: Sequence[int]) -> Tensor:
     """A matrix, out_features x in_features, as a weight of this layout and shape."""
     if layout == "transposed":
@@ -70,7 +63,7 @@ class LinearMap:
     def base(self, weight: Tensor | None = None) -> Base:
         """The base operator, as the layer is now, or with another weight laid out as its own."""
         own: Any = self.layer.weight if weight is None else weight
-        return DenseBase(matrix_of(own, self.layout))
+        return DenseBase(own, self.layout)
 
     @property
     def bias(self) -> Tensor | None:

@@ -8,16 +8,29 @@ import torch
 from torch import Tensor
 
 
+def matrix_of(weight: Tensor, layout: str) -> Tensor:
+    """W0, out_features x in_features: a view of a weight of this layout."""
+    if layout == "transposed":
+        return weight.mT
+    return weight.flatten(1) if layout == "flattened" else weight
+
+
 class Base:
     """x W0^T and y W0, and W0's values, of a frozen weight in whatever form it is kept.
 
     dtype, device: of the values, and of the tokens that it multiplies. held: whether `dense` costs nothing, as the
-    values lie in memory.
+    values lie in memory. layout: how `stored` holds W0, see `matrix_of`.
     """
 
     dtype: torch.dtype
     device: torch.device
     held = True
+    layout = "plain"
+
+    @property
+    def stored(self) -> Tensor:
+        """The tensor that W0 is a view of; elsewhere W0."""
+        return self.dense()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -58,14 +71,19 @@ class Base:
 
 
 class DenseBase(Base):
-    """A weight that is an ordinary matrix, out_features x in_features, or a view of one that lies otherwise."""
+    """A weight that is an ordinary tensor: a matrix, out_features x in_features, or one that holds it in a layout."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight, self.dtype, self.device = weight, weight.dtype, weight.device
+    def __init__(self, weight: Tensor, layout: str = "plain") -> None:
+        self._stored, self.layout, self.weight = weight, layout, matrix_of(weight, layout)
+        self.dtype, self.device = weight.dtype, weight.device
+
+    @property
+    def stored(self) -> Tensor:
+        return self._stored
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.weight,)
+        return (self._stored,)
 
     @property
     def trains(self) -> bool:  # FSDP1's views of a flat parameter require gradients, and mean nothing by it

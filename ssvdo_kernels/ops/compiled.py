@@ -106,11 +106,12 @@ def prepared_of(source: Source) -> Prepared:
 
 
 class Spec(NamedTuple):
-    """What a layer is beside its tensors; scale: what the parameters are multiplied by."""
+    """What a layer is beside its tensors; scale: what the parameters are multiplied by; layout: of W0 (base.py)."""
 
     shape: LayerShape
     config: SSVDOConfig
     scale: float
+    layout: str
 
 
 REVISION = 2
@@ -118,16 +119,17 @@ REVISION = 2
 
 
 def encode(shape: LayerShape, config: SSVDOConfig, scale: float) -> str:
-    """A layer's `Spec` as the string that every operation takes."""
+    """A layer's `Spec` as the string that every operation takes; where W0 is not "plain", its layout comes before."""
     sizes = {name: getattr(shape, name) for name in ("out_features", "in_features", "transposed", "k", "l")}
     return json.dumps({"revision": REVISION, "shape": sizes, "config": config.to_dict(), "scale": scale})
 
 
 @lru_cache(maxsize=256)
 def decode(spec: str) -> Spec:
-    """The inverse of `encode`."""
-    read = json.loads(spec)
-    return Spec(LayerShape(**read["shape"]), SSVDOConfig.from_dict(read["config"]), read["scale"])
+    """The inverse of `encode`, with the layout."""
+    start = spec.index("{")
+    read, layout = json.loads(spec[start:]), spec[:start] or "plain"
+    return Spec(LayerShape(**read["shape"]), SSVDOConfig.from_dict(read["config"]), read["scale"], layout)
 
 
 def operation(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -150,7 +152,8 @@ def operation(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Cal
     return register
 
 
-# tokens: W0 in the dtype of x; weight: W0 as it is stored, the same tensor outside of autocast
+# tokens: W0 in the dtype of x. weight: the tensor that holds W0; a view of it would have a version of its own inside a
+# graph, and what is prepared would seem out of date
 LAYER = ("Tensor tokens, Tensor weight, Tensor? rotation, Tensor scale, Tensor? outer, Tensor basis, "
           "Tensor singular_values, Tensor? outer_basis, Tensor? null_basis")  # fmt: skip
 
@@ -158,8 +161,8 @@ LAYER = ("Tensor tokens, Tensor weight, Tensor? rotation, Tensor scale, Tensor? 
 def source_of(layer: Sequence[Any], spec: str) -> tuple[DenseBase, Source]:
     """W0 for tokens, and what a preparation is made from, of the tensors in `LAYER`."""
     tokens, weight, rotation, scale, outer, *factors = layer
-    shape, config, times = decode(spec)
-    parameters, base = (rotation, scale, outer), DenseBase(weight)
+    shape, config, times, layout = decode(spec)
+    parameters, base = (rotation, scale, outer), DenseBase(weight, layout)
     source = Source(parameters, Factors(*factors), base, shape, config, "a compiled layer", None, times)
     return DenseBase(tokens), source
 
@@ -215,7 +218,7 @@ def _training_form(x: Tensor, prepared: Prepared, backend: str, merged: bool) ->
 
 
 def _saved_shape(x: Tensor, layer: Sequence[Tensor | None], spec: str, merged: bool) -> tuple[Any, int]:
-    shape, config, _ = decode(spec)
+    shape, config, *_ = decode(spec)
     form = "merged" if merged else config.path
     backend = token_backend(config.backend, x.device, x.dtype)
     if form == "merged":

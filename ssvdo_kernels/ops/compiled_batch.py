@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..factorize import compute_dtype
 from .compiled import LAYER, decode, extra_of, operation, prepared_of, pulled_back, source_of, trained, trained_fake
@@ -85,9 +86,16 @@ def joined(x, bias, mixer, columns, *rest):  # type: ignore[no-untyped-def]
 
 
 # -- backward ----------------------------------------------------------------------------------------------------------
-_lent: dict[tuple[object, ...], Prepared] = {}
-"""What `pull_back` has worked with, for the `adapted_adjoint` that comes after it in a graph: inside a CUDA graph, and
-where no living layer keeps it, it would be made anew."""
+_lent: Any = WeakTensorKeyDictionary()
+"""By dM, what `pull_back` made it with, for the `adapted_adjoint` of the same graph: inside a CUDA graph, and where no
+living layer keeps it, it would be made anew."""
+
+
+def _prepared(layer: Own, spec: str, d_mixer: Tensor) -> Prepared:
+    borrower, lent = _lent.pop(d_mixer, (None, None))
+    if borrower == _borrower(layer, spec):  # a compiler may give the tensor another use, and other numbers
+        return lent  # type: ignore[no-any-return]
+    return prepared_of(source_of((layer.weight, *layer), spec)[1])
 
 
 def _borrower(layer: Own, spec: str) -> tuple[object, ...]:
@@ -106,12 +114,14 @@ def pull_back(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
     """(dx, dM, dF); an empty tensor for what `needs` (x, the parameters) leaves out."""
     *layer, needs, spec, merged = rest
     prepared, dx, d_mixer, d_columns = pulled_back(dy, x, saved, layer, needs, spec, merged)
-    if needs[1]:
-        _lent[_borrower(Own(*layer[1:]), spec)] = prepared
     if isinstance(d_mixer, Rows):
         d_mixer = d_mixer.left.mT @ d_mixer.right
-    found = (dx, x.dtype), (d_mixer, prepared.dtype), (d_columns, prepared.dtype)
-    return tuple(x.new_empty(0, dtype=dtype) if d is None else _alone(d.to(dtype)) for d, dtype in found)
+    dtypes = x.dtype, prepared.dtype, prepared.dtype
+    found = [x.new_empty(0, dtype=dtype) if d is None else _alone(d.to(dtype))
+             for d, dtype in zip((dx if needs[0] else None, d_mixer, d_columns), dtypes, strict=True)]  # fmt: skip
+    if needs[1]:
+        _lent[found[1]] = _borrower(Own(*layer[1:]), spec), prepared
+    return tuple(found)
 
 
 def _wanted(layers: Iterable[Own], needs: Sequence[bool]) -> list[Any]:
@@ -130,15 +140,10 @@ def _adjoint_fake(gradients, tensors, specs, present, needs):  # type: ignore[no
 def adapted_adjoint(gradients, tensors, specs, present, needs):  # type: ignore[no-untyped-def]
     """Gradients of the parameters that want them. gradients: dM, dF of the first layer, of the second, ..."""
     layers = _unpack(tensors, present)
-    many = [_prepared(layer, spec) for layer, spec in zip(layers, specs.split("\n"), strict=True)]
+    many = list(map(_prepared, layers, specs.split("\n"), gradients[::2]))
     found = [g for three in _by_batch(many, gradients[::2], gradients[1::2]) for g in three if g is not None]
     there = [p for layer in layers for p in layer.parameters if p is not None]
     return [_alone(g.to(p.dtype)) for p, g, need in zip(there, found, needs, strict=True) if need]
-
-
-def _prepared(layer: Own, spec: str) -> Prepared:
-    lent = _lent.pop(_borrower(layer, spec), None)
-    return prepared_of(source_of((layer.weight, *layer), spec)[1]) if lent is None else lent
 
 
 def _by_batch(many: Sequence[Prepared], d_mixer: Sequence[Tensor], d_columns: Sequence[Tensor]) -> list[Gradients]:

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .base import Base
 from .compiled import decode, infer, train
 from .compiled_batch import Own, pack
 from .preparation import Parameters, version
-
-_VIEWS = ("flatten", "mT")  # of W0, in `linear_maps.matrix_of`
 
 
 def adapted(
     x: Tensor,
     tokens: Tensor,
-    weight: Tensor,
+    base: Base,
     bias: Tensor | None,
     parameters: Parameters,
     factors: tuple[Tensor | None, ...],
@@ -37,11 +36,12 @@ def adapted(
     """y = x W'^T + b through the operations of `compiled`.
 
     Args:
-        x: T x in_features. tokens: W0 in x's dtype; weight: W0 as it is stored. factors: in the order of `Factors`.
+        x: T x in_features. tokens: W0 in x's dtype; base: W0 as it is stored. factors: in the order of `Factors`.
         spec: from `encode`. merged: whether to go through the dense W'. joins: whether gradients of several layers of a
             graph may come from one node.
     """
-    layer = (tokens, weight, *parameters, *factors)
+    layer = (tokens, base.stored, *parameters, *factors)
+    spec = spec if base.layout == "plain" else base.layout + spec
     learns = x.requires_grad or any(p is not None and p.requires_grad for p in (bias, *parameters))
     if torch.is_grad_enabled() and learns:
         if joins and torch.compiler.is_dynamo_compiling():
@@ -68,15 +68,8 @@ class _Region(NamedTuple):
     inputs: dict[Node, Any]
 
 
-class _Origin(NamedTuple):
-    """An input of the whole graph, and the views that are taken of it: op, target, arguments beside the tensor."""
-
-    input: Node
-    views: tuple[tuple[str, Any, tuple[Any, ...]], ...]
-
-
 class _Layer(NamedTuple):
-    """A layer by where its parts come from (`_Origin`)."""
+    """A layer by the inputs of the whole graph that it is made of."""
 
     own: Own
     spec: str
@@ -94,10 +87,10 @@ def join(module: GraphModule) -> None:
     for region in regions:
         for node in region.module.graph.nodes:
             if node.target == torch.ops.ssvdo_kernels.adapted_train.default:
-                layer = _layer(node, region)
-                if layer is not None and _joinable(layer, written):
-                    shape, config, _ = decode(layer.spec)
-                    kinds.setdefault((shape, config), []).append((layer, node, region))
+                *tensors, spec = node.args[3:-1]
+                layer = _Layer(Own(*(t and region.inputs.get(t) for t in tensors)), spec)
+                if all(t is None or t in region.inputs for t in tensors) and _joinable(layer, written):
+                    kinds.setdefault(decode(spec), []).append((layer, node, region))
     for uses in kinds.values():
         if len(uses) > 1:
             pairs = _stand_ins(module.graph, list(dict.fromkeys(layer for layer, _, _ in uses)))
@@ -143,28 +136,10 @@ def _written(regions: Sequence[_Region]) -> set[int]:
     return found
 
 
-def _layer(node: Node, region: _Region) -> _Layer | None:
-    """The layer of an operation; None where not all that it is made of are inputs of the graph, or views of them."""
-    parts: Any = node.args[3:-1]
-    *tensors, spec = parts
-    own = [None if t is None else _origin(t, region) for t in tensors]
-    return _Layer(Own(*own), spec) if all(t is None or o for t, o in zip(tensors, own, strict=True)) else None
-
-
-def _origin(tensor: Node, region: _Region) -> _Origin | None:
-    if tensor in region.inputs:
-        given = region.inputs[tensor]
-        return _Origin(given, ()) if given.op == "placeholder" else None
-    below, *rest = tensor.args or (None,)
-    name = rest[0] if tensor.target is getattr else tensor.target
-    if name not in _VIEWS or not isinstance(below, Node) or tensor.kwargs:
-        return None
-    origin = _origin(below, region)
-    return None if origin is None else _Origin(origin.input, (*origin.views, (tensor.op, tensor.target, tuple(rest))))
-
-
 def _joinable(layer: _Layer, written: set[int]) -> bool:
-    own = Own(*(origin and origin.input.meta["example_value"] for origin in layer.own))
+    if not all(node is None or (isinstance(node, Node) and node.op == "placeholder") for node in layer.own):
+        return False
+    own = Own(*(None if node is None else node.meta["example_value"] for node in layer.own))
     learns = any(p is not None and p.requires_grad for p in own.parameters)
     return learns and not any(t is not None and t.untyped_storage()._cdata in written for t in own)
 
@@ -172,18 +147,11 @@ def _joinable(layer: _Layer, written: set[int]) -> bool:
 def _stand_ins(graph: Graph, layers: Sequence[_Layer]) -> dict[_Layer, tuple[Node, Node]]:
     """Puts the stand-ins of layers at the start of the graph."""
     with _at_start(graph):
-        tensors, present = pack(Own(*(t and _placed(graph, t) for t in layer.own)) for layer in layers)
+        tensors, present = pack(layer.own for layer in layers)
         specs = "\n".join(layer.spec for layer in layers)
         made = graph.call_function(torch.ops.ssvdo_kernels.stand_ins.default, (tensors, specs, present))
         found = [graph.call_function(getitem, (made, i)) for i in range(2 * len(layers))]
     return dict(zip(layers, zip(found[::2], found[1::2], strict=True), strict=True))
-
-
-def _placed(graph: Graph, origin: _Origin) -> Node:
-    node = origin.input
-    for op, target, rest in origin.views:
-        node = graph.create_node(op, target, (node, *rest))
-    return node
 
 
 def _brought(tensor: Node, region: _Region) -> Node:

@@ -108,7 +108,7 @@ class Source:
     def kind(self) -> tuple[object, ...]:
         """What layers of one batch have in common, beside the parameters' sizes, which follow from it."""
         frozen = [(t.dtype, t.device, t.shape, t.stride(), t.untyped_storage().nbytes() > 0) for t in self.watched]
-        return *self.formula, self.parameters[1].dtype, self.factors.null, *frozen
+        return *self.formula, self.base.layout, self.parameters[1].dtype, self.factors.null, *frozen
 
 
 @dataclass

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compiling import as_copied, clear, compiled, gradients, in_groups, in_place, model, same, tokens, value
 from helpers import assert_close, count_preparations, make_layer, prepared, randomise, require_triton
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -18,7 +19,6 @@ from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.factorize import FACTOR_NAMES
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.ops import compiled as operations
-from ssvdo_kernels.ops import host
 from ssvdo_kernels.ops.preparation import News
 
 # m, n, options
@@ -72,58 +72,6 @@ def calls(monkeypatch):
     return count_preparations(monkeypatch)
 
 
-def clear(calls):
-    for sizes in calls.values():
-        sizes.clear()
-
-
-def model(dtype=torch.float32, blocks=1, **options):
-    """Blocks of a tall layer and a wide one, alike and so prepared together, and a square one."""
-    torch.manual_seed(0)
-    many = [part for _ in range(blocks) for part in (nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 16))]
-    net = nn.Sequential(*many, nn.Linear(16, 16, bias=False)).to(dtype)
-    names = [str(i) for i in range(len(many)) if i % 3 != 1]
-    apply_ssvdo(net, SSVDOConfig(target_modules=names, outer_rank=3, init_angle=0.3, **options))
-    apply_ssvdo(net, SSVDOConfig(target_modules=[str(len(many))], outer_rank=0, **options))
-    for _, layer in hosts(net):
-        randomise(layer)
-    return net
-
-
-def tokens(*shape, dtype=torch.float64):
-    return torch.randn(*shape, 16, dtype=dtype, requires_grad=True)
-
-
-def compiled(net, **options):
-    return torch.compile(net, fullgraph=True, **{"backend": "aot_eager", **options})
-
-
-def gradients(function, net, x):
-    net.zero_grad()
-    x.grad = None
-    y = function(x)
-    y.float().square().sum().backward()
-    return [y.detach(), x.grad.clone(), *(p.grad.clone() for p in net.parameters() if p.requires_grad)]
-
-
-def same(got, want, tolerance):
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert a.dtype == b.dtype
-        assert_close(str(i), a, b, tolerance)
-
-
-def value(net, x):
-    """What a copy computes, which starts afresh."""
-    with torch.no_grad():
-        return copy.deepcopy(net)(x)
-
-
-def as_copied(net, x):
-    """What a copy computes, and its gradients."""
-    fresh = copy.deepcopy(net)
-    return gradients(fresh, fresh, x)
-
-
 OPTIONS = [{}, {"path": "merged"}, {"path": "core"}, {"path": "folded"}, {"rotation": "neumann", "outer": "additive"},
            {"backend": "reference"}, {"inner_ratio": 0.05}]  # fmt: skip
 
@@ -152,11 +100,6 @@ def test_inputs_and_gradients_that_are_not_contiguous():
     function = compiled(lambda v: net(v.mT).mT)
     x = torch.randn(16, 5, dtype=torch.float64, requires_grad=True)
     same(gradients(function, net, x), gradients(lambda v: net(v.mT).mT, net, x), 1e-12)
-
-
-def in_place(net):
-    with torch.no_grad():
-        net[0].adapter.outer.mul_(1.5)
 
 
 def through_data(net):
@@ -471,11 +414,6 @@ def test_a_saved_program_runs_where_no_layer_lives(merged, calls):
 
 
 # -- how often ---------------------------------------------------------------------------------------------------------
-def in_groups(count):
-    """How a model of so many blocks is prepared: its tall layers, its wide ones and the square one."""
-    return [count, count, 1] if host.available() else [1] * (2 * count + 1)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_decoding_prepares_once(calls, mode):
     net = model(blocks=3)
@@ -488,24 +426,6 @@ def test_decoding_prepares_once(calls, mode):
         for _ in range(5):
             function(tokens(1, 1, dtype=torch.float32))
     assert sorted(calls["forward"]) == sorted([*in_groups(3), 1])  # the layer that changed
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_training_prepares_each_group_once_a_step(calls, merged):
-    net = model(blocks=3)
-    if merged:
-        merge_ssvdo(net)
-    function = compiled(net)
-    optimiser = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-3)
-    for _ in range(3):
-        clear(calls)
-        optimiser.zero_grad()
-        function(tokens(4, dtype=torch.float32)).square().sum().backward()
-        with torch.no_grad():
-            function(tokens(4, dtype=torch.float32))
-        optimiser.step()
-        assert sorted(calls["forward"]) == sorted(in_groups(3))
-        assert len(calls["backward"]) == 7
 
 
 def test_graphs_and_eager_forwards_share_one_preparation(calls):

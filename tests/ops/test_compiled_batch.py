@@ -272,6 +272,19 @@ def test_weights_that_lie_otherwise(kind, shape, calls):
 
 
 @needs_groups
+def test_layouts_do_not_mix(calls):
+    """Square weights of one shape, the one stored as it is and the other transposed: a batch reads all alike."""
+    net = nn.Sequential(nn.Linear(8, 8), Conv1D(8, 8)).double()
+    net, x = randomise_all(apply_ssvdo(net, SSVDOConfig(outer_rank=0, target_modules=["0", "1"]))), torch.randn(3, 8)
+    x, other = x.double().requires_grad_(), copy.deepcopy(net)
+    for run in (compiled(lambda v: net(v).sin()), lambda v: net(v).sin()):
+        clear(calls)
+        got = gradients(run, net, x)
+        assert calls["backward"] == [1, 1] and calls["forward"] in ([], [1, 1])
+        same(got, gradients(lambda v: other(v).sin(), other, x), 1e-12)
+
+
+@needs_groups
 def test_hosts_of_peft_and_espnet(calls):
     from ssvdo_kernels.integrations.espnet import create_ssvdo_adapter
 

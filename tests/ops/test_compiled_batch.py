@@ -166,20 +166,27 @@ def test_a_break_in_the_graph(calls):
 
 
 @needs_groups
-def test_layers_that_a_branch_leaves_out(calls):
-    """They get no gradient, as in eager mode, where others of their shape get some."""
+@pytest.mark.parametrize("run", [False, True])
+def test_layers_without_a_gradient(run, calls):
+    """A branch leaves them out, or their output is left unused: they get none, where others of their shape get some."""
     net, x = model(torch.float64, 3), tokens(5)
-    function = compiled(lambda v, all_of_it: net(v) if all_of_it else net[6:](net[:3](v)))
+
+    def some(v, net, all_of_it):
+        first = net[:3](v)
+        middle = net[3:6](first) if run or all_of_it else None
+        return net[6:](middle if all_of_it else first)
+
+    function = compiled(some)
     for all_of_it in (False, True, False):
         clear(calls)
         net.zero_grad()
-        function(x, all_of_it).square().sum().backward()
+        function(x, net, all_of_it).square().sum().backward()
         assert together(calls) == ([1, 3, 3] if all_of_it else [1, 2, 2])
         assert all((p.grad is not None) == all_of_it for p in net[3].adapter.trained + net[5].adapter.trained)
         got = [p.grad for p in net.parameters() if p.grad is not None]
         fresh = copy.deepcopy(net)
         fresh.zero_grad()
-        (fresh(x) if all_of_it else fresh[6:](fresh[:3](x))).square().sum().backward()
+        some(x, fresh, all_of_it).square().sum().backward()
         same(got, [p.grad for p in fresh.parameters() if p.grad is not None], 1e-12)
 
 

@@ -13,8 +13,9 @@ from torch._subclasses import FakeTensor
 
 from . import inputs, reference
 from .accumulation import Accumulator
-from .cache import Cache, capturing, one_node
+from .cache import Cache, capturing
 from .config import LayerShape, SSVDOConfig, checked_scale
+from .distributed import hooked
 from .factorize import FACTOR_NAMES, Factors, compute_dtype
 from .fingerprint import Bases, Fingerprint
 from .ops import autocasting, lasting, own_dtypes
@@ -231,7 +232,7 @@ class Adapter(nn.Module):
         rows = x if x.ndim == 2 else x.reshape(-1, self.shape.in_features)
         if torch.compiler.is_compiling() or symbolic or (torch._C._len_torch_dispatch_stack() and traced()):
             factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
-            y = adapted(rows, tokens.dense(), base, bias, self.parts, factors, self.spec, self.merged, one_node())
+            y = adapted(rows, tokens.dense(), base, bias, self.parts, factors, self.spec, self.merged, not hooked())
         else:
             with own_dtypes() if autocasting() else _AS_IT_IS:
                 y = self._forward(rows, tokens, base, bias)

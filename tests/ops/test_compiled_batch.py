@@ -330,9 +330,9 @@ def test_parameters_that_no_layer_owns_are_prepared_no_more_often(calls):
     assert not operations._lent
 
 
-def test_where_one_node_may_not_serve_several_layers(calls, monkeypatch):
+def test_where_hooks_may_watch_each_layer(calls, monkeypatch):
     """DDP and FSDP."""
-    monkeypatch.setattr(adapters, "one_node", lambda: False)
+    monkeypatch.setattr(adapters, "hooked", lambda: True)
     net, x = model(torch.float64, 2), tokens(5)
     got = gradients(compiled(net), net, x)
     assert calls["backward"] == [1] * 5

@@ -117,9 +117,10 @@ class SSVDOLinear(OwnHost):
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x W'^T + b. input: x, (..., in_features); returns (..., out_features)."""
-        if self.adapter.drops:
-            return changed(input, [Change(self.adapter)], DenseBase(self.weight), self.bias)
-        y: Tensor = self.adapter(input, DenseBase(self.weight), self.bias)
+        adapter = self.adapter
+        if adapter.drops:
+            return changed(input, [Change(adapter)], DenseBase(self.weight), self.bias)
+        y: Tensor = adapter(input, DenseBase(self.weight), self.bias)
         return y
 
     def adapted_weight(self) -> Tensor:

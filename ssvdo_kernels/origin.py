@@ -105,7 +105,7 @@ class Origin:
     def check(self, base: Base, name: str, by_value: bool = False, factors: Factors | None = None) -> None:
         """Raises RuntimeError where W0 is not the one that was factorised. by_value: read its numbers."""
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        now = tuple(gathered_stamp(t) if together else stamp(t) for t in base.tensors)
+        now = tuple(map(gathered_stamp, base.tensors)) if together else stamps(base.tensors)
         if now == self._seen and not by_value:
             return
         if base.device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -75,7 +75,8 @@ class Attach(torch.autograd.Function):
             found = adjoint(ctx.prepared, [ctx.sink.pop()], [_whole(ctx.prepared[0], gradients)[1]])
             those = [0]
         else:
-            each, those = by_layer(gradients), used(gradients)
+            each = by_layer(gradients)
+            those = used(each)
             pairs = [_whole(ctx.prepared[i], each[i]) for i in those]
             prepared = [ctx.prepared[i] for i in those]
             found = adjoint(prepared, [d for d, _ in pairs], [d for _, d in pairs]) if those else []
@@ -86,9 +87,9 @@ class Attach(torch.autograd.Function):
         return None, None, None, None, *result
 
 
-def used(gradients: Sequence[Tensor | None]) -> list[int]:
+def used(gradients: Sequence[StandIns]) -> list[int]:
     """Which layers of a node have any gradient on their stand-ins."""
-    return [i for i, own in enumerate(by_layer(gradients)) if any(d is not None for d in own)]
+    return [i for i, own in enumerate(gradients) if any(d is not None for d in own)]
 
 
 def all_wanted(node: Any) -> bool:

@@ -92,6 +92,10 @@ class DenseBase(Base):
         flat = self.weight._base if self.weight._is_view() else None
         return not getattr(flat, "_is_flat_param", False)
 
+    @property
+    def saved(self) -> tuple[Tensor, ...]:
+        return () if self.weight.is_inference() else (self.weight,)
+
     def dense(self) -> Tensor:
         return self.weight
 

@@ -115,8 +115,7 @@ def _outer(
     """Calls the kernel of either way. more: backward: dF and d outer; stacked: beside the scratch."""
     one, like, n = many[0], many[0].outer, len(many)
     tall = [p.projector.tall for p in many]
-    lies = {_layout(a) for a in tall}
-    if len(lies) > 1 or None in lies:
+    if len({a.stride() for a in tall}) > 1 or _layout(tall[0]) is None:
         tall = [a.contiguous() for a in tall]
     (by_rows, tall_ld), l = _layout(tall[0]) or (True, one.d), like.shape[1]  # noqa: E741
     basis, null = ([t.contiguous() for t in many] for many in (

@@ -103,17 +103,22 @@ def adjoint(
     d_outer: Sequence[Tensor | None] = [None] * len(many)
     if parts:
         l, large = one.shape.l, one.shape.large  # noqa: E741
-        both = [d[:, :l].to(one.dtype) for d in d_columns]
-        state = [p.X for p in many], [p.columns[:, :l] for p in many], [d[:large] for d in both]
+        dF = [_corner(d, large, l).to(one.dtype) for d in d_columns]
+        state = [p.X for p in many], [_corner(p.columns, large, l) for p in many], dF
         if one.engine == "cuda":
             d_outer = device.outer_backward(parts, *state)
         else:
             known = exact(one.dtype)
-            pulled = [d[large:] if known and d.shape[0] > large else None for d in both]
+            pulled = [d[large:, :l].to(one.dtype) if known and d.shape[0] > large else None for d in d_columns]
             d_outer = outer.backward(parts, *state, _product(one.engine), pulled)
     inner = _inner_gradients(many, d_mixer)
     return [(_through(p, pair[0]) if p.rotation.numel() else None, _through(p, pair[1]), outer)
             for p, pair, outer in zip(many, inner, d_outer, strict=True)]  # fmt: skip
+
+
+def _corner(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """The first rows and columns; the matrix itself where there are no more, as a view takes time."""
+    return matrix if matrix.shape == (rows, columns) else matrix[:rows, :columns]
 
 
 def _through(prepared: Prepared, gradient: Tensor) -> Tensor:

@@ -287,8 +287,9 @@ def pulls(prepared: Prepared, form: str, backend: str, rows: int, dtype: torch.d
     tokens' parts of dF are kappa times their sum, roundings grow by kappa S_0 / S_i, and by the larger of the two
     otherwise. Tokens of half precision would lose all digits.
     """
-    fewer = rows * prepared.extra < prepared.shape.large * prepared.shape.l
-    return fewer and prepared.lends and dtype == prepared.dtype and backend == "reference" and form != "merged"
+    if backend != "reference" or form == "merged" or dtype != prepared.dtype or not prepared.lends:
+        return False
+    return rows * prepared.extra < prepared.shape.large * prepared.shape.l
 
 
 def run(x: Tensor, base: Base, bias: Tensor | None, call: Call, keep: bool) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ the dtypes in which tokens have asked for it, and in no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -104,9 +104,9 @@ class Matrices:
             self.kept[name, dtype] = found
         return found
 
-    def put(self, dtype: torch.dtype, made: dict[str, Tensor], queued: Queued) -> None:
-        """Takes matrices that were built elsewhere."""
-        self.kept.update({(name, dtype): matrix for name, matrix in made.items()})
+    def put(self, made: Iterable[tuple[tuple[str, torch.dtype], Tensor]], queued: Queued) -> None:
+        """Takes matrices that were built elsewhere, by name and dtype."""
+        self.kept.update(made)
         self.queued = queued
 
     def _rotated(self, rows: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ def build(many: Sequence[Prepared], dtype: torch.dtype) -> None:
     expansion[:, :width, :d] = left
     expansion[:, :width, d : d + extra] = M[:, width:].mT
     columns[:, :, :extra] = _stacked([p.columns for p in many])
-    queued = Queued(both)
+    names, queued = [(name, dtype) for name in ("contraction", "expansion", "aligned_columns")], Queued(both)
     for p, *made in zip(many, contraction.unbind(), expansion.unbind(), columns.unbind(), strict=True):
-        p.put(dtype, dict(zip(("contraction", "expansion", "aligned_columns"), made, strict=True)), queued)
+        p.put(zip(names, made, strict=True), queued)
 
 
 def _stacked(many: Sequence[Tensor]) -> Tensor:

@@ -311,7 +311,7 @@ class Cache:
         """M and F in the graph, and where their one consumer may leave `Rows`."""
         batch, own = prepared.batch and prepared.batch(), prepared.source.parameters
         # Others of the same numbers (functional_call, a state_dict assigned) are to get their own gradients.
-        same = all(p is q for p, q in zip(parameters, own, strict=True))
+        same = all(map(is_, parameters, own))
         if same and isinstance(batch, Batch) and (found := batch.attached(prepared)) is not None:
             return found, None
         sink: list[Rows] = []

@@ -101,13 +101,15 @@ class Origin:
         if not weight.is_meta:
             self._known = weight_sketch(weight).tolist(), coarser(weight.dtype)
 
-    @torch.no_grad()
     def check(self, base: Base, name: str, by_value: bool = False, factors: Factors | None = None) -> None:
         """Raises RuntimeError where W0 is not the one that was factorised. by_value: read its numbers."""
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         now = tuple(map(gathered_stamp, base.tensors)) if together else stamps(base.tensors)
-        if now == self._seen and not by_value:
-            return
+        if now != self._seen or by_value:
+            self._look(base, name, now, factors)
+
+    @torch.no_grad()
+    def _look(self, base: Base, name: str, now: tuple[object, ...], factors: Factors | None) -> None:
         if base.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         weight = base.dense()

@@ -170,6 +170,16 @@ def test_what_follows_from_frozen_tensors_is_made_once(change):
     assert (after.source is before.source) == (change in (optimiser_step, in_place))
 
 
+@pytest.mark.parametrize("name", ["basis", "singular_values", "outer_basis", "null_basis"])
+def test_what_is_made_once_holds_no_numbers(name):
+    """An edit of a frozen tensor that leaves no trace is in the next preparation."""
+    layer = make_layer(24, 8, outer_rank=3, inner_ratio=1.0, rank=5)
+    layer(X)
+    getattr(layer.adapter, name).data.mul_(1.5)
+    in_place(layer)
+    assert torch.equal(layer(X), copy.deepcopy(layer)(X))
+
+
 def test_a_weight_where_another_lay_is_another():
     """An address and a version tell tensors apart only while the first is alive."""
     layer = make_layer(24, 8, outer_rank=0)

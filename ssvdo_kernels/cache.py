@@ -242,7 +242,7 @@ class Cache:
         """Whether a replay may change parameters without a trace, so that each forward prepares for itself."""
         if self.trusted is not None and self._kept is not None and self.trusted is self._kept.prepared:
             return False
-        return self._captured or bool(_replayed and any(p is not None and p in _replayed for p in parameters))
+        return self._captured or bool(_replayed.data and any(p is not None and p in _replayed for p in parameters))
 
     def _captured_from(self, source: Source, graph: Capture) -> Prepared | None:
         """What the graph has prepared from these very tensors and numbers, by their stamps."""

@@ -72,12 +72,13 @@ struct Ahead {
 };
 
 // rows x columns of C (at most MR x NR, NR = V registers) from A, element (r, p) at a[r * a_row + p * a_column], and a
-// packed panel of B, or, with `packed`, of one whose rows lie b_row apart, which is packed by the way.
+// packed panel of B, or, with `packed`, of one whose rows lie b_row apart, which is packed by the way. Always inline: what
+// `next` and `packed` ask for costs nothing where they are null.
 template <class T, int MR, int V>
-__attribute__((always_inline)) inline void micro_kernel(int depth, const T* __restrict a, ptrdiff_t a_row, ptrdiff_t a_column, const T* __restrict b,
-                         T alpha, bool add, View<T> C, int rows, int columns,
-                         Ahead<T, Tile<T>::lanes * V>* next = nullptr, ptrdiff_t b_row = Tile<T>::lanes * V,
-                         T* __restrict packed = nullptr) {
+__attribute__((always_inline)) inline void micro_kernel(
+    int depth, const T* __restrict a, ptrdiff_t a_row, ptrdiff_t a_column, const T* __restrict b, T alpha, bool add,
+    View<T> C, int rows, int columns, Ahead<T, Tile<T>::lanes * V>* next = nullptr,
+    ptrdiff_t b_row = Tile<T>::lanes * V, T* __restrict packed = nullptr) {
     using Vector = typename Tile<T>::Vector;
     constexpr int lanes = Tile<T>::lanes, NR = lanes * V;
     Vector acc[MR][V] = {};

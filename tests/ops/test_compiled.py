@@ -67,6 +67,19 @@ def test_a_program_without_its_layer_hears_of_a_bad_pivot_later(monkeypatch):
         operations.infer(x, None, *rest)
 
 
+@pytest.mark.parametrize("lives", [True, False])
+def test_an_exported_program_raises_as_the_layer_does(lives):
+    layer, x = make_layer(12, 5, outer_rank=3), torch.randn(7, 5, dtype=torch.float64)
+    layer.adapter.name = "mine"
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,)).module()
+        if not lives:
+            program = copy.deepcopy(program)
+        dict(program.named_parameters())["adapter.outer"][0, 0] = float("nan")
+        with pytest.raises(ArithmeticError, match=("mine" if lives else "a compiled layer") + ": Cholesky .* failed"):
+            program(x)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     return count_preparations(monkeypatch)

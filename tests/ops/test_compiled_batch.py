@@ -58,8 +58,7 @@ def test_opcheck(m, n, options):
     torch.library.opcheck(operations.adapted_adjoint, (gradients, [t.detach() for t in tensors], specs, present, needs))
 
 
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend, merged", [("aot_eager", True), ("inductor", False)])
 def test_training(backend, merged, calls):
     """Steps of an optimiser with lengths that change; evaluation in between takes what training prepared."""
     net = model(torch.float64, 3)
@@ -92,9 +91,9 @@ class Gated(nn.Module):
 
 
 def gated(adapt=apply_ssvdo, **options):
-    """Three blocks, each with two layers of one shape and one of another."""
+    """Two blocks, each with two layers of one shape and one of another."""
     torch.manual_seed(0)
-    net = nn.Sequential(*(Gated() for _ in range(3))).double()
+    net = nn.Sequential(*(Gated() for _ in range(2))).double()
     return randomise_all(adapt(net, SSVDOConfig(outer_rank=3, target_modules=["gate", "up", "down"], **options)))
 
 
@@ -120,7 +119,7 @@ def test_as_many_graphs_as_without(whole, calls, monkeypatch):
             x = tokens(count)
             clear(calls)
             got = gradients(function, net, x)
-            assert together(calls) == ([1] * 9 if not joins else [3, 6] if whole else [1, 1, 1, 2, 2, 2])
+            assert together(calls) == ([1] * 6 if not joins else [2, 4] if whole else [1, 1, 2, 2])
             same(got, gradients(other, other, x), 1e-12)
         built.append(counter.frame_count)
     assert built == [2, 2]  # one for 4 rows, one for any number
@@ -128,13 +127,13 @@ def test_as_many_graphs_as_without(whole, calls, monkeypatch):
 
 @needs_groups
 def test_two_graphs_and_two_backwards(calls):
-    net = model(torch.float64, 3)
+    net = model(torch.float64, 2)
     one, other = compiled(net), compiled(lambda v: net(net(v)))
     for _ in range(2):
         clear(calls)
         x = tokens(5)
         got = gradients(one, net, x), gradients(other, net, x)
-        assert together(calls) == sorted(2 * in_groups(3))  # a layer that is used twice goes back once
+        assert together(calls) == sorted(2 * in_groups(2))  # a layer that is used twice goes back once
         same(got[0], as_copied(net, x), 1e-12)
         same(got[1], gradients(lambda v: net(net(v)), net, x), 1e-11)
         randomise_all(net)
@@ -166,14 +165,13 @@ def test_a_break_in_the_graph(calls):
 
 
 @needs_groups
-@pytest.mark.parametrize("run", [False, True])
-def test_layers_without_a_gradient(run, calls):
-    """A branch leaves them out, or their output is left unused: they get none, where others of their shape get some."""
+def test_layers_without_a_gradient(calls):
+    """Nothing uses their output in one branch: they get none, where others of their shape get some."""
     net, x = model(torch.float64, 3), tokens(5)
 
     def some(v, net, all_of_it):
         first = net[:3](v)
-        middle = net[3:6](first) if run or all_of_it else None
+        middle = net[3:6](first)
         return net[6:](middle if all_of_it else first)
 
     function = compiled(some)
@@ -191,14 +189,13 @@ def test_layers_without_a_gradient(run, calls):
 
 
 @needs_groups
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_inside(reentrant, calls):
+def test_checkpoints_inside(calls):
     """Recomputing asks for no stand-ins of its own; layers of several checkpointed parts, and of none, go together."""
     net, x = model(torch.float64, 3), tokens(5)
 
     def parts(v):
         for part in (net[:3], net[3:6]):
-            v = checkpoint(part, v, use_reentrant=reentrant)
+            v = checkpoint(part, v, use_reentrant=False)
         return net[6:](v)
 
     function = compiled(parts)
@@ -231,14 +228,14 @@ def test_frozen_layers_stay_out(calls):
 
 
 @needs_groups
-@pytest.mark.parametrize("write", [
-    lambda a: a.outer.mul_(1.01), lambda a: a.outer.data.view(-1).mul_(1.01), lambda a: a.basis.mul_(1.01),
-    lambda a: torch._foreach_mul_([a.outer, a.inner_scale], 1.01)],
+@pytest.mark.parametrize("backend, write", [
+    ("aot_eager", lambda a: a.outer.mul_(1.01)), ("aot_eager", lambda a: a.outer.data.view(-1).mul_(1.01)),
+    ("aot_eager", lambda a: a.basis.mul_(1.01)),
+    ("eager", lambda a: torch._foreach_mul_([a.outer, a.inner_scale], 1.01))],
     ids=["in place", "through data", "a factor", "foreach"])  # fmt: skip
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_layers_that_the_graph_writes_to_stay_out(backend, write, calls):
     """Their stand-ins would be made from what they were at the start."""
-    net, x = model(torch.float64, 3), tokens(5)
+    net, x = model(torch.float64, 2), tokens(5)
     other = copy.deepcopy(net)
 
     def function(v, net):
@@ -249,7 +246,7 @@ def test_layers_that_the_graph_writes_to_stay_out(backend, write, calls):
 
     run = compiled(function, backend=backend)
     got = gradients(lambda v: run(v, net), net, x)
-    assert together(calls) == [1, 1, 2, 3]
+    assert together(calls) == [1, 1, 1, 2]
     same(got, gradients(lambda v: function(v, other), other, x), 1e-12)
 
 
@@ -314,7 +311,7 @@ def test_hosts_of_peft_and_espnet(calls):
         net, other, x = gated(adapt), gated(adapt), tokens(5)
         clear(calls)
         got = gradients(compiled(net), net, x)
-        assert together(calls) == [3, 6]
+        assert together(calls) == [2, 4]
         same(got, gradients(other, other, x), 1e-12)
 
 

@@ -114,7 +114,7 @@ class Spec(NamedTuple):
     layout: str
 
 
-REVISION = 2
+REVISION = 3
 """Grows when operations return or keep other things: graphs that inductor has on disk from before are made anew."""
 
 
@@ -132,8 +132,15 @@ def decode(spec: str) -> Spec:
     return Spec(LayerShape(**read["shape"]), SSVDOConfig.from_dict(read["config"]), read["scale"], layout)
 
 
+_UNSAFE = getattr(torch._C.Tag, "cudagraph_unsafe", None)  # torch before 2.9 has none
+
+
 def operation(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a real implementation, run outside autocast and inference mode, with its fake."""
+    """Registers a real implementation, run outside autocast and inference mode, with its fake.
+
+    Inductor's own CUDA graphs (mode="reduce-overhead") leave it out: a preparation that a layer keeps may not lie in
+    their memory, and one token after another would be prepared for in them.
+    """
 
     def register(function: Callable[..., Any]) -> Any:
         @lasting
@@ -145,7 +152,8 @@ def operation(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Cal
             with own_dtypes():
                 return function(*args)
 
-        op = torch.library.custom_op(f"ssvdo_kernels::{name}", run, mutates_args=(), schema=schema)
+        tags: dict[str, Any] = {} if _UNSAFE is None else {"tags": (_UNSAFE,)}
+        op = torch.library.custom_op(f"ssvdo_kernels::{name}", run, mutates_args=(), schema=schema, **tags)
         op.register_fake(fake)
         return op
 

@@ -38,6 +38,16 @@ def arguments(layer):
     return [layer.weight, layer.weight, *layer.adapter.parts, *factors]
 
 
+@pytest.mark.skipif(not hasattr(torch._C.Tag, "cudagraph_unsafe"), reason="torch before 2.9 has no such tag")
+def test_inductor_keeps_the_operations_out_of_its_cuda_graphs():
+    """What a layer keeps may not lie in their memory, and they would prepare for each token."""
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("ssvdo_kernels::")]
+    assert len(names) == 7
+    for name in names:
+        op = getattr(torch.ops.ssvdo_kernels, name.partition("::")[2]).default
+        assert torch._C.Tag.cudagraph_unsafe in op.tags, name
+
+
 @pytest.mark.parametrize("m, n, options", [
     *SHAPES, (12, 5, {"outer_rank": 3, "path": "core"}), (5, 12, {"outer_rank": 3, "path": "core"}),
     (12, 5, {"outer_rank": 3, "path": "merged"})])  # fmt: skip

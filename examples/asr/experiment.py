@@ -95,7 +95,7 @@ class Experiment:
             grid = {k: v if k == "cases" else changed.get("grid", {}).get(k, v) for k, v in whole.items()}
             for cell in _product(grid, common):
                 if cell.get("method") == "none":
-                    cell = {k: v for k, v in cell.items() if k != "evaluate_at"} | {"steps": 0}
+                    cell = {k: v for k, v in cell.items() if k not in ("evaluate_at", "shares")} | {"steps": 0}
                 if "rate" not in cell and cell.get("method") != "none":
                     if cell.get("method") not in self.rates:
                         raise ValueError(f"rates: none for method {cell.get('method')!r}")

@@ -20,7 +20,7 @@ from .experiment import HERE, Experiment
 from .statistics import over_seeds, over_utterances, paired_difference
 from .tables import NAMES, Runs, group, last, load, markdown, show
 
-REAL = ("speech-baseline", "speech-tuning", "speech-length", "speech-adult", "speech-parts", "speech-split",
+REAL = ("speech-baseline", "speech-tuning", "speech-shares", "speech-length", "speech-adult", "speech-parts", "speech-split",
         "speech-layers", "speech-shift", "speech-continual", "speech-larger")  # fmt: skip
 SYNTHETIC = ("baseline", "costs", "budget", "forgetting", "continual", "attention", "shift", "sensitivity", "tuning")
 ROOT = HERE.parents[1]
@@ -232,8 +232,11 @@ def real_section(name: str, folder: Path, plots: Path) -> str:
         "speech-baseline": (real.differences, real.table), "speech-tuning": (real.tuning,),
         "speech-length": (real.differences, real.steps), "speech-parts": (real.parts,), "speech-continual": (matrix,),
         "speech-adult": (real.differences, real.table), "speech-shift": (real.shifts, real.table),
+        "speech-shares": (real.shares,),
     }  # fmt: skip
     parts += [make(runs) for make in tables.get(name, (real.table,))]
+    if name == "speech-shares":
+        parts.append(real.plot(real.between_ends(runs), "share", "children", plots / "shares.png"))
     if name == "speech-length":
         parts.append(real.plot(real.curve(runs), "steps", "children", plots / "length.png"))
     return "\n\n".join(parts)

@@ -38,8 +38,9 @@ rates are taken, beside the last. evaluate: the voices to test on, as "voice" or
 and `source`.
 train, utterances: at most so many to train on and to test on. split: "test", or "dev" while rates are tuned.
 """
-EXTRA = ("budget", "warmup", "part_rates")
-"""budget: trained numbers. warmup, part_rates: as `fine_tune` takes them."""
+EXTRA = ("budget", "warmup", "part_rates", "shares")
+"""budget: trained numbers. warmup, part_rates: as `fine_tune` takes them. shares: the trained model is tested, too, with
+W0 + share (W' - W0) in place of W' (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022)."""
 PARTS = ("inner_rotation", "inner_scale", "outer")
 TRACED = 5  # every so many steps
 
@@ -77,9 +78,9 @@ class Run:
         self.settings = {**SETTINGS, **settings}
         s = self.settings
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        base, self.tokenizer = _whisper(s["model"], s["seconds"])
-        self.prompt = prompt_of(base)
-        self.model: nn.Module = copy.deepcopy(base).to(self.device)
+        self.base, self.tokenizer = _whisper(s["model"], s["seconds"])
+        self.prompt = prompt_of(self.base)
+        self.model: nn.Module = copy.deepcopy(self.base).to(self.device)
         self.evaluations: list[dict[str, Any]] = []
         self.diagnostics: list[dict[str, Any]] = []
         self.step_seconds: list[float] = []
@@ -90,8 +91,8 @@ class Run:
         """The utterances of a voice and split, and their features."""
         return _features(self.settings["corpus"], voice, split, most, self.settings["seconds"])
 
-    def evaluate(self, stage: int, step: int) -> None:
-        """Error rates on every voice asked for, and the adapters' diagnostics."""
+    def evaluate(self, stage: int, step: int, **more: float) -> None:
+        """Error rates on every voice asked for, noted with `more`, and the adapters' diagnostics."""
         s = self.settings
         for named in s["evaluate"] or dict.fromkeys([*s["voices"], s["source"]]):
             voice, _, split = named.partition("/")
@@ -101,7 +102,7 @@ class Run:
             errors = Errors.count([u.text for u in said], heard)
             self.evaluations.append({
                 "stage": stage, "step": step, "voice": voice, "wer": errors.wer, "cer": errors.cer,
-                "words_wrong": errors.words_wrong, "words": errors.words,
+                "words_wrong": errors.words_wrong, "words": errors.words, **more,
             })  # fmt: skip
             if split:
                 self.evaluations[-1]["split"] = split
@@ -149,6 +150,17 @@ class Run:
             self.losses += fine_tune(self.model, data, s["steps"], s["rate"], after=after, autocast=s["precision"],
                                      quiet=True, warmup=s.get("warmup", 0), part_rates=s.get("part_rates"))  # fmt: skip
 
+    def evaluate_between(self, adapted: nn.Module) -> None:
+        """Error rates with each share of what was learnt; adapted: a plain model with W'."""
+        s, base = self.settings, dict(self.base.named_parameters())
+        learnt = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+        self.model = adapted
+        for share in s["shares"]:
+            with torch.no_grad():
+                for name, p in adapted.named_parameters():
+                    p.copy_(torch.lerp(base[name].to(p.device), learnt[name], share))
+            self.evaluate(len(s["voices"]) - 1, s["steps"], share=share)
+
     def result(self) -> dict[str, Any]:
         """Runs everything; what is kept of it, as JSON can hold it."""
         s = self.settings
@@ -163,6 +175,8 @@ class Run:
                 trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             self.stage(number, voice)
         memory = meter.mebibytes()
+        if adapted is not None and s.get("shares"):
+            self.evaluate_between(adapted.bake())
         traced = {"trace": self.trace} if self.trace else {}
         return {
             "settings": dict(s), "trained": trained, "losses": [round(v, 4) for v in self.losses],

@@ -21,9 +21,9 @@ def wrong(evaluation: Evaluation, capped: bool = False) -> list[int]:
     return list(map(min, counts, evaluation["words"])) if capped else counts
 
 
-def ends(runs: Runs, voice: str, split: str = "test") -> list[Evaluation]:
+def ends(runs: Runs, voice: str, split: str = "test", share: float = 1.0) -> list[Evaluation]:
     """Each run's last evaluation on a voice, where it has one."""
-    return [e for r in runs if (e := last(r, voice, split)) is not None]
+    return [e for r in runs if (e := last(r, voice, split, share)) is not None]
 
 
 def rate(found: list[Evaluation]) -> str:
@@ -130,6 +130,19 @@ def steps(runs: Runs) -> str:
     return markdown(["method", "steps", "seeds", "WER target", "WER source"], lines)
 
 
+def shares(runs: Runs) -> str:
+    """A row per method and share of what it learnt: development speakers, by whom one is chosen, test, source."""
+    lines = []
+    for (method,), same in _by(runs, lambda s: (s["method"],)):
+        s, target = same[0]["settings"], same[0]["settings"]["voices"][-1]
+        for share in (*s.get("shares", ()), 1.0):
+            found = [ends(same, voice, split, share) for voice, split in
+                     ((target, "dev"), (target, "test"), (s["source"], "test"))]  # fmt: skip
+            lines.append([NAMES[method], "-" if method == "none" else f"{share:g}", str(len(same)),
+                          mean(found[0], "wer"), *map(rate, found[1:])])  # fmt: skip
+    return markdown(["method", "share", "seeds", "WER dev", "WER test", "WER source"], lines)
+
+
 def shifts(runs: Runs) -> str:
     """A row per voice that the model was tested on before training."""
     lines = []
@@ -150,6 +163,19 @@ def frontier(runs: Runs) -> dict[str, list[Point]]:
         if x and y:
             label = "" if method == "none" else f"{value:g}"
             found[method].append((statistics.fmean(e["wer"] for e in x), statistics.fmean(e["wer"] for e in y), label))
+    return found
+
+
+def between_ends(runs: Runs) -> dict[str, list[Point]]:
+    """By method: (WER on the target, WER on the source, share), from the model before to all that was learnt."""
+    found: dict[str, list[Point]] = {}
+    for (method,), same in _by(runs, lambda s: (s["method"],)):
+        s = same[0]["settings"]
+        wer = [[[e["wer"] for e in ends(same, voice, share=share)] for voice in (s["voices"][-1], s["source"])]
+               for share in (*s.get("shares", ()), 1.0)]  # fmt: skip
+        texts = [""] if method == "none" else [f"{share:g}" for share in (*s.get("shares", ()), 1.0)]
+        found[method] = [(statistics.fmean(x), statistics.fmean(y), text)
+                         for (x, y), text in zip(wer, texts, strict=True)]  # fmt: skip
     return found
 
 

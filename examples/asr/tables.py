@@ -65,9 +65,10 @@ def show(value: str) -> str:
     return "default" if plain is None else NAMES.get(plain, str(plain)) if isinstance(plain, str) else f"{plain:g}"
 
 
-def last(run: dict[str, Any], voice: str, split: str = "test") -> dict[str, Any] | None:
-    """A run's last evaluation on a voice, of that split where evaluations name theirs."""
-    found = [e for e in run["evaluations"] if e["voice"] == voice and e.get("split", split) == split]
+def last(run: dict[str, Any], voice: str, split: str = "test", share: float = 1.0) -> dict[str, Any] | None:
+    """A run's last evaluation on a voice, of that split where evaluations name theirs, with that share of W' - W0."""
+    found = [e for e in run["evaluations"] if e["voice"] == voice and e.get("split", split) == split
+             and e.get("share", 1.0) == share]  # fmt: skip
     return found[-1] if found else None
 
 

@@ -13,7 +13,7 @@ for needed in ("transformers", "tokenizers", "soundfile", "jiwer", "peft", "yaml
 
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from examples.asr import demo, experiment, report, run, train
+from examples.asr import demo, experiment, report, run, speech_report, train
 from examples.asr.experiment import HERE, PROFILES, Experiment, Store, key_of, main, run_all
 from examples.asr.methods import METHODS, adapt
 from examples.asr.whisper import config_of
@@ -177,6 +177,38 @@ def test_a_run_tells_splits_speakers_and_parts(small_whisper, monkeypatch):
     assert traced["inner_rotation"]["gradient"] > 0 and traced["inner_rotation"]["value"] > 1e-4
     begun, ended = result["diagnostics"]
     assert ended["outer_angle"] == begun["outer_angle"] and ended["inner_angle"] > begun["inner_angle"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "ssvdo"])
+def test_a_run_is_tested_with_shares_of_what_it_learnt(small_whisper, monkeypatch, method):
+    seen = []
+
+    def look(self, stage, step, **more):
+        weight = dict(self.model.named_parameters()).get("model.encoder.layers.0.fc1.weight")
+        seen.append((step, more, weight if weight is None else weight.detach().clone()))
+
+    monkeypatch.setattr(run.Run, "evaluate", look)
+    made = run.Run({**SMALL, "method": method, "shares": [0.0, 0.25, 1.0], "rate": 0.1})
+    made.result()
+    (trained_at, plain, _), *between = seen
+    assert (trained_at, plain) == (2, {}) and [(step, more) for step, more, _ in between] == [
+        (2, {"share": 0.0}), (2, {"share": 0.25}), (2, {"share": 1.0})]  # fmt: skip
+    none, some, whole = (weight for *_, weight in between)
+    assert torch.equal(none, made.base.model.encoder.layers[0].fc1.weight)
+    assert (whole - none).abs().max() > 1e-2
+    torch.testing.assert_close(some, 0.75 * none + 0.25 * whole)
+
+
+def test_tables_tell_shares_from_the_whole():
+    settings = {"method": "lora", "voices": ["child"], "source": "librispeech", "shares": [0.5], "seed": 0, "rate": 1}
+    spoken = {"words": [10, 10], "speakers": ["a", "b"], "step": 2}
+    runs = [{"settings": settings, "evaluations": [
+        {**spoken, "voice": voice, "split": split, "wer": wer, "words_wrong": [wer // 5, 0], **more}
+        for wer, more in ((20, {}), (30, {"share": 0.5})) for voice, split in
+        (("child", "dev"), ("child", "test"), ("librispeech", "test"))]}]  # fmt: skip
+    rows = [line.split(" | ") for line in speech_report.shares(runs).splitlines()[2:]]
+    assert [(row[1], row[3], row[4][:4]) for row in rows] == [("0.5", "30.0", "30.0"), ("1", "20.0", "20.0")]
+    assert speech_report.between_ends(runs) == {"lora": [(30.0, 30.0, "0.5"), (20.0, 20.0, "1")]}
 
 
 def test_a_run_depends_on_its_seed_alone(small_whisper):

@@ -20,8 +20,8 @@ from .experiment import HERE, Experiment
 from .statistics import over_seeds, over_utterances, paired_difference
 from .tables import NAMES, Runs, group, last, load, markdown, show
 
-REAL = ("speech-baseline", "speech-tuning", "speech-shares", "speech-length", "speech-adult", "speech-parts", "speech-split",
-        "speech-layers", "speech-shift", "speech-continual", "speech-larger")  # fmt: skip
+REAL = ("speech-baseline", "speech-tuning", "speech-shares", "speech-length", "speech-adult", "speech-parts",
+        "speech-split", "speech-layers", "speech-shift", "speech-continual", "speech-larger")  # fmt: skip
 SYNTHETIC = ("baseline", "costs", "budget", "forgetting", "continual", "attention", "shift", "sensitivity", "tuning")
 ROOT = HERE.parents[1]
 PAGE, PLOTS = ROOT / "docs" / "experiments.md", ROOT / "docs" / "experiments"

@@ -39,8 +39,8 @@ and `source`.
 train, utterances: at most so many to train on and to test on. split: "test", or "dev" while rates are tuned.
 """
 EXTRA = ("budget", "warmup", "part_rates", "shares")
-"""budget: trained numbers. warmup, part_rates: as `fine_tune` takes them. shares: the trained model is tested, too, with
-W0 + share (W' - W0) in place of W' (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022)."""
+"""budget: trained numbers. warmup, part_rates: as `fine_tune` takes them. shares: the trained model is tested, too,
+with W0 + share (W' - W0) in place of W' (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022)."""
 PARTS = ("inner_rotation", "inner_scale", "outer")
 TRACED = 5  # every so many steps
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import causes
 from . import speech_report as real
 from .experiment import HERE, Experiment
 from .statistics import over_seeds, over_utterances, paired_difference
@@ -235,6 +236,8 @@ def real_section(name: str, folder: Path, plots: Path) -> str:
         "speech-shares": (real.shares,),
     }  # fmt: skip
     parts += [make(runs) for make in tables.get(name, (real.table,))]
+    if name == "speech-parts":
+        parts.append(causes.table(causes.read()))
     if name == "speech-shares":
         parts.append(real.plot(real.between_ends(runs), "share", "children", plots / "shares.png"))
     if name == "speech-length":

@@ -53,18 +53,19 @@ def _groups(model: nn.Module, rate: float, part_rates: Mapping[str, float]) -> l
 def fine_tune(
     model: nn.Module, data: Iterator[Batch], steps: int, rate: float, *, after: Callable[[int], None] | None = None,
     autocast: str = "fp32", quiet: bool = False, warmup: int = 0, part_rates: Mapping[str, float] | None = None,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
 ) -> list[float]:  # fmt: skip
     """Adam (no weight decay) over what requires gradients; the rate falls linearly to zero. Returns the losses.
 
     after(step) is called with the model in eval mode when `step` optimiser steps are done, for step = 1 to `steps`.
     warmup: so many first steps have the rate times 1 / warmup, 2 / warmup, ... on top. part_rates: factors on the rate
-    by the parameter's own name (`outer`, `inner_scale`, ...).
+    by the parameter's own name (`outer`, `inner_scale`, ...). optimizer: another than Adam.
 
     Raises:
         ValueError: part_rates names what the model does not train.
     """
     model.train()
-    optimiser = torch.optim.Adam(_groups(model, rate, part_rates or {}), lr=rate)
+    optimiser = optimizer(_groups(model, rate, part_rates or {}), lr=rate)  # type: ignore[call-arg]
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda done: (1 - done / steps) * min(1.0, (done + 1) / max(1, warmup)))
     device = next(model.parameters()).device.type

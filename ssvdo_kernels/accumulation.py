@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from .cache import Cache, gets
-from .distributed import hooked, refuse_counting, units
 from .ops.attach import StandIns, all_wanted, attach, without_product
-from .ops.preparation import Parameters, Prepared
+from .ops.preparation import Parameters, Prepared, by_batch
+from .watchers import hooked, refuse_counting, units
 
 _INSIDE = "inside gradient_accumulation"
 
@@ -149,16 +149,8 @@ class Sums:
         return [(t, d) for t, d in found if t is not None and d is not None]
 
 
-def _together(ready: Iterable[Sums]) -> Iterable[list[Sums]]:
-    """Those that were prepared together. Each has gradients, so that one node serves them whoever watches."""
-    found: dict[int, list[Sums]] = {}
-    for sums in ready:
-        batch = sums.prepared.batch and sums.prepared.batch()
-        found.setdefault(id(batch or sums), []).append(sums)
-    return found.values()
-
-
 def _brought(some: Sequence[Sums]) -> list[tuple[Tensor, Tensor]]:
+    """What those that were prepared together sum. Each has gradients, so that one node serves them whoever watches."""
     attached = attach([sums.prepared for sums in some], [sums.parameters for sums in some])
     return [pair for sums, own in zip(some, attached, strict=True) for pair in sums.brought(own)]
 
@@ -282,6 +274,7 @@ def _leave(opened: Sequence[Accumulator], completed: bool) -> None:
             for sums in found:
                 sums.clear()
     with torch.inference_mode(False), torch.enable_grad():
-        pairs = [pair for some in _together(ready) for pair in _brought(some)]
+        batches = by_batch([sums.prepared for sums in ready])
+        pairs = [pair for own in batches for pair in _brought([ready[i] for i in own])]
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [d for _, d in pairs])

@@ -15,7 +15,6 @@ from . import inputs, reference
 from .accumulation import Accumulator
 from .cache import Cache, capturing
 from .config import LayerShape, SSVDOConfig, checked_scale
-from .distributed import hooked
 from .factorize import FACTOR_NAMES, Factors, compute_dtype
 from .fingerprint import Bases, Fingerprint
 from .ops import autocasting, lasting, own_dtypes
@@ -28,6 +27,7 @@ from .ops.linear import Call, adapted_linear, adapted_matrix, pulls
 from .ops.preparation import Parameters, Prepared, Rows, Source
 from .origin import Origin
 from .planner import Work, choose
+from .watchers import hooked
 
 _AS_IT_IS = nullcontext()
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .distributed import all_used, layers_a_node, refuse_unused
 from .ops.attach import StandIns, all_wanted, attach, by_layer, used
 from .ops.device import capture
 from .ops.engines import prepare_one
@@ -27,6 +26,7 @@ from .ops.joined import Joined
 from .ops.preparation import Formula, Parameters, Prepared, Rows, Source
 from .ops.streams import current
 from .origin import stamps
+from .watchers import all_used, layers_a_node, refuse_unused
 
 _optimizer_steps = 0
 _replayed = WeakTensorKeyDictionary()  # parameters that a captured step writes when it is replayed, without a trace
@@ -76,7 +76,7 @@ class Batch:
         """units: of FSDP, a number for each, 0 for none; empty where no FSDP is."""
         self.prepared, self._units = prepared, units
         for one in prepared:
-            one.batch = weakref.ref(self)
+            one.batch = self
         self._attached: dict[int, tuple[object, StandIns]] = {}  # by layer, with what it was attached for
 
     def _neighbours(self, prepared: Prepared) -> Sequence[Prepared]:
@@ -309,7 +309,7 @@ class Cache:
 
     def pair(self, prepared: Prepared, parameters: Parameters) -> tuple[StandIns, list[Rows] | None]:
         """M and F in the graph, and where their one consumer may leave `Rows`."""
-        batch, own = prepared.batch and prepared.batch(), prepared.source.parameters
+        batch, own = prepared.batch, prepared.source.parameters
         # Others of the same numbers (functional_call, a state_dict assigned) are to get their own gradients.
         same = all(map(is_, parameters, own))
         if same and isinstance(batch, Batch) and (found := batch.attached(prepared)) is not None:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .cache import Batch, Cache
-from .distributed import ddp, hooked
 from .ops.engines import prepare
 from .ops.preparation import Prepared, Source
+from .watchers import ddp, hooked
 
 
 class Member(NamedTuple):
@@ -66,7 +66,6 @@ class Group:
         for c, made in good:
             c.keep(made, batch)
         return found[0]
-
 
     def _units_of(self, caches: Sequence[Cache]) -> Sequence[int]:
         if not hooked() or ddp() is not None:

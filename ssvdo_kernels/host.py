@@ -15,10 +15,10 @@ from torch import nn
 
 from .adapter import Adapter
 from .cache import Cache
-from .distributed import units
 from .group import Member, group_alike
 from .ops.base import Base
 from .ops.preparation import Source
+from .watchers import units
 
 
 class Host(nn.Module):

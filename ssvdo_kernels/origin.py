@@ -12,6 +12,7 @@ from .factorize import Factors
 from .ops import lasting
 from .ops.base import Base
 from .ops.products import times
+from .watchers import hooked
 
 SKETCH = 4  # probe vectors
 
@@ -103,8 +104,7 @@ class Origin:
 
     def check(self, base: Base, name: str, by_value: bool = False, factors: Factors | None = None) -> None:
         """Raises RuntimeError where W0 is not the one that was factorised. by_value: read its numbers."""
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        now = tuple(map(gathered_stamp, base.tensors)) if together else stamps(base.tensors)
+        now = tuple(map(gathered_stamp, base.tensors)) if hooked() else stamps(base.tensors)
         if now != self._seen or by_value:
             self._look(base, name, now, factors)
 

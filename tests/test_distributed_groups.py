@@ -12,7 +12,7 @@ from helpers import assert_close, count_preparations, require_fully_shard, two_p
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, cache, distributed, gradient_accumulation
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, cache, gradient_accumulation, watchers
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.ops import host
 
@@ -61,7 +61,7 @@ def test_data_parallel(one_process, counts):
 
 
 def test_data_parallel_gets_gradients_of_some_layers_while_others_go_back(one_process, counts, monkeypatch):
-    monkeypatch.setattr(distributed, "LAYERS", 3)
+    monkeypatch.setattr(watchers, "LAYERS", 3)
     net, alone = nets()
     ddp = nn.parallel.DistributedDataParallel(net)
     arrived, x = [], x_of(4)

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..factorize import compute_dtype
 from .compiled import LAYER, decode, extra_of, operation, prepared_of, pulled_back, source_of, trained, trained_fake
 from .engines import adjoint
-from .preparation import Gradients, Prepared, Rows
+from .preparation import Gradients, Prepared, Rows, by_batch
 
 
 class Own(NamedTuple):
@@ -124,10 +124,14 @@ def pull_back(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
     return tuple(found)
 
 
+def _there(layers: Iterable[Own]) -> list[Any]:
+    """The parameters that there are."""
+    return [p for layer in layers for p in layer.parameters if p is not None]
+
+
 def _wanted(layers: Iterable[Own], needs: Sequence[bool]) -> list[Any]:
     """The parameters that `needs`, one for each that there is, says want gradients."""
-    there = [p for layer in layers for p in layer.parameters if p is not None]
-    return [p for p, need in zip(there, needs, strict=True) if need]
+    return [p for p, need in zip(_there(layers), needs, strict=True) if need]
 
 
 def _adjoint_fake(gradients, tensors, specs, present, needs):  # type: ignore[no-untyped-def]
@@ -142,18 +146,13 @@ def adapted_adjoint(gradients, tensors, specs, present, needs):  # type: ignore[
     layers = _unpack(tensors, present)
     many = list(map(_prepared, layers, specs.split("\n"), gradients[::2]))
     found = [g for three in _by_batch(many, gradients[::2], gradients[1::2]) for g in three if g is not None]
-    there = [p for layer in layers for p in layer.parameters if p is not None]
-    return [_alone(g.to(p.dtype)) for p, g, need in zip(there, found, needs, strict=True) if need]
+    return [_alone(g.to(p.dtype)) for p, g, need in zip(_there(layers), found, needs, strict=True) if need]
 
 
 def _by_batch(many: Sequence[Prepared], d_mixer: Sequence[Tensor], d_columns: Sequence[Tensor]) -> list[Gradients]:
     """`engines.adjoint`, for those together that were prepared together."""
-    batches: dict[int, list[int]] = {}
-    for i, one in enumerate(many):
-        batch = None if one.batch is None else one.batch()
-        batches.setdefault(id(one if batch is None else batch), []).append(i)
     found: dict[int, Gradients] = {}
-    for own in batches.values():
+    for own in by_batch(many):
         made = adjoint([many[i] for i in own], [d_mixer[i] for i in own], [d_columns[i] for i in own])
         found |= zip(own, made, strict=True)
     return [found[i] for i in range(len(many))]
@@ -178,7 +177,7 @@ def _stand_ins_gradient(ctx, gradients):  # type: ignore[no-untyped-def]
     layers = _unpack(range(len(tensors)), ctx.present)
     used = [i for i in range(len(layers)) if gradients[2 * i] is not None]  # dM and dF come together
     own = [layers[i] for i in used]
-    needs = [ctx.needs_input_grad[0][at] for layer in own for at in layer.parameters if at is not None]
+    needs = [ctx.needs_input_grad[0][at] for at in _there(own)]
     result: list[Tensor | None] = [None] * len(tensors)
     if any(needs):
         there, present = pack(own)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..origin import stamp
+from ..watchers import hooked
 from .base import Base
 
 
@@ -26,7 +27,7 @@ class Joined:
     def of(self, F: Tensor, base: Base, wide: bool, keep: bool) -> Tensor:
         """The matrix for F as it is; keep: for later calls, too. Not to be kept across what gathers weights anew."""
         weight = base.dense()
-        if not (keep and self.keeps) or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not (keep and self.keeps) or hooked():
             return self._made(F, weight, wide)
         now = *stamp(weight), weight.stride(), F.shape, F.dtype
         if self._buffer is None or now != self._stamp:

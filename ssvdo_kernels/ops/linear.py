@@ -209,7 +209,7 @@ def small_side(prepared: Prepared, form: str, dtype: torch.dtype, backend: str) 
         built = prepared.generation
         if backend == "triton" and form == "folded":
             kind = TritonSide
-            batch = None if prepared.batch is None else prepared.batch()
+            batch = prepared.batch
             if batch is not None and ("expansion", dtype) not in prepared.kept:
                 together.build(batch.prepared, dtype)
                 built = prepared.generation

@@ -10,6 +10,7 @@ the dtypes in which tokens have asked for it, and in no other.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -64,8 +65,17 @@ class Matrices:
         self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self.sides: dict[tuple[str, torch.dtype, str], Any] = {}  # what linear.py has made of these
         self.joined = Joined()
-        self.batch: Callable[[], Batch | None] | None = None  # those that were prepared with these, by weak reference
+        self._batch: Callable[[], Batch | None] | None = None
         self.queued: Queued | None = None  # where what is built was built last
+
+    @property
+    def batch(self) -> Batch | None:
+        """Those that were prepared with these, while somebody has them."""
+        return None if self._batch is None else self._batch()
+
+    @batch.setter
+    def batch(self, batch: Batch) -> None:
+        self._batch = weakref.ref(batch)
 
     @property
     def extra(self) -> int:

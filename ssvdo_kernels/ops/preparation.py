@@ -14,6 +14,7 @@ from these where it has been let go.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -367,3 +368,11 @@ class Prepared(Matrices):
         if q:
             dB[k - q :] += d_mixer[width + l :]
         return dB
+
+
+def by_batch(many: Sequence[Prepared]) -> list[list[int]]:
+    """Which of them were prepared together, by their places."""
+    found: dict[int, list[int]] = {}
+    for i, one in enumerate(many):
+        found.setdefault(id(one if one.batch is None else one.batch), []).append(i)
+    return list(found.values())

@@ -106,7 +106,7 @@ def test_matrices_of_a_group_are_those_of_each_layer():
     apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=3, path="folded", **TRITON))
     randomise_all(net)
     many = [prepared(layer) for layer in net]
-    assert many[0].batch is not None and many[0].batch().prepared is not None
+    assert many[0].batch is not None and many[0].batch.prepared is not None
     names = "contraction", "expansion", "aligned_columns"
     alone = [[one.get(name, torch.float64) for name in names] for one in many]
     for one in many:

@@ -1,6 +1,6 @@
 """Where does forgetting come from? Losses after short trainings in which parts of SSVD-O move by more or less.
 
-    python -m examples.asr.causes        # 17 variants, a minute of one core each; those that are there are not repeated
+    python -m examples.asr.causes        # 16 variants, a minute of one core each; those that are there are not repeated
 
 Teacher-forced losses on the development speakers and on every second speaker of LibriSpeech tell apart what error rates
 of as few utterances do not. Training is as in the experiment speech-baseline, seed 0. results/causes.jsonl holds the
@@ -9,12 +9,13 @@ rows, docs/experiments.md shows them.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import statistics
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ssvdo_kernels.adapter import Adapter
 
 from .corpus import Utterance, batches, features
 from .methods import adapt
+from .options import as_script
 from .readers import open_corpus
 from .run import SETTINGS
 from .tables import markdown
@@ -95,7 +97,9 @@ def multipliers(model: nn.Module, variant: Variant) -> dict[nn.Parameter, Tensor
 class Multiplied(torch.optim.Adam):
     """Adam whose steps are multiplied, number by number."""
 
-    by: Mapping[nn.Parameter, Tensor | float] = {}
+    def __init__(self, params: Any, lr: float, by: Mapping[nn.Parameter, Tensor | float]) -> None:
+        super().__init__(params, lr=lr)
+        self.by = by
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """A step."""
@@ -131,8 +135,10 @@ def table(rows: list[dict[str, Any]]) -> str:
          f"{r['dev']:.3f}", f"{r['source']:.3f}"] for r in rows])  # fmt: skip
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs what is missing, and prints the table."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(arguments)
     rows = read()
     there = {(r["name"], r["rate"]) for r in rows}
     base, tokenizer = load_whisper("tiny.en", 10)
@@ -150,9 +156,9 @@ def main() -> int:
             torch.manual_seed(0)
             settings = {**SETTINGS, **TRAINING, **variant.settings, "method": variant.method, "rate": variant.rate}
             model = adapt(model, settings).model  # type: ignore[assignment]
-            Multiplied.by = multipliers(model, variant) if variant.method == "ssvdo" else {}
+            by = multipliers(model, variant) if variant.method == "ssvdo" else {}
             losses = fine_tune(model, batches(mel, said, tokenizer, 8, 0, prompt), 40, variant.rate, autocast="bf16",
-                               quiet=True, optimizer=Multiplied)  # fmt: skip
+                               quiet=True, optimizer=partial(Multiplied, by=by))  # fmt: skip
         dev, source = (loss(model, batch) for batch in tests)
         rows.append({**asdict(variant), "training": round(statistics.fmean(losses), 4), "dev": dev, "source": source})
         rows.sort(key=lambda r: [(v.name, v.rate) for v in wanted].index((r["name"], r["rate"])))
@@ -162,7 +168,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    as_script(main)

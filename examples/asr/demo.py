@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,7 +40,7 @@ from ssvdo_kernels.targets import find_targets
 from .corpus import batches, features
 from .ctranslate2 import WeightsError
 from .demo_speech import children, committed, own_recordings
-from .options import COUNT, FILE, FOLDER, LEARNING_RATE, SEED, TARGET
+from .options import COUNT, FILE, FOLDER, LEARNING_RATE, SEED, TARGET, as_script
 from .recognise import transcribe, wer
 from .train import Batch, fine_tune, loss_of
 from .whisper import load_whisper, prompt_of
@@ -186,7 +185,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (WeightsError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    as_script(main, WeightsError)

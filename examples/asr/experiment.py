@@ -32,9 +32,8 @@ from tqdm import tqdm
 from ssvdo_kernels import SSVDOConfig
 
 from .corpus import read_text
-from .ctranslate2 import WeightsError
 from .methods import METHODS
-from .options import COUNT, MINUTES, TARGET
+from .options import COUNT, MINUTES, TARGET, as_script
 from .run import EXTRA, SETTINGS, Run, check, prepare
 
 HERE = Path(__file__).parent
@@ -261,8 +260,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        as_script(main, RuntimeError)
     except KeyboardInterrupt:
         sys.exit("interrupted; what was done is kept, the same command goes on")
-    except (WeightsError, ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")

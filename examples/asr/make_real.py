@@ -14,7 +14,6 @@ test in train or dev; rows alternate between speakers. From LibriSpeech: short u
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .corpus import RATE, load_audio, read_rows
-from .options import FOLDER, TARGET
+from .options import FOLDER, TARGET, as_script
 from .readers import kaldi_lines, real_folder
 
 LISTED = Path(__file__).parent / "real_speech.tsv"
@@ -137,7 +136,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    as_script(main)

@@ -1,13 +1,14 @@
-"""Values of the examples' command lines. A wrong one is refused in one line: the option, the value, what is allowed."""
+"""The examples' command lines. A wrong value is refused in one line: the option, the value, what is allowed."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -39,3 +40,11 @@ MINUTES = checked(float, "a finite number of at least 0", lambda x: 0 <= x < mat
 FILE = checked(Path, "a file that is there", lambda p: p.exists() and not p.is_dir())
 FOLDER = checked(Path, "a folder that is there", Path.is_dir)
 TARGET = checked(Path, "a folder, or where one can be made", _can_be_folder)
+
+
+def as_script(main: Callable[[], int], *mended: type[Exception]) -> NoReturn:
+    """Exits with what `main` returns; a ValueError, an OSError and those that are `mended` by a user are one line."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, *mended) as error:
+        sys.exit(f"error: {error}")

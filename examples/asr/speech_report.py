@@ -130,12 +130,17 @@ def steps(runs: Runs) -> str:
     return markdown(["method", "steps", "seeds", "WER target", "WER source"], lines)
 
 
+def tested_shares(settings: dict[str, Any]) -> tuple[float, ...]:
+    """The shares of W' - W0 that a run was tested with, all of it last."""
+    return *settings.get("shares", ()), 1.0
+
+
 def shares(runs: Runs) -> str:
     """A row per method and share of what it learnt: development speakers, by whom one is chosen, test, source."""
     lines = []
     for (method,), same in _by(runs, lambda s: (s["method"],)):
         s, target = same[0]["settings"], same[0]["settings"]["voices"][-1]
-        for share in (*s.get("shares", ()), 1.0):
+        for share in tested_shares(s):
             found = [ends(same, voice, split, share) for voice, split in
                      ((target, "dev"), (target, "test"), (s["source"], "test"))]  # fmt: skip
             lines.append([NAMES[method], "-" if method == "none" else f"{share:g}", str(len(same)),
@@ -172,8 +177,8 @@ def between_ends(runs: Runs) -> dict[str, list[Point]]:
     for (method,), same in _by(runs, lambda s: (s["method"],)):
         s = same[0]["settings"]
         wer = [[[e["wer"] for e in ends(same, voice, share=share)] for voice in (s["voices"][-1], s["source"])]
-               for share in (*s.get("shares", ()), 1.0)]  # fmt: skip
-        texts = [""] if method == "none" else [f"{share:g}" for share in (*s.get("shares", ()), 1.0)]
+               for share in tested_shares(s)]  # fmt: skip
+        texts = [""] if method == "none" else [f"{share:g}" for share in tested_shares(s)]
         found[method] = [(statistics.fmean(x), statistics.fmean(y), text)
                          for (x, y), text in zip(wer, texts, strict=True)]  # fmt: skip
     return found

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ from ssvdo_kernels.config import LayerShape
 
 from .corpus import batches, features
 from .methods import FEED_FORWARD, adapt
-from .options import COUNT
+from .options import COUNT, as_script
 from .readers import open_corpus
 from .tables import markdown
 from .train import loss_of
@@ -119,7 +118,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    as_script(main)

@@ -53,7 +53,7 @@ def _groups(model: nn.Module, rate: float, part_rates: Mapping[str, float]) -> l
 def fine_tune(
     model: nn.Module, data: Iterator[Batch], steps: int, rate: float, *, after: Callable[[int], None] | None = None,
     autocast: str = "fp32", quiet: bool = False, warmup: int = 0, part_rates: Mapping[str, float] | None = None,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
 ) -> list[float]:  # fmt: skip
     """Adam (no weight decay) over what requires gradients; the rate falls linearly to zero. Returns the losses.
 
@@ -65,7 +65,7 @@ def fine_tune(
         ValueError: part_rates names what the model does not train.
     """
     model.train()
-    optimiser = optimizer(_groups(model, rate, part_rates or {}), lr=rate)  # type: ignore[call-arg]
+    optimiser = optimizer(_groups(model, rate, part_rates or {}), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda done: (1 - done / steps) * min(1.0, (done + 1) / max(1, warmup)))
     device = next(model.parameters()).device.type

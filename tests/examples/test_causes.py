@@ -21,8 +21,8 @@ def step(model, variant):
     """What an Adam step of rate 0.1 makes of each part of each layer, and W' before and after."""
     layers = {name: model[name].adapter for name in ("fc1", "fc2")}
     before = {name: model[name].adapted_weight() for name in layers}
-    Multiplied.by = multipliers(model, variant)
-    optimiser = Multiplied([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = Multiplied(trained, lr=1e-4, by=multipliers(model, variant))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimiser.step()

@@ -6,12 +6,14 @@ made by `python -m benchmarks.kernel_table`, tested in tests/triton_kernels/test
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FUSED_WIDTH = {"half": 128, "tf32": 128, "fp32": 64, "fp64": 32}
 """The widest V (columns) that the one-pass kernels hold on chip; beyond it `add_product` takes a second launch."""
 FUSED_EXTRA = 128
 """The most columns of z that one-pass `contract` holds on chip."""
+WIDE, WIDE_EXTRA = 256, 64
+"""As many in half precision where one pass is timed against two launches."""
 
 
 SHARED = {"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "9.0": 227, "10.0": 227, "10.3": 227, "12.0": 99, "12.1": 99}
@@ -21,17 +23,23 @@ SHARED = {"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "9.0": 227, "10.0": 227,
 @dataclass(frozen=True)
 class Config:
     """Block sizes by the kernels' own names and in their order, warps, pipeline stages; the KiB of shared memory that a
-    device's blocks must be allowed."""
+    device's blocks must be allowed. persistent: of the kernels of persistent.py. capability: the only one it is for."""
 
     blocks: tuple[tuple[str, int], ...]
     warps: int
     stages: int
     shared: int = 99
+    persistent: bool = False
+    capability: str = ""
 
     @property
     def meta(self) -> dict[str, int]:
         """Block sizes as keyword arguments."""
         return dict(self.blocks)
+
+
+TWO = Config((), 0, 0)
+"""Two launches in place of one."""
 
 
 def _config(warps: int, stages: int, shared: int, **blocks: int) -> Config:
@@ -40,6 +48,10 @@ def _config(warps: int, stages: int, shared: int, **blocks: int) -> Config:
 
 def _one_pass(t: int, d: int, n: int, warps: int, stages: int, shared: int = 99) -> Config:
     return _config(warps, stages, shared, BLOCK_T=t, BLOCK_D=d, BLOCK_N=n)
+
+
+def _persistent(rows: int, stages: int, capability: str = "") -> Config:
+    return replace(_one_pass(rows, 64, 64, 8, stages, 227), persistent=True, capability=capability)
 
 
 def _product(t: int, n: int, k: int, warps: int, stages: int) -> Config:
@@ -59,6 +71,8 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
         "fp32": (_one_pass(32, 32, 32, 4, 2),),
         "fp64": (_one_pass(32, 16, 16, 8, 2),),
     },
+    "wide_expand": {"half": (TWO, _one_pass(64, 64, 64, 8, 3, 163), _persistent(128, 3))},
+    "wide_contract": {"half": (TWO, _one_pass(64, 64, 64, 8, 3, 163), _persistent(128, 3, "9.0"), _persistent(64, 2))},
     "add_product": {
         "half": (_product(128, 128, 64, 8, 3), _product(64, 128, 64, 4, 3),
                  _product(64, 64, 32, 4, 3)),
@@ -69,6 +83,8 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
 }  # fmt: skip
 
 
-def candidates(kernel: str, precision: str, shared: int) -> tuple[Config, ...]:
-    """Those of a kernel for a device whose blocks may have `shared` KiB of shared memory."""
-    return tuple(c for c in CONFIGS[kernel][precision] if c.shared <= shared)
+def candidates(kernel: str, precision: str, capability: str) -> tuple[Config, ...]:
+    """Those of a kernel for a device's compute capability; of an unknown one, for the least shared memory."""
+    shared = SHARED.get(capability, min(SHARED.values()))
+    return tuple(c for c in CONFIGS[kernel].get(precision, ())
+                 if c.shared <= shared and c.capability in ("", capability))  # fmt: skip

@@ -4,6 +4,9 @@ Everything takes tensors of any strides and any sizes, 0 rows included; results 
 and Q share one dtype of float16, bfloat16, float32 or float64. Products accumulate in float32 (float64 for float64);
 float32 operands follow ``torch.backends.cuda.matmul.fp32_precision``.
 
+Where V is too wide to be held on chip without a thought (up to `configs.WIDE` columns in half precision), one pass is
+timed against two launches, as configurations of one kernel are, and two launches are what is taken untimed.
+
 A launch that is like an earlier one, up to the number of tokens, takes its configuration and its compiled kernel from a
 table: Triton's own way there looks at every argument anew and costs three times as much.
 """
@@ -12,20 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from ..traffic import tf32
-from . import kernels, tuning
-from .configs import FUSED_EXTRA, FUSED_WIDTH, SHARED, Config
+from . import kernels, persistent, tuning
+from .configs import FUSED_EXTRA, FUSED_WIDTH, TWO, WIDE, WIDE_EXTRA, Config
 
-Grid = Callable[[dict[str, int]], tuple[int, int, int]]
-_compiled: dict[tuple[Any, ...], tuple[Any, dict[str, int], tuple[Any, ...]]] = {}
-_again: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+Grid = Callable[[Config], tuple[int, int, int]]
+Launched = tuple[Any, tuple[Any, ...]]
+_compiled: dict[tuple[Any, ...], tuple[Any, Config, tuple[Any, ...]]] = {}
+_again: dict[tuple[Any, ...], Launched] = {}
+_TWICE: Launched = (None, ())  # stands in `_again` for two launches
 _processors: dict[int, int] = {-1: 8}
 _HERE = nullcontext()
 _MOST = 4096  # numbers of tokens and the like that are remembered at a time
@@ -52,12 +59,9 @@ def processors(x: Tensor) -> int:
     return _processors[index]
 
 
-def _shared(index: int) -> int:
-    """KiB of shared memory that a block may have on a device; -1: the interpreter's."""
-    if index < 0:
-        return max(SHARED.values())
-    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
-    return SHARED.get(capability, min(SHARED.values()))
+def _capability(index: int) -> str:
+    """The compute capability of a device; -1: what the interpreter is taken for."""
+    return "9.0" if index < 0 else ".".join(map(str, torch.cuda.get_device_capability(index)))
 
 
 def _on(index: int) -> AbstractContextManager[Any]:
@@ -69,7 +73,7 @@ def _empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tenso
     return like.new_empty(shape, dtype=dtype)
 
 
-def _ready(call: tuple[Any, ...], operands: tuple[Tensor, ...]) -> tuple[Any, tuple[Any, ...]] | None:
+def _ready(call: tuple[Any, ...], operands: tuple[Tensor, ...]) -> Launched | None:
     """What `_run` has remembered of a call, where its operands are aligned."""
     bits = 0
     for t in operands:
@@ -86,6 +90,7 @@ def _run(
     flags: tuple[int, ...],
     sizes: tuple[int, ...],
     grid: Grid,
+    twice: Callable[[], Any] | None = None,
 ) -> None:
     """Launches a kernel by its name.
 
@@ -93,7 +98,8 @@ def _run(
         call: what the launch is remembered by; all that decides on it but whether operands are aligned.
         operands, T, rest, flags: its arguments in their order, but for the blocks and the precision. Nothing is
             specialised on T.
-        sizes: what its timing is remembered by, beside T. grid: block sizes -> programs.
+        sizes: what its timing is remembered by, beside T. grid: a configuration's programs.
+        twice: does the same in two launches, where these are among the configurations.
     """
     first, precision = operands[0], precision_of(operands[0].dtype)
     index, bits = first.get_device(), [t.data_ptr() & 15 for t in operands]
@@ -103,23 +109,50 @@ def _run(
         if found is None:
 
             def launch(config: Config) -> Any:
+                if config is TWO:
+                    assert twice is not None
+                    return twice() is not None
                 options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
                 constants = _constants(config, flags, precision)
-                return getattr(kernels, name)[grid(config.meta)](*operands, T, *rest, *constants, **options)
+                kernel = getattr(persistent if config.persistent else kernels, name)
+                return _started(kernel, grid(config), config)(*operands, T, *rest, *constants, **options)
 
-            order = tuning.choose(name, precision, T, sizes, launch, shared=_shared(index))
+            listed = f"wide_{name}" if twice else name
+            order = tuning.choose(listed, precision, T, sizes, launch, capability=_capability(index))
             kernel, config = _first_with_room(launch, order)
             # None: interpreted. What a capture takes may not have been timed.
             if kernel is not None and not tuning.capturing():
-                _compiled[key] = kernel, config.meta, _constants(config, flags, precision)
+                _compiled[key] = kernel, config, _constants(config, flags, precision)
             return
-        kernel, meta, constants = found
-        again = kernel[grid(meta)], (T, *rest, *constants)
-        again[0](*operands, *again[1])
+        kernel, config, constants = found
+        if config is TWO:
+            again = _TWICE
+            twice()  # type: ignore[misc]
+        else:
+            again = _started(kernel, grid(config), config), (T, *rest, *constants)
+            again[0](*operands, *again[1])
     if not any(bits):
         if len(_again) >= _MOST:
             _again.clear()
         _again[call] = again
+
+
+def _started(kernel: Any, programs: tuple[int, int, int], config: Config) -> Callable[..., Any]:
+    """The kernel on so many programs; a persistent one with memory for its descriptors."""
+    start: Callable[..., Any] = kernel[programs]
+    if not config.persistent:
+        return start
+
+    def allocating(*arguments: Any, **options: Any) -> Any:
+        triton.set_allocator(_scratch)
+        return start(*arguments, **options)
+
+    # Allocators are of a context: that of autograd's thread has none, and the caller's keeps its own.
+    return lambda *arguments, **options: copy_context().run(allocating, *arguments, **options)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _constants(config: Config, flags: tuple[int, ...], precision: str) -> tuple[Any, ...]:
@@ -143,11 +176,12 @@ def _groups(row_blocks: int, column_blocks: int, processors: int) -> int:
 
 
 def _by_rows(T: int, columns: int, processors: int) -> Grid:
-    """Programs of the one-pass kernels."""
+    """Programs of the one-pass kernels; of persistent ones, no more than there are multiprocessors."""
 
-    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
-        row_blocks, column_blocks = -(-T // meta["BLOCK_T"]), -(-columns // meta["BLOCK_N"])
-        return row_blocks, _groups(row_blocks, column_blocks, processors), 1
+    def grid(config: Config) -> tuple[int, int, int]:
+        row_blocks, column_blocks = -(-T // config.meta["BLOCK_T"]), -(-columns // config.meta["BLOCK_N"])
+        programs = min(row_blocks, processors) if config.persistent else row_blocks
+        return programs, _groups(row_blocks, column_blocks, processors), 1
 
     return grid
 
@@ -155,6 +189,16 @@ def _by_rows(T: int, columns: int, processors: int) -> Grid:
 def one_pass(dtype: torch.dtype, w: int, e: int = 0) -> bool:
     """Whether V's w columns (and contract's e columns of z) fit on chip."""
     return w <= FUSED_WIDTH[precision_of(dtype)] and e <= FUSED_EXTRA
+
+
+def timed(dtype: torch.dtype, w: int, e: int = 0) -> bool:
+    """Whether one pass is timed against two launches at such a width, where `_movable` holds."""
+    return dtype.itemsize == 2 and w <= WIDE and e <= WIDE_EXTRA and not one_pass(dtype, w, e)
+
+
+def _movable(*operands: Tensor) -> bool:
+    """Whether TMA moves their tiles in half precision: columns side by side, rows and first elements on 16 bytes."""
+    return all(t.stride(1) == 1 and not t.stride(0) & 7 and not t.data_ptr() & 15 for t in operands)
 
 
 def _call(name: str, *operands: Tensor) -> list[Any]:
@@ -172,21 +216,30 @@ def expand(x: Tensor, V: Tensor, R: Tensor, keep: bool = False) -> tuple[Tensor,
     """([x' | z] = [x | 0] + (x V) R, [x V | z] if keep). x: T x d; V: d x w; R: w x n, n >= d."""
     (T, d), (w, n) = x.shape, R.shape
     kept = _empty(T, w + n - d, like=x) if keep else None
-    call = (*_call("expand", x, V, R), keep)
-    again = _ready(call, (x, V, R))
-    if again is None and w > FUSED_WIDTH[precision_of(x.dtype)]:
-        h = x @ V if kept is None else torch.mm(x, V, out=kept[:, :w])
-        return add_product(x, h, R, z_out=None if kept is None else kept[:, w:]), kept
+    wide = not one_pass(x.dtype, w)
+    if wide and not timed(x.dtype, w):
+        return _expand_twice(x, V, R, kept), kept
     out = _empty(T, n, like=x)
     to = out if kept is None else kept
-    if again is not None:
+    call = (*_call("expand", x, V, R), keep)
+    again = _ready(call, (x, V, R))
+    if again is _TWICE or (again is None and wide and (w & 7 or not _movable(x, V, R, out, to))):
+        _expand_twice(x, V, R, kept, out)
+    elif again is not None:
         with _on(call[2]):
             again[0](x, V, R, out, to, *again[1])
     elif T:
         rest = (d, w, n, *x.stride(), *V.stride(), *R.stride(), *out.stride(), *to.stride())
-        _run(call, "expand", (x, V, R, out, to), T, rest, (_power(w), keep), (d, w, n),
-             _by_rows(T, n, processors(x)))  # fmt: skip
+        _run(call, "expand", (x, V, R, out, to), T, rest, (_power(w), keep), (d, w, n), _by_rows(T, n, processors(x)),
+             (lambda: _expand_twice(x, V, R, kept, out)) if wide else None)  # fmt: skip
     return out, kept
+
+
+def _expand_twice(x: Tensor, V: Tensor, R: Tensor, kept: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """`expand` in two launches."""
+    w = V.shape[1]
+    h = x @ V if kept is None else torch.mm(x, V, out=kept[:, :w])
+    return add_product(x, h, R, out=out, z_out=None if kept is None else kept[:, w:])
 
 
 def merge(tall: Tensor, columns: Tensor, V: Tensor, Q: Tensor, transposed: bool) -> Tensor:
@@ -211,14 +264,12 @@ def contract(
     """(u + [u V | z] Q + bias, [u V | z] if keep). u: T x d; z: T x e; V: d x w; Q: (w + e) x d; bias: d, contiguous;
     out: T x d, any strides; g: T x (w + e), where z is its last e columns already: what is kept goes there."""
     (T, d), w, e = u.shape, V.shape[1], z.shape[1]
+    wide, given = not one_pass(u.dtype, w, e), out is not None
+    if wide and keep and g is None:
+        g = _beside(z, w)
+    if wide and not timed(u.dtype, w, e):
+        return _contract_twice(u, z, V, Q, bias, out, g), g if keep else None
     store_z = keep and g is None and e > 0
-    if not one_pass(u.dtype, w, e):
-        if g is None:
-            g = _empty(T, w + e, like=u)
-            g[:, w:] = z
-        torch.mm(u, V, out=g[:, :w])
-        return add_product(u, g, Q, bias, out), g if keep else None
-    given = out is not None
     out = _empty(T, d, like=u) if out is None else out
     g = _empty(T, w + e, like=u) if g is None and keep else g
     if not T:
@@ -227,14 +278,34 @@ def contract(
     second = (z, Q[w:], to[:, w:] if store_z else to) if e else (u, Q, to)
     operands = (u, second[0], V, Q, second[1], u if bias is None else bias, out, to, second[2])
     call = (*_call("contract", u, z, V, Q, to), keep, store_z, bias is None, given and out.stride())
-    if (again := _ready(call, operands)) is not None:
+    again = _ready(call, operands)
+    if again is _TWICE or (again is None and wide and not _movable(u, second[0], V, Q, out, to)):
+        _contract_twice(u, z, V, Q, bias, out, g)
+    elif again is not None:
         with _on(call[2]):
             again[0](*operands, *again[1])
     else:
         rest = (d, w, e, *u.stride(), *second[0].stride(), *V.stride(), *Q.stride(), *out.stride(), *to.stride())
         flags = (_power(w), _power(e) if e else 0, keep, store_z, bias is not None)
-        _run(call, "contract", operands, T, rest, flags, (d, w, e), _by_rows(T, d, processors(u)))
+        _run(call, "contract", operands, T, rest, flags, (d, w, e), _by_rows(T, d, processors(u)),
+             (lambda: _contract_twice(u, z, V, Q, bias, out, g)) if wide else None)  # fmt: skip
     return out, g if keep else None
+
+
+def _beside(z: Tensor, w: int) -> Tensor:
+    """A place for w columns, and z."""
+    g = _empty(z.shape[0], w + z.shape[1], like=z)
+    g[:, w:] = z
+    return g
+
+
+def _contract_twice(
+    u: Tensor, z: Tensor, V: Tensor, Q: Tensor, bias: Tensor | None, out: Tensor | None, g: Tensor | None
+) -> Tensor:
+    """`contract` in two launches."""
+    g = _beside(z, V.shape[1]) if g is None else g
+    torch.mm(u, V, out=g[:, : V.shape[1]])
+    return add_product(u, g, Q, bias, out)
 
 
 def add_product(
@@ -260,8 +331,8 @@ def add_product(
             again[0](*operands, *again[1])
         return out
 
-    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
-        return -(-T // meta["BLOCK_T"]) * -(-n // meta["BLOCK_N"]), 1, 1
+    def grid(config: Config) -> tuple[int, int, int]:
+        return -(-T // config.meta["BLOCK_T"]) * -(-n // config.meta["BLOCK_N"]), 1, 1
 
     rest = (d, K, n, *a.stride(), *g.stride(), *P.stride(), *out.stride(), *z.stride())
     _run(call, "add_product", operands, T, rest, (z is not out, bias is not None), (d, K, n), grid)

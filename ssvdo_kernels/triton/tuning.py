@@ -64,7 +64,7 @@ def choose(
     sizes: Sequence[int],
     launch: Callable[[Config], None],
     *,
-    shared: int = 227,
+    capability: str = "9.0",
     device: str = "",
     time: Callable[[Callable[[], None]], float] | None = None,
 ) -> tuple[Config, ...]:
@@ -75,10 +75,10 @@ def choose(
 
     Args:
         launch: runs the kernel with a configuration; results of timed launches are overwritten by the caller's own.
-        shared: KiB of shared memory that a block may have. device: the device's name; "" asks torch.
+        capability: the device's. device: its name; "" asks torch.
         time: milliseconds of a call; None takes triton.testing.do_bench.
     """
-    found = candidates(kernel, precision, shared)
+    found = candidates(kernel, precision, capability)
     if len(found) == 1 or (time is None and not enabled()):
         return found
     path = cache_file(device or torch.cuda.get_device_name())

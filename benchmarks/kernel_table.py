@@ -18,7 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssvdo_kernels.triton.configs import CONFIGS, FUSED_EXTRA, FUSED_WIDTH, SHARED, Config, candidates
+from ssvdo_kernels.triton.configs import (
+    CONFIGS,
+    FUSED_EXTRA,
+    FUSED_WIDTH,
+    SHARED,
+    TWO,
+    WIDE,
+    WIDE_EXTRA,
+    Config,
+    candidates,
+)
 
 DTYPES = {"bf16": "half", "fp16": "half", "tf32": "tf32", "fp32": "fp32", "fp64": "fp64"}
 POINTERS = {"*bf16": "bf16", "*fp16": "fp16", "*fp32": "fp32", "*fp64": "fp64"}
@@ -48,12 +58,14 @@ def _constants(kernel: str, precision: str, config: Config) -> dict[str, Any]:
 
     constants: dict[str, Any] = {**config.meta, "ACC": tl.float64 if precision == "fp64" else tl.float32,
                                  "PRECISION": "tf32" if precision == "tf32" else "ieee"}
-    if kernel in ("expand", "contract"):
-        constants["WIDTH"] = FUSED_WIDTH[precision]
-        more = {"KEEP": True} if kernel == "expand" else {"STORE_G": True, "EXTRA": FUSED_EXTRA}
+    wide, one = kernel.startswith("wide_"), kernel.removeprefix("wide_")
+    if one in ("expand", "contract"):
+        constants["WIDTH"] = WIDE if wide else FUSED_WIDTH[precision]
+        extra = WIDE_EXTRA if wide else FUSED_EXTRA
+        more = {"KEEP": True} if one == "expand" else {"STORE_G": True, "EXTRA": extra}
         constants.update(more)
-    if kernel in ("contract", "add_product"):
-        constants.update(HAS_BIAS=True, STORE_Z=True)
+    if one in ("contract", "add_product"):
+        constants.update(HAS_BIAS=True, STORE_Z=not wide)
     return constants
 
 
@@ -64,9 +76,9 @@ def compile_one(kernel: str, dtype: str, arch: int, config: Config, aligned: boo
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    from ssvdo_kernels.triton import kernels
+    from ssvdo_kernels.triton import kernels, persistent
 
-    function = getattr(kernels, kernel)
+    function = getattr(persistent if config.persistent else kernels, kernel.removeprefix("wide_"))
     constants = _constants(kernel, DTYPES[dtype], config)
     pointer = "*fp32" if dtype == "tf32" else f"*{dtype}"
     signature, attributes = {}, {}
@@ -105,8 +117,10 @@ def compile_one(kernel: str, dtype: str, arch: int, config: Config, aligned: boo
 
 def describe(config: Config) -> str:
     """A configuration in one word a number."""
+    if config is TWO:
+        return "two launches"
     blocks = " ".join(f"{k.removeprefix('BLOCK_').lower()}{v}" for k, v in config.blocks)
-    return f"{blocks} w{config.warps} s{config.stages}"
+    return f"{blocks} w{config.warps} s{config.stages}" + " persistent" * config.persistent
 
 
 def _attempt(job: tuple[str, str, int, Config]) -> Compiled | str:
@@ -119,7 +133,8 @@ def _attempt(job: tuple[str, str, int, Config]) -> Compiled | str:
 def jobs(archs: list[int], dtypes: list[str], default_only: bool = False) -> list[tuple[str, str, int, Config]]:
     """Kernel, dtype, architecture and configuration of everything that is shipped for it."""
     return [(kernel, dtype, arch, config) for kernel in CONFIGS for dtype in dtypes for arch in archs
-            for config in candidates(kernel, DTYPES[dtype], LIMIT[arch])[: 1 if default_only else None]]
+            for config in candidates(kernel, DTYPES[dtype], f"{arch // 10}.{arch % 10}")[: 1 if default_only else None]
+            if config is not TWO]
 
 
 def complaints(results: list[Compiled | str]) -> list[str]:

@@ -71,8 +71,8 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
         "fp32": (_one_pass(32, 32, 32, 4, 2),),
         "fp64": (_one_pass(32, 16, 16, 8, 2),),
     },
-    "wide_expand": {"half": (TWO, _one_pass(64, 64, 64, 8, 3, 163), _persistent(128, 3))},
-    "wide_contract": {"half": (TWO, _one_pass(64, 64, 64, 8, 3, 163), _persistent(128, 3, "9.0"), _persistent(64, 2))},
+    "wide_expand": {"half": (TWO, _one_pass(64, 64, 64, 8, 3, 163), _persistent(128, 4))},
+    "wide_contract": {"half": (TWO, _one_pass(64, 64, 64, 8, 3, 163), _persistent(128, 4, "9.0"), _persistent(64, 3))},
     "add_product": {
         "half": (_product(128, 128, 64, 8, 3), _product(64, 128, 64, 4, 3),
                  _product(64, 64, 32, 4, 3)),

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ Grid = Callable[[Config], tuple[int, int, int]]
 Launched = tuple[Any, tuple[Any, ...]]
 _compiled: dict[tuple[Any, ...], tuple[Any, Config, tuple[Any, ...]]] = {}
 _again: dict[tuple[Any, ...], Launched] = {}
-_TWICE: Launched = (None, ())  # stands in `_again` for two launches
+_twice: set[tuple[Any, ...]] = set()  # sizes at which two launches are faster than one pass, or all there is
+_NO_SIZE: tuple[Any, ...] = ()
 _processors: dict[int, int] = {-1: 8}
 _HERE = nullcontext()
 _MOST = 4096  # numbers of tokens and the like that are remembered at a time
@@ -59,7 +61,7 @@ def processors(x: Tensor) -> int:
     return _processors[index]
 
 
-def _capability(index: int) -> str:
+def capability(index: int) -> str:
     """The compute capability of a device; -1: what the interpreter is taken for."""
     return "9.0" if index < 0 else ".".join(map(str, torch.cuda.get_device_capability(index)))
 
@@ -90,7 +92,7 @@ def _run(
     flags: tuple[int, ...],
     sizes: tuple[int, ...],
     grid: Grid,
-    twice: Callable[[], Any] | None = None,
+    twice: tuple[tuple[Any, ...], Callable[[], Tensor]] | None = None,
 ) -> None:
     """Launches a kernel by its name.
 
@@ -99,11 +101,12 @@ def _run(
         operands, T, rest, flags: its arguments in their order, but for the blocks and the precision. Nothing is
             specialised on T.
         sizes: what its timing is remembered by, beside T. grid: a configuration's programs.
-        twice: does the same in two launches, where these are among the configurations.
+        twice: where two launches are among the configurations, the size's key in `_twice` and what makes the two.
     """
     first, precision = operands[0], precision_of(operands[0].dtype)
     index, bits = first.get_device(), [t.data_ptr() & 15 for t in operands]
     key = name, index, precision, first.dtype, call[0], (T - 1).bit_length(), rest, flags, *bits
+
     with _on(index):
         found = _compiled.get(key)
         if found is None:
@@ -111,30 +114,36 @@ def _run(
             def launch(config: Config) -> Any:
                 if config is TWO:
                     assert twice is not None
-                    return twice() is not None
+                    return twice[1]() is not None
                 options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
                 constants = _constants(config, flags, precision)
                 kernel = getattr(persistent if config.persistent else kernels, name)
                 return _started(kernel, grid(config), config)(*operands, T, *rest, *constants, **options)
 
             listed = f"wide_{name}" if twice else name
-            order = tuning.choose(listed, precision, T, sizes, launch, capability=_capability(index))
+            order = tuning.choose(listed, precision, T, sizes, launch, capability=capability(index))
             kernel, config = _first_with_room(launch, order)
             # None: interpreted. What a capture takes may not have been timed.
             if kernel is not None and not tuning.capturing():
                 _compiled[key] = kernel, config, _constants(config, flags, precision)
             return
         kernel, config, constants = found
-        if config is TWO:
-            again = _TWICE
-            twice()  # type: ignore[misc]
-        else:
-            again = _started(kernel, grid(config), config), (T, *rest, *constants)
-            again[0](*operands, *again[1])
+        if config is TWO and twice is not None:
+            if not call[0]:  # deterministic algorithms time nothing
+                _make_room(_twice)
+                _twice.add(twice[0])
+            twice[1]()
+            return
+        again = _started(kernel, grid(config), config), (T, *rest, *constants)
+        again[0](*operands, *again[1])
     if not any(bits):
-        if len(_again) >= _MOST:
-            _again.clear()
+        _make_room(_again)
         _again[call] = again
+
+
+def _make_room(table: dict[Any, Any] | set[Any]) -> None:
+    if len(table) >= _MOST:
+        table.clear()
 
 
 def _started(kernel: Any, programs: tuple[int, int, int], config: Config) -> Callable[..., Any]:
@@ -216,22 +225,23 @@ def expand(x: Tensor, V: Tensor, R: Tensor, keep: bool = False) -> tuple[Tensor,
     """([x' | z] = [x | 0] + (x V) R, [x V | z] if keep). x: T x d; V: d x w; R: w x n, n >= d."""
     (T, d), (w, n) = x.shape, R.shape
     kept = _empty(T, w + n - d, like=x) if keep else None
-    wide = not one_pass(x.dtype, w)
-    if wide and not timed(x.dtype, w):
+    wide, size = not one_pass(x.dtype, w), _NO_SIZE
+    if wide and (not timed(x.dtype, w) or (size := ("expand", x.shape, x.dtype, x.get_device(), w, n)) in _twice):
         return _expand_twice(x, V, R, kept), kept
     out = _empty(T, n, like=x)
     to = out if kept is None else kept
     call = (*_call("expand", x, V, R), keep)
     again = _ready(call, (x, V, R))
-    if again is _TWICE or (again is None and wide and (w & 7 or not _movable(x, V, R, out, to))):
-        _expand_twice(x, V, R, kept, out)
-    elif again is not None:
+    if again is not None:
         with _on(call[2]):
             again[0](x, V, R, out, to, *again[1])
+    elif wide and (w & 7 or not _movable(x, V, R, out, to)):
+        _expand_twice(x, V, R, kept, out)
     elif T:
         rest = (d, w, n, *x.stride(), *V.stride(), *R.stride(), *out.stride(), *to.stride())
-        _run(call, "expand", (x, V, R, out, to), T, rest, (_power(w), keep), (d, w, n), _by_rows(T, n, processors(x)),
-             (lambda: _expand_twice(x, V, R, kept, out)) if wide else None)  # fmt: skip
+        twice = (size, partial(_expand_twice, x, V, R, kept, out)) if wide else None
+        _run(call, "expand", (x, V, R, out, to), T, rest, (_power(w), keep), (d, w, n),
+             _by_rows(T, n, processors(x)), twice)  # fmt: skip
     return out, kept
 
 
@@ -264,10 +274,10 @@ def contract(
     """(u + [u V | z] Q + bias, [u V | z] if keep). u: T x d; z: T x e; V: d x w; Q: (w + e) x d; bias: d, contiguous;
     out: T x d, any strides; g: T x (w + e), where z is its last e columns already: what is kept goes there."""
     (T, d), w, e = u.shape, V.shape[1], z.shape[1]
-    wide, given = not one_pass(u.dtype, w, e), out is not None
+    wide, given, size = not one_pass(u.dtype, w, e), out is not None, _NO_SIZE
     if wide and keep and g is None:
         g = _beside(z, w)
-    if wide and not timed(u.dtype, w, e):
+    if wide and (not timed(u.dtype, w, e) or (size := ("contract", u.shape, u.dtype, u.get_device(), w, e)) in _twice):
         return _contract_twice(u, z, V, Q, bias, out, g), g if keep else None
     store_z = keep and g is None and e > 0
     out = _empty(T, d, like=u) if out is None else out
@@ -278,17 +288,16 @@ def contract(
     second = (z, Q[w:], to[:, w:] if store_z else to) if e else (u, Q, to)
     operands = (u, second[0], V, Q, second[1], u if bias is None else bias, out, to, second[2])
     call = (*_call("contract", u, z, V, Q, to), keep, store_z, bias is None, given and out.stride())
-    again = _ready(call, operands)
-    if again is _TWICE or (again is None and wide and not _movable(u, second[0], V, Q, out, to)):
-        _contract_twice(u, z, V, Q, bias, out, g)
-    elif again is not None:
+    if (again := _ready(call, operands)) is not None:
         with _on(call[2]):
             again[0](*operands, *again[1])
+    elif wide and not _movable(u, second[0], V, Q, out, to):
+        _contract_twice(u, z, V, Q, bias, out, g)
     else:
         rest = (d, w, e, *u.stride(), *second[0].stride(), *V.stride(), *Q.stride(), *out.stride(), *to.stride())
         flags = (_power(w), _power(e) if e else 0, keep, store_z, bias is not None)
-        _run(call, "contract", operands, T, rest, flags, (d, w, e), _by_rows(T, d, processors(u)),
-             (lambda: _contract_twice(u, z, V, Q, bias, out, g)) if wide else None)  # fmt: skip
+        twice = (size, partial(_contract_twice, u, z, V, Q, bias, out, g)) if wide else None
+        _run(call, "contract", operands, T, rest, flags, (d, w, e), _by_rows(T, d, processors(u)), twice)
     return out, g if keep else None
 
 

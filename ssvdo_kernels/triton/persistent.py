@@ -3,7 +3,8 @@
 `expand` and `contract` of kernels.py, with their arguments. As many programs as there are multiprocessors walk the row
 blocks. Columns lie side by side, rows and first elements are aligned to 16 bytes, which launch.py sees to; tiles beyond
 a matrix read as zeros and are not written. Descriptors are made on the device: made on the host, they would cost Python
-some microseconds each launch.
+some microseconds each launch. Stages are given at the loops that add x or u: a launch's own fetch ahead for the
+products' operands alone, and an addend would be waited for in every turn.
 """
 
 # mypy: ignore-errors
@@ -68,7 +69,7 @@ def expand(x, V, R, out, kept, T, d, w, n, x_row, x_col, V_row, V_col, R_row, R_
         if KEEP:
             if first == 0:
                 _put(hs, h, row, WIDTH // 4)
-        for start in range(first, end, BLOCK_N):
+        for start in tl.range(first, end, BLOCK_N, num_stages=3):
             y = tl.dot(h, Rs.load([0, start]), xs.load([row, start]).to(ACC), input_precision=PRECISION, out_dtype=ACC)
             y = y.to(x.dtype.element_ty)
             outs.store([row, start], y)
@@ -103,7 +104,7 @@ def contract(u, z, V, Q, Qz, bias, out, g_out, gz_out, T, d, w, e, u_row, u_col,
                 _put(gs, g, row, WIDTH // 4)
         if EXTRA > 0:
             more = zs.load([row, 0])
-        for start in range(first, end, BLOCK_N):
+        for start in tl.range(first, end, BLOCK_N, num_stages=3):
             y = us.load([row, start]).to(ACC)
             if HAS_BIAS:
                 columns = start + tl.arange(0, BLOCK_N)

@@ -150,6 +150,19 @@ def test_kernel_table(monkeypatch):
     assert text.count("\n") == 10 and text.count("| 5 |\n") == 5
 
 
+def test_both_forms_of_wide_kernels_are_timed(monkeypatch):
+    """The rows of one kernel differ in what took them; one pass moves less."""
+    require_triton()
+    monkeypatch.setattr(bench_kernels, "sample", lambda call, device, repeats: (call(), (1e-3, 5e-6))[1])
+    found = bench_kernels.rows(Machine("", 1e9, 1e14, 1e13), 5, 144, 144, 16, torch.float16, torch.device("cpu"))
+    floors = {r["kernel"]: r["floor_ms"] for r in found}
+    for name in ("expand", "expand, keeping h and z", "contract, keeping g"):
+        assert floors[name] < floors[f"{name}: two launches"]
+        once = [floor for row, floor in floors.items() if row.startswith(f"{name}: ") and "two" not in row]
+        assert len(once) >= 2 and set(once) == {floors[name]}
+    assert len(floors) == len(found) == 5 + 3 + 3 + 4
+
+
 def test_report(tmp_path):
     row = {
         "case": {"kind": "tall", "d": 8, "tokens": 4, "p": 0.5, "l": 2},

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_close, require_triton
+from helpers import assert_close, assert_right, make_layer, require_triton
 
 require_triton()
+from benchmarks.bench_kernels import forms, taking
+from benchmarks.kernel_table import describe
 from ssvdo_kernels.ops.linear import over_tokens
 from ssvdo_kernels.triton import launch
 
@@ -26,9 +28,8 @@ def draw(*shape, dtype):
     return (torch.randn(shape, device="cuda", dtype=torch.float64) / max(1, shape[0]) ** 0.5).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("T, d, w, e", SIZES)
-def test_every_kernel(T, d, w, e, dtype):
+def check(T, d, w, e, dtype):
+    """`expand` and `contract`; returns x and [x V | z] of the latter."""
     tolerance = TOLERANCE[dtype]
     uz, V, R, Q = (draw(*s, dtype=dtype) for s in ((T, d + e), (d, w), (w, d + e), (w + e, d)))
     x, z = uz[:, :d], uz[:, d:]
@@ -42,12 +43,63 @@ def test_every_kernel(T, d, w, e, dtype):
     out, kept = launch.contract(x, z, V, Q, True, bias)
     assert_close("contract", out, x.double() + g @ Q.double() + bias.double(), tolerance)
     assert_close("g", kept, g, tolerance)
+    return x, kept
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T, d, w, e", SIZES)
+def test_every_kernel(T, d, w, e, dtype):
+    x, kept = check(T, d, w, e, dtype)
     product = over_tokens(kept, x)
     assert product.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_close("over tokens", product, kept.double().mT @ x.double(), 1e-5 if dtype != torch.float64 else 1e-13)
     assert torch.equal(product, over_tokens(kept, x))
     twice = over_tokens(kept, x, over_tokens(kept, x))
     assert_close("added to", twice, 2 * kept.double().mT @ x.double(), 1e-5 if dtype != torch.float64 else 1e-13)
+
+
+FORMS = forms(256, 64, torch.bfloat16, torch.device("cuda")) if torch.cuda.is_available() else []
+each_form = pytest.mark.parametrize("kernel, config", FORMS, ids=[f"{k}, {describe(c)}" for k, c in FORMS])
+
+
+@each_form
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("row_blocks, d, w, e", [(0, 224, 144, 48), (2, 264, 256, 64), (0, 256, 256, 0)])
+def test_every_form_of_wide_sizes(row_blocks, d, w, e, dtype, kernel, config):
+    """row_blocks: so many of 128 for each multiprocessor, and some rows more."""
+    T = 77 + row_blocks * 128 * torch.cuda.get_device_properties(0).multi_processor_count
+    with taking(kernel, config):
+        check(T, d, w, e, dtype)
+
+
+@each_form
+@pytest.mark.parametrize("wide", [False, True])
+def test_every_form_in_a_layer(wide, kernel, config):
+    """The way back comes from a thread of autograd's, which has no allocator of Triton's."""
+    m, n = (1024, 1200) if wide else (1200, 1024)
+    layer = make_layer(m, n, dtype=torch.bfloat16, device="cuda", spread=0.02, outer_rank=16, inner_ratio=0.25,
+                       path="folded", backend="triton")  # fmt: skip
+    with taking(kernel, config):
+        assert_right(layer, 200, 8 * 2**-7)
+
+
+@each_form
+def test_every_form_in_a_graph(kernel, config):
+    x, V, R = (draw(*s, dtype=torch.bfloat16) for s in ((77, 256), (256, 256), (256, 320)))
+    z, Q = draw(77, 64, dtype=torch.bfloat16), draw(320, 256, dtype=torch.bfloat16)
+
+    def both():
+        return launch.expand(x, V, R)[0], launch.contract(x, z, V, Q)[0]
+
+    with taking(kernel, config):
+        want = [both() for _ in range(3)][-1]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = both()
+        for t in got:
+            t.zero_()
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("wide", [False, True])

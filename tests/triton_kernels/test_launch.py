@@ -3,6 +3,7 @@
 Interpreted on the CPU; compiled where there is a GPU.
 """
 
+import json
 from functools import reduce
 
 import pytest
@@ -12,7 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 require_triton()
-from ssvdo_kernels.triton import launch
+from benchmarks.bench_kernels import taking
+from benchmarks.kernel_table import describe
+from ssvdo_kernels.triton import launch, tuning
+from ssvdo_kernels.triton.configs import CONFIGS, TWO, candidates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of the sums' terms taken without sign (terms may cancel). Sums of up to 150 terms err by about sqrt(150) / 2 eps,
@@ -108,6 +112,122 @@ def test_wide_sizes_take_two_passes(T, d, w, e, dtype):
     check("x V", g[:, :w], summed((x, V)), TOLERANCE[dtype])
     assert torch.equal(g[:, w:], z)
     check("out", out, contracted(x, z, V, Q, bias), TOLERANCE[dtype])
+
+
+FORMS = [(kernel, config) for kernel in ("wide_expand", "wide_contract")
+         for config in candidates(kernel, "half", launch.capability(0 if DEVICE == "cuda" else -1))]  # fmt: skip
+LAST = [config for kernel, config in FORMS if kernel == "wide_expand"][-1]
+SIZES = [(150, 224, 144, 48, 1), (150, 224, 144, 48, 8), (9, 264, 256, 0, 8)]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The configurations of all launches; nothing is remembered of others."""
+    found, started = [], launch._started
+    monkeypatch.setattr(launch, "_started", lambda *a: found.append(a[2]) or started(*a))
+    for name, empty in (("_again", {}), ("_compiled", {}), ("_twice", set())):
+        monkeypatch.setattr(launch, name, empty)
+    return found
+
+
+@pytest.mark.parametrize("T, d, w, e, processors", SIZES)
+@pytest.mark.parametrize("kernel, config", FORMS, ids=[f"{k}, {describe(c)}" for k, c in FORMS])
+def test_every_form_of_wide_sizes(kernel, config, T, d, w, e, processors, ran, monkeypatch):
+    """One processor: a persistent program walks all row blocks. Eight: programs share a row block's columns."""
+    half = torch.float16
+    monkeypatch.setattr(launch, "processors", lambda _: processors)
+    xz, V = draw(T, d + e, dtype=half), draw(d, w, dtype=half)
+    x, z = xz[:, :d], xz[:, d:]
+    with taking(kernel, config):
+        if kernel == "wide_expand":
+            R = draw(w, d + e, dtype=half)
+            for keep in (False, True):
+                out, kept = launch.expand(x, V, R, keep)
+                check("out", out, expanded(x, V, R), TOLERANCE[half])
+            assert torch.equal(kept[:, w:], out[:, d:])
+        else:
+            Q, bias, place = draw(w + e, d, dtype=half), draw(1, d, dtype=half)[0], draw(T, w + e, dtype=half)
+            place[:, w:] = z
+            for given in ({}, {"keep": True, "bias": bias}, {"keep": True, "g": place}):
+                out, kept = launch.contract(x, place[:, w:] if "g" in given else z, V, Q, **given)
+                check("out", out, contracted(x, z, V, Q, given.get("bias")), TOLERANCE[half])
+            assert torch.equal(kept[:, w:], z)
+    check("x V", kept[:, :w], summed((x, V)), TOLERANCE[half])
+    assert (config in ran) != (config is TWO)
+
+
+@pytest.fixture
+def wide(monkeypatch, tmp_path):
+    """Operands of a wide size, and a GPU on which the last form is the fastest."""
+    if LAST is TWO:
+        pytest.skip("one pass is not offered on this GPU")
+    times = iter(range(99, 0, -1))
+    monkeypatch.setenv("SSVDO_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_memory", {})
+    monkeypatch.setattr(tuning, "_loaded", set())
+    monkeypatch.setattr(tuning, "enabled", lambda: not torch.are_deterministic_algorithms_enabled())
+    monkeypatch.setattr(tuning, "_do_bench", lambda call: (call(), float(next(times)))[1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    half = torch.float16
+    return draw(9, 144, dtype=half), draw(144, 144, dtype=half), draw(144, 160, dtype=half)
+
+
+def test_the_fastest_form_is_taken_and_remembered(wide, ran, tmp_path):
+    launch.expand(*wide)
+    assert ran[-1] is LAST and len(ran) > 2
+    kept = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert kept["wide_expand/half/16/144x144x160"] == sum(kernel == "wide_expand" for kernel, _ in FORMS) - 1
+    ran.clear()
+    launch.expand(*wide)
+    assert not launch._twice and set(ran) <= {LAST}  # compiled, it is not started anew
+
+
+def test_two_launches_are_what_is_taken_untimed(wide, ran):
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            launch.expand(*wide)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not launch._twice and set(ran) <= set(CONFIGS["add_product"]["half"])
+    launch.expand(*wide)
+    assert ran[-1] is LAST
+
+
+def test_memory_for_descriptors_is_of_the_launch_alone():
+    """Whatever thread it comes from, and whatever allocator the caller has set."""
+    from triton.runtime._allocation import _allocator
+
+    asked, before = [], _allocator.get()
+    kernel = {(1, 1, 1): lambda *_: asked.append(_allocator.get())}
+    config = next(config for config in CONFIGS["wide_expand"]["half"] if config.persistent)
+    for _ in range(2):
+        launch._started(kernel, (1, 1, 1), config)("an argument")
+    assert asked == [launch._scratch] * 2 and _allocator.get() is before
+
+
+def test_two_launches_that_are_faster_are_asked_for_once(wide, ran, monkeypatch):
+    monkeypatch.setattr(tuning, "_do_bench", lambda call: 1.0)
+    for _ in range(2):
+        launch.expand(*wide)
+    monkeypatch.setattr(launch, "_run", None)
+    monkeypatch.setattr(launch, "add_product", lambda *_, **__: "two launches")
+    assert launch.expand(*wide)[0] == "two launches" and len(launch._twice) == 1
+
+
+@pytest.mark.parametrize("where", range(3))
+@pytest.mark.parametrize("how", ["transposed", "a row's start", "the first element"])
+def test_what_cannot_be_moved_in_tiles_takes_two_launches(where, how, wide, ran, monkeypatch):
+    monkeypatch.setattr(tuning, "choose", lambda name, *_, **__: candidates(name, "half", "9.0")[-1:])
+    operands = list(wide)
+    one = operands[where]
+    rows, columns = one.shape
+    more = torch.zeros(rows, columns + 8 - (how == "a row's start"), dtype=one.dtype, device=DEVICE)
+    first = int(how == "the first element")
+    more[:, first : columns + first] = one
+    operands[where] = one.mT.contiguous().mT if how == "transposed" else more[:, first : columns + first]
+    check("out", launch.expand(*operands)[0], expanded(*wide), TOLERANCE[one.dtype])
+    assert LAST not in ran
 
 
 @pytest.mark.parametrize("wide", [False, True])

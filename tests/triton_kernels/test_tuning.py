@@ -12,7 +12,7 @@ require_triton()
 from triton.runtime.errors import OutOfResources
 
 from ssvdo_kernels.triton import tuning
-from ssvdo_kernels.triton.configs import CONFIGS, candidates
+from ssvdo_kernels.triton.configs import CONFIGS, TWO, candidates
 
 CANDIDATES = CONFIGS["add_product"]["half"]
 
@@ -91,9 +91,19 @@ def test_deterministic_algorithms_are_not_chosen_by_time(gpu):
 
 def test_less_shared_memory():
     """contract's first configurations take more than the 99 KiB of an L40S or RTX 4090."""
-    small, large = (candidates("contract", "half", kib) for kib in (99, 163))
+    small, large = (candidates("contract", "half", capability) for capability in ("8.9", "8.0"))
     assert 0 < len(small) < len(large) and set(small) < set(large)
-    assert all(candidates(kernel, precision, 99) for kernel, by in CONFIGS.items() for precision in by)
+    assert all(candidates(kernel, precision, "8.9") for kernel, by in CONFIGS.items() for precision in by)
+    assert candidates("contract", "half", "99.0") == small
+
+
+def test_persistent_kernels_are_hoppers_and_blackwells():
+    """Their contraction of 128 rows is of 9.0 alone: for 10.0 it spills, with Triton 3.5 to 3.7."""
+    offered = {c: [config for kernel in ("wide_expand", "wide_contract") for config in candidates(kernel, "half", c)]
+               for c in ("8.9", "8.0", "9.0", "10.0")}  # fmt: skip
+    assert set(offered["8.9"]) == {TWO} and not any(config.persistent for config in offered["8.0"])
+    assert sum(config.persistent for config in offered["9.0"]) == 3 > sum(c.persistent for c in offered["10.0"]) == 2
+    assert all(candidates(kernel, "half", c)[0] is TWO for kernel in ("wide_expand", "wide_contract") for c in offered)
 
 
 def test_the_fastest_is_taken_and_remembered_by_power_of_two():

@@ -113,7 +113,8 @@ def launches(
 ) -> list[Traffic]:
     """What the Triton path launches beyond the frozen layer's products, for `tokens` rows of `size` bytes a number.
 
-    machine: whose cache tells whether dF is taken in chunks.
+    machine: whose cache tells whether dF is taken in chunks. V of more than 128 columns is counted as two launches,
+    which it takes unless one pass has been timed faster.
     """
     d, b, w, e, t, wide = shape.d, shape.large, shape.width, extra, tokens, shape.transposed
     if form == "merged":

@@ -62,7 +62,7 @@ def expand(x, V, R, out, kept, T, d, w, n, x_row, x_col, V_row, V_col, R_row, R_
     outs = tl.make_tensor_descriptor(out, [T, n], [out_row, out_col], [BLOCK_T, BLOCK_N])
     if KEEP:
         hs = tl.make_tensor_descriptor(kept, [T, w], [kept_row, kept_col], [BLOCK_T, WIDTH // 4])
-        zs = tl.make_tensor_descriptor(kept + w, [T, n - d], [kept_row, kept_col], [BLOCK_T, BLOCK_N])
+        zs = tl.make_tensor_descriptor(kept + w, [T, tl.maximum(n - d, 1)], [kept_row, kept_col], [BLOCK_T, BLOCK_N])
     first, end = _share(n, BLOCK_N)
     for row in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
         h = _project(xs, Vs, row, d, BLOCK_T, BLOCK_D, WIDTH, ACC, PRECISION).to(x.dtype.element_ty)

@@ -230,6 +230,14 @@ def test_what_cannot_be_moved_in_tiles_takes_two_launches(where, how, wide, ran,
     assert LAST not in ran
 
 
+def test_a_row_many_times_takes_two_launches(wide, ran, monkeypatch):
+    monkeypatch.setattr(tuning, "choose", lambda name, *_, **__: candidates(name, "half", "9.0")[-1:])
+    x, V, R = wide
+    rows = x[:1].expand(9, -1)
+    check("out", launch.expand(rows, V, R)[0], expanded(rows, V, R), TOLERANCE[x.dtype])
+    assert LAST not in ran
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("w", [5, 140])
 def test_merge(w, wide):

@@ -207,9 +207,7 @@ def timed(dtype: torch.dtype, w: int, e: int = 0) -> bool:
 
 def _movable(*operands: Tensor) -> bool:
     """Whether TMA moves their tiles in half precision: columns side by side, rows apart, both begin on 16 bytes."""
-    return all(
-        t.stride(1) == 1 and t.stride(0) > 0 and not t.stride(0) & 7 and not t.data_ptr() & 15 for t in operands
-    )
+    return all(t.stride(1) == 1 and t.stride(0) > 0 and not t.stride(0) & 7 and not t.data_ptr() & 15 for t in operands)
 
 
 def _call(name: str, *operands: Tensor) -> list[Any]:

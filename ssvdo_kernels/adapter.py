@@ -35,8 +35,19 @@ _NO_SCRIPT = ("torch.jit.script cannot compile an adapted layer; allowed: torch.
               "remove_ssvdo(model, merge=True) first")  # fmt: skip
 
 
-def _no_fast_path(module: nn.Module, args: tuple[object, ...]) -> None:
-    """nn.TransformerEncoderLayer's inference fast path reads linear1.weight; it is not taken where there is a hook."""
+class NoFastPath(nn.Module):
+    """nn.TransformerEncoderLayer's inference fast path reads linear1.weight; it is not taken where a module has a hook.
+
+    It is never called, so the hook costs nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, args: tuple[object, ...]) -> None:
+    pass
 
 
 class Adapter(nn.Module):
@@ -103,7 +114,7 @@ class Adapter(nn.Module):
         if factors is not None:
             self.set_factors(factors, weight)
         self.reset_parameters()
-        self.register_forward_pre_hook(_no_fast_path)
+        self.no_fast_path = NoFastPath()
         enlist(self)
 
     @lasting
@@ -201,9 +212,18 @@ class Adapter(nn.Module):
         work = Work(tokens, grad, backend, base.dtype, base.device, base.held)
         return "merged" if self.merged else choose(self.prepared(base), work)
 
-    @lasting
     def forward(self, x: Tensor, base: Base, bias: Tensor | None = None) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features). Raises as `SSVDOLinear` says."""
+        if not inputs.ordinary(x, self.shape.in_features, base):
+            return self._general(x, base, bias)
+        if x.ndim == 2:
+            return self._forward(x, base, base, bias)
+        y = self._forward(x.reshape(-1, self.shape.in_features), base, base, bias)
+        return y.view(*x.shape[:-1], self.shape.out_features)
+
+    @lasting
+    def _general(self, x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
+        """`forward` of anything, under anything."""
         inputs.check_tensor(x)
         if x.is_nested:
             return inputs.by_components(x, lambda rows: self(rows, base, bias))

@@ -10,10 +10,22 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .ops import autocasting
 from .ops.base import Base
 
+_raw: Any = torch._C
 _NO_FX = ("torch.fx.symbolic_trace cannot see into an adapted layer; allowed: torch.export, a Tracer that takes it for "
           "a leaf (is_leaf_module), or remove_ssvdo(model, merge=True) first")  # fmt: skip
+
+
+def ordinary(x: Tensor, in_features: int, base: Base) -> bool:
+    """Whether x is a tensor that `check` lets pass as it is, and nothing is at work that a forward has to mind: no
+    compilation, tracing, transform, autocast, inference mode or dispatch mode."""
+    return not (
+        torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested or x.is_meta
+        or x.dtype != base.dtype or not x.ndim or x.shape[-1] != in_features or x.device != base.device
+        or x.layout is not torch.strided or base.trains or autocasting() or torch.is_inference_mode_enabled()
+        or transformed() or _raw._len_torch_dispatch_stack() or _raw._get_tracing_state() is not None)  # fmt: skip
 
 
 def check_tensor(x: object) -> None:
@@ -58,7 +70,7 @@ def by_components(x: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which our hand-written gradients do not know."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _raw._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @contextmanager

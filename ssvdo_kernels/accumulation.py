@@ -98,11 +98,10 @@ class Sums:
 
     def _watch(self) -> None:
         """Lets go of what was summed before a zero_grad. Raises RuntimeError where `.grad` was replaced otherwise."""
-        found = [p.grad for p, _ in self._watched]
-        others = [i for i, (_, ahead) in enumerate(self._watched) if found[i] is not ahead]
-        if others and len(others) == len(found) and all(g is None or isinstance(g, _Ahead) for g in found):
+        found = [p.grad for p, ahead in self._watched if p.grad is not ahead]
+        if found and len(found) == len(self._watched) and all(g is None or isinstance(g, _Ahead) for g in found):
             self._totals, self._watched = [None] * len(StandIns._fields), []
-        elif others:
+        elif found:
             raise RuntimeError(f"{self.prepared.name}: .grad of some parameters was replaced {_INSIDE}; allowed: "
                                "zero_grad of all of a layer")  # fmt: skip
         if self._reached and not self._watched:

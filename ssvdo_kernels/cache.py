@@ -121,7 +121,8 @@ class Kept(NamedTuple):
 
 
 def _fixed(formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> tuple[object, ...]:
-    return *formula, *stamps(watched), *[None if p is None else (p.dtype, p.device) for p in parameters]
+    kinds = [None if p is None else p.dtype for p in parameters]
+    return *formula, parameters[1].device, *kinds, *stamps(watched)
 
 
 def _moving(parameters: Parameters) -> tuple[object, ...]:

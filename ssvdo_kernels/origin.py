@@ -28,7 +28,10 @@ def stamps(tensors: Iterable[Tensor | None]) -> tuple[object, ...]:
     found: list[object] = []
     for t in tensors:
         if t is not None:
-            found += (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
+            try:
+                found += (t.data_ptr(), t._version, t.dtype)
+            except RuntimeError:  # of inference mode, without a counter
+                found += (t.data_ptr(), 0, t.dtype)
     return tuple(found)
 
 

@@ -33,6 +33,12 @@ from .preparation import Prepared, Rows
 from .products import over_tokens, times
 
 
+def _last(new: Tensor, count: int) -> Tensor:
+    """The last columns of a matrix that has its storage for itself; a slice takes twice as long."""
+    rows, columns = new.shape
+    return new.as_strided((rows, count), (columns, 1), columns - count)
+
+
 class SmallSide:
     """expand and contract of one layer's matrices, in the dtype of the tokens, through PyTorch's own products.
 
@@ -43,6 +49,7 @@ class SmallSide:
 
     V: Tensor
     F: Tensor
+    Ft: Tensor
     M: Tensor  # factored
     Q: Tensor  # folded: M V^T
     R: Tensor  # folded: N^T V^T
@@ -52,7 +59,7 @@ class SmallSide:
     def __init__(self, prepared: Prepared, form: str, dtype: torch.dtype, backend: str) -> None:
         self.form, self.d, self.wide = form, prepared.shape.d, prepared.shape.transposed
         self.take(prepared, dtype)
-        self.width, self.extra = self.V.shape[1], self.F.shape[1]
+        self.width, self.extra, self.Ft = self.V.shape[1], self.F.shape[1], self.F.mT
         self.own_width, self.own_extra = prepared.shape.width, prepared.extra
         # which weight's [W0 | F] may be kept: not that of a copy in another dtype
         self.joined = prepared.joined if backend == "triton" else None
@@ -132,7 +139,7 @@ class SmallSide:
         out = g[:, : self.d] if core else None
         u = base.forward(rows, out=out) if self.wide else base.transpose(rows, out=out)
         if self.extra:
-            torch.mm(rows, self.F, out=g[:, g.shape[1] - self.extra :])
+            torch.mm(rows, self.F, out=_last(g, self.extra))
         return u, g, None if z is None else self.columns_gradient(rows, z)
 
     def _shrink_joined(self, rows: Tensor, base: Base, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -163,7 +170,7 @@ class SmallSide:
             joined = self._joined(x, base).mT
             return xz @ joined if bias is None else torch.addmm(bias, xz, joined)
         y = base.transpose(x) if self.wide else base.forward(x, bias)
-        return y.addmm_(z, self.F.mT) if self.extra else y
+        return y.addmm_(z, self.Ft) if self.extra else y
 
     def _joined(self, rows: Tensor, base: Base) -> Tensor:
         """[A | F]."""
@@ -182,13 +189,15 @@ class TritonSide(SmallSide):
         self.launch = launch
         self.V, self.F = prepared.get("aligned_basis", dtype), prepared.get("aligned_columns", dtype)
         self.Q, self.R = prepared.get("contraction", dtype), prepared.get("expansion", dtype)
+        self.lower = self.Q[self.V.shape[1] :]
 
     def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         xz, kept = self.launch.expand(x, self.V, self.R, keep)
-        return xz[:, : self.d], xz[:, self.d :], kept
+        return xz.as_strided((xz.shape[0], self.d), (xz.shape[1], 1)), _last(xz, self.extra), kept
 
     def contract(self, u: Tensor, g: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-        return self.launch.contract(u, g[:, self.width :], self.V, self.Q, keep, bias, g=g)[0]
+        z = _last(g, self.extra)
+        return self.launch.contract(u, z, self.V, self.Q, keep, bias, g=g, below=self.lower)[0]
 
     def mixer_gradient(self, g: Tensor, x: Tensor | None, h: Tensor | None) -> Tensor:
         assert h is not None

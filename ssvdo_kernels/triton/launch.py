@@ -270,9 +270,11 @@ def contract(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     g: Tensor | None = None,
+    below: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(u + [u V | z] Q + bias, [u V | z] if keep). u: T x d; z: T x e; V: d x w; Q: (w + e) x d; bias: d, contiguous;
-    out: T x d, any strides; g: T x (w + e), where z is its last e columns already: what is kept goes there."""
+    out: T x d, any strides; g: T x (w + e), where z is its last e columns already: what is kept goes there; below:
+    Q[w:], where it is at hand."""
     (T, d), w, e = u.shape, V.shape[1], z.shape[1]
     wide, given, size = not one_pass(u.dtype, w, e), out is not None, _NO_SIZE
     if wide and keep and g is None:
@@ -285,7 +287,7 @@ def contract(
     if not T:
         return out, g if keep else None
     to = out if g is None else g
-    second = (z, Q[w:], to[:, w:] if store_z else to) if e else (u, Q, to)
+    second = (z, Q[w:] if below is None else below, to[:, w:] if store_z else to) if e else (u, Q, to)
     operands = (u, second[0], V, Q, second[1], u if bias is None else bias, out, to, second[2])
     call = (*_call("contract", u, z, V, Q, to), keep, store_z, bias is None, given and out.stride())
     if (again := _ready(call, operands)) is not None:

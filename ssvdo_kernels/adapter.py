@@ -184,11 +184,12 @@ class Adapter(nn.Module):
         """The fingerprint of the weight that was trained on, where the adapter has buffers and there is one."""
         return Fingerprint.read(dict(self.named_buffers()), self.shape)
 
-    def source(self, base: Base) -> Source:
-        """What a preparation is made from; the last one's, where nothing but the parameters' numbers has changed."""
+    def source(self, base: Base, ahead: bool = False) -> Source:
+        """What a preparation is made from; the last one's, where nothing but the parameters' numbers has changed.
+        ahead: for one which is believed only where the layer's own forward finds that so."""
         parameters, frozen = self._tensors()
         formula = self.shape, self.config, self._scale
-        found = self.cache.source(formula, (*base.tensors, *frozen), parameters) if base.held else None
+        found = self.cache.source(formula, (*base.tensors, *frozen), parameters, ahead) if base.held else None
         return found or Source(parameters, self.factors, base, *formula[:2], self.name, self.origin, self._scale)
 
     @lasting

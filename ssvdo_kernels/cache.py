@@ -126,7 +126,11 @@ def _fixed(formula: Formula, watched: Sequence[Tensor | None], parameters: Param
 
 
 def _moving(parameters: Parameters) -> tuple[object, ...]:
-    return not _on_cpu(parameters) and _optimizer_steps, *stamps(parameters)
+    return _clock(parameters), *stamps(parameters)
+
+
+def _clock(parameters: Parameters) -> int:
+    return 0 if _on_cpu(parameters) else _optimizer_steps
 
 
 class Capture:
@@ -217,14 +221,18 @@ class Cache:
         kept = self._kept
         return kept if kept is not None and _fixed(formula, watched, parameters) == kept.fixed else None
 
-    def source(self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> Source | None:
-        """The source of what is kept, where it would be made the same now."""
-        kept = self._made_from(formula, watched, parameters)
+    def source(
+        self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters, ahead: bool = False
+    ) -> Source | None:
+        """The source of what is kept, where it would be made the same now. ahead: the tensors are those of then, which
+        may have been written to: `hit` tells."""
+        kept = self._kept if ahead else self._made_from(formula, watched, parameters)
         if kept is None:
             return None
         own = kept.prepared.source
         now = [t for t in watched if t is not None]
-        return own if all(map(is_, parameters, own.parameters)) and all(map(is_, now, own.watched)) else None
+        same = all(map(is_, parameters, own.parameters)) and all(map(is_, now, own.watched))
+        return own if same and formula == own.formula else None
 
     def wants(self, source: Source) -> bool:
         """Whether it would be of use to prepare from `source`, just made, ahead of time: what is kept was made from
@@ -235,7 +243,8 @@ class Cache:
         kept = self._kept
         if self._distrusts(source.parameters):
             return False
-        if kept is None or _moving(source.parameters) != kept.moving:
+        own = source.parameters
+        if kept is None or kept.moving[0] != _clock(own) or kept.moving != _moving(own):
             return True
         return source is not kept.prepared.source and self._made_from(*source.parts) is None
 
@@ -305,7 +314,7 @@ class Cache:
         if kept is None or kept.prepared.source is not source:
             fixed, storages = _fixed(*source.parts), tuple(t.detach() for t in source.watched)
         else:
-            fixed, storages = kept.fixed, kept.storages
+            fixed, storages, prepared.plans = kept.fixed, kept.storages, kept.prepared.plans
         self._kept = Kept(prepared, batch, fixed, _moving(source.parameters), storages)
 
     def pair(self, prepared: Prepared, parameters: Parameters) -> tuple[StandIns, list[Rows] | None]:

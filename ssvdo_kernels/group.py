@@ -27,6 +27,7 @@ class Member(NamedTuple):
     source: Callable[[], Source | None]
 
 
+_OWN = (nn.Parameter, Tensor)
 Units = Callable[[], Mapping[Cache, int]]
 """Numbers for the units of FSDP in which layers are, as it has them now."""
 
@@ -88,6 +89,9 @@ def group_alike(members: Iterable[Member], units: Units = dict) -> None:
 def _alike(a: Source, b: Source) -> bool:
     """Whether they make one batch: with parameters as a layer makes them, not a replica's, nor FSDP's shards and empty
     storages."""
-    return a.kind == b.kind and all(
-        p is None or (type(p) in (nn.Parameter, Tensor) and p.shape == q.shape and p.untyped_storage().nbytes() > 0)
-        for p, q in zip(a.parameters, b.parameters, strict=True) if q is not None)  # fmt: skip
+    if a.kind != b.kind:
+        return False
+    for p, q in zip(a.parameters, b.parameters, strict=True):
+        if p is not None and q is not None and (type(p) not in _OWN or p.shape != q.shape):
+            return False
+    return not hooked() or all(p is None or p.untyped_storage().nbytes() > 0 for p in a.parameters)

@@ -274,4 +274,4 @@ def _units(model: weakref.ref[nn.Module]) -> weakref.WeakKeyDictionary[Cache, in
 
 def _source(layer: weakref.ref[Host], adapter: weakref.ref[Adapter]) -> Source | None:
     host, own = layer(), adapter()
-    return None if host is None or own is None else own.source(host.base(own))
+    return None if host is None or own is None else own.source(host.base(own), ahead=True)

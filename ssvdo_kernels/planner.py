@@ -198,7 +198,7 @@ def _peaks(device: torch.device, dtype: torch.dtype, tf32: bool) -> Machine:
 class History(Protocol):
     """What the planner reads of a preparation, and what it remembers there.
 
-    built, generation: the forms whose matrices exist, and a number that grows with them.
+    built: the forms whose matrices exist. plans: what was found for the same layer before.
     """
 
     shape: LayerShape
@@ -212,8 +212,6 @@ class History(Protocol):
     def extra(self) -> int: ...
     @property
     def built(self) -> frozenset[str]: ...
-    @property
-    def generation(self) -> int: ...
 
 
 class Work(NamedTuple):
@@ -228,6 +226,8 @@ class Work(NamedTuple):
     held: bool = True
 
 
+PLANS = 1024
+"""How many of a layer are remembered at a time: ragged batches bring ever new numbers of rows."""
 ALIKE = ("factored", "folded")
 """Forms that save the same tensors for backward."""
 
@@ -237,9 +237,11 @@ def choose(prepared: History, work: Work) -> str:
     if prepared.config.path != "auto":
         return prepared.config.path
     seen = _leading_bits(max(prepared.tokens, prepared.expected - work.tokens))
-    key = work, seen, prepared.generation
+    key = work, seen, prepared.built
     form = prepared.plans.get(key)
     if form is None:
+        if len(prepared.plans) >= PLANS:
+            prepared.plans.clear()
         form = prepared.plans[key] = _planned(prepared, work, seen)
     if not work.grad:
         return form

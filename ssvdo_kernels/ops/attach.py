@@ -80,10 +80,11 @@ class Attach(torch.autograd.Function):
             pairs = [_whole(ctx.prepared[i], each[i]) for i in those]
             prepared = [ctx.prepared[i] for i in those]
             found = adjoint(prepared, [d for d, _ in pairs], [d for _, d in pairs]) if those else []
+        needed = ctx.needs_input_grad
         for i, three in zip(those, found, strict=True):
             for j, gradient in enumerate(three, 3 * i):
-                if gradient is not None and ctx.needs_input_grad[4 + j]:
-                    result[j] = gradient.to(ctx.dtypes[j])
+                if gradient is not None and needed[4 + j]:
+                    result[j] = gradient if gradient.dtype == ctx.dtypes[j] else gradient.to(ctx.dtypes[j])
         return None, None, None, None, *result
 
 

@@ -30,7 +30,7 @@ def one_by_one(matrices: Sequence[Tensor], columns: Sequence[Tensor]) -> list[Te
     return [times(a, b) for a, b in zip(matrices, columns, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Projector:
     """P of one layer. base, transposed: what A (large x d) is a view of; singular: S (d) in the dtype of the work;
     width: max(k, l), of which the last are columns of N; null: N or None."""

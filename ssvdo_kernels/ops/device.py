@@ -135,8 +135,8 @@ def _outer(
           rest=_name((turned or null or basis)[0].dtype))  # fmt: skip
 
 
-def outer_forward(many: Sequence[Outer], *, gate: Tensor, info: Tensor) -> tuple[list[Tensor], Tensor]:
-    """(F, X) of `outer.forward`: large x l each, n x l x l. gate and info: int32, two and one a layer, 0; info becomes
+def outer_forward(many: Sequence[Outer], *, gate: Tensor, info: Tensor) -> tuple[Tensors, Tensors]:
+    """(F, X) of `outer.forward`: large x l and l x l each. gate and info: int32, two and one a layer, 0; info becomes
     the bad pivot from 1, and X and F are NaN then.
 
     Sums are in the dtype of the work: products with float32 numbers go to the tensor cores in pieces (csrc/core/mma.h).
@@ -147,9 +147,9 @@ def outer_forward(many: Sequence[Outer], *, gate: Tensor, info: Tensor) -> tuple
     """
     one, n = many[0], len(many)
     l = one.outer.shape[1]  # noqa: E741
-    F, X = one.outer.new_empty(n, one.large, l), one.outer.new_empty(n, l, l)
-    _outer(True, many, F.unbind(), X.unbind(), (), (gate, info))
-    return list(F.unbind()), X
+    F, X = one.outer.new_empty(n, one.large, l).unbind(), one.outer.new_empty(n, l, l).unbind()
+    _outer(True, many, F, X, (), (gate, info))
+    return F, X
 
 
 def outer_backward(many: Sequence[Outer], X: Tensors, F: Tensors, dF: Tensors) -> list[Tensor]:
@@ -179,13 +179,13 @@ def inner_forward(
     int32, one a layer, 0; info becomes 1 where no inverse of I + K was found.
     """
     n, k, like = len(packed), shape.k, shift[0]
-    saved = like.new_empty(n, k, k)
-    mixer = like.new_empty(n, shape.width + shape.l + null, shape.width)
+    saved = like.new_empty(n, k, k).unbind()
+    mixer = like.new_empty(n, shape.width + shape.l + null, shape.width).unbind()
     cayley = config.rotation == "cayley"
     work = _scratch(like, n, (2 * k * k if cayley else 1,), (_C.max_blocks,))
-    _call("device_inner_forward", (packed, shift, singular, mixer.unbind(), saved.unbind()), (*work, gate, info),
+    _call("device_inner_forward", (packed, shift, singular, mixer, saved), (*work, gate, info),
           like.dtype, **inner_sizes(shape, config, null))  # fmt: skip
-    return list(zip(saved.unbind(), mixer.unbind(), strict=True))
+    return list(zip(saved, mixer, strict=True))
 
 
 def inner_backward(

@@ -44,7 +44,7 @@ def _prepare(many: Sequence[Prepared]) -> list[int]:
     for p, own in zip(many, torch.stack([p.shift for p in many]), strict=True):
         p.shift = own
     F: Sequence[Tensor]
-    X: Tensor | Sequence[Tensor]
+    X: Sequence[Tensor] | Tensor
     late = one.shift.is_cuda or one.engine == "cuda"  # waiting for a GPU's news would stall its stream
     counts = torch.zeros(5, len(many), dtype=torch.int32, device=one.shift.device) if late else None
     inner = _inner(many, counts)

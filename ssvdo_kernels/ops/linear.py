@@ -61,9 +61,8 @@ class SmallSide:
         self.take(prepared, dtype)
         self.width, self.extra, self.Ft = self.V.shape[1], self.F.shape[1], self.F.mT
         self.own_width, self.own_extra = prepared.shape.width, prepared.extra
-        # which weight's [W0 | F] may be kept: not that of a copy in another dtype
         self.joined = prepared.joined if backend == "triton" else None
-        self.address = prepared.source.base.dense().data_ptr() if prepared.source.base.held else 0
+        self.own = prepared.source.base
         self.unit = prepared.outer.projector.unit if prepared.outer is not None and prepared.lends else None
         prepared.settle(dtype)
 
@@ -176,7 +175,8 @@ class SmallSide:
         """[A | F]."""
         assert self.joined is not None
         keep = keeps_joined(rows.shape[0], self.F.shape[0], self.d, self.extra)
-        joined = self.joined.of(self.F, base, self.wide, keep and base.dense().data_ptr() == self.address)
+        itself = base is self.own or base.dense().data_ptr() == self.own.dense().data_ptr()  # no copy in another dtype
+        joined = self.joined.of(self.F, base, self.wide, keep and itself)
         return joined.mT if self.wide else joined
 
 
@@ -187,7 +187,9 @@ class TritonSide(SmallSide):
         from ..triton import launch
 
         self.launch = launch
-        self.V, self.F = prepared.get("aligned_basis", dtype), prepared.get("aligned_columns", dtype)
+        V = prepared.basis
+        fits = V.dtype == dtype and V.shape[1] % 16 == 0
+        self.V, self.F = V if fits else prepared.get("aligned_basis", dtype), prepared.get("aligned_columns", dtype)
         self.Q, self.R = prepared.get("contraction", dtype), prepared.get("expansion", dtype)
         self.lower = self.Q[self.V.shape[1] :]
 
@@ -215,15 +217,15 @@ def small_side(prepared: Prepared, form: str, dtype: torch.dtype, backend: str) 
     found: SmallSide | None = prepared.sides.get((form, dtype, backend))
     if found is None:
         kind: type[SmallSide] = SmallSide
-        built = prepared.generation
+        built = len(prepared.kept)
         if backend == "triton" and form == "folded":
             kind = TritonSide
             batch = prepared.batch
             if batch is not None and ("expansion", dtype) not in prepared.kept:
                 together.build(batch.prepared, dtype)
-                built = prepared.generation
+                built = len(prepared.kept)
         found = prepared.sides[form, dtype, backend] = kind(prepared, form, dtype, backend)
-        if prepared.generation != built:
+        if len(prepared.kept) != built:
             prepared.queue()
     return found
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +43,11 @@ def unaligned(matrix: Tensor, width: int, extra: int, above: int) -> Tensor:
     return torch.cat([matrix[:width], matrix[above : above + extra]])
 
 
+_PAIRS = {"folded": "folded_transposed", "contraction": "expansion"}
+_OTHER = {**_PAIRS, **{b: a for a, b in _PAIRS.items()}}
+"""By matrix of the folded form, the other one that it takes."""
+
+
 class Batch(Protocol):
     """Layers that were prepared together."""
 
@@ -51,7 +57,8 @@ class Batch(Protocol):
 class Matrices:
     """M, F and V of one layer; the rest is built once, when it is first asked for.
 
-    Attributes: dtype: float32 or float64, in which everything is built; columns: F in it; basis: V in any dtype.
+    Attributes: dtype: float32 or float64, in which everything is built; columns: F in it; basis: V in any dtype; built:
+    the forms whose matrices exist already.
     """
 
     shape: LayerShape
@@ -63,10 +70,15 @@ class Matrices:
     def __init__(self) -> None:
         self._mixer = None
         self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.built: frozenset[str] = frozenset()
         self.sides: dict[tuple[str, torch.dtype, str], Any] = {}  # what linear.py has made of these
-        self.joined = Joined()
         self._batch: Callable[[], Batch | None] | None = None
         self.queued: Queued | None = None  # where what is built was built last
+
+    @cached_property
+    def joined(self) -> Joined:
+        """Its own; a layer's is given from one preparation to the next."""
+        return Joined()
 
     @property
     def batch(self) -> Batch | None:
@@ -111,12 +123,20 @@ class Matrices:
                 found = built.to(dtype)
                 if found is built and name in ("mixer", "columns", "basis"):
                     return found
-            self.kept[name, dtype] = found
+            self._keep(name, dtype, found)
         return found
 
-    def put(self, made: Iterable[tuple[tuple[str, torch.dtype], Tensor]], queued: Queued) -> None:
-        """Takes matrices that were built elsewhere, by name and dtype."""
-        self.kept.update(made)
+    def _keep(self, name: str, dtype: torch.dtype, made: Tensor) -> None:
+        self.kept[name, dtype] = made
+        if name in ("core", "merged"):
+            self.built |= {name}
+        elif name in _OTHER and (_OTHER[name], dtype) in self.kept:
+            self.built |= {"folded"}
+
+    def put(self, folded: Iterable[tuple[tuple[str, torch.dtype], Tensor]], queued: Queued) -> None:
+        """Takes matrices of the folded form, both of them and others, by name and dtype, that were built elsewhere."""
+        self.kept.update(folded)
+        self.built |= {"folded"}
         self.queued = queued
 
     def _rotated(self, rows: Tensor) -> Tensor:
@@ -184,23 +204,10 @@ class Matrices:
                 change = change.mT if self.shape.transposed else change
                 found = torch.add(weight, change).to(weight.dtype).contiguous()
             if keep and self.joined.keeps:
-                self.kept["merged", base.dtype] = found
+                self._keep("merged", base.dtype, found)
                 self.queue()
         return found
 
     def _left(self, tall: Tensor) -> Tensor:
         """[A V | F]."""
         return torch.cat([times(tall, self.basis.to(self.dtype)), self.columns], 1)
-
-    @property
-    def generation(self) -> int:
-        """How many matrices have been built."""
-        return len(self.kept)
-
-    @property
-    def built(self) -> frozenset[str]:
-        """The forms whose matrices exist already."""
-        names = {name for name, _ in self.kept}
-        pairs = {"folded", "folded_transposed"}, {"contraction", "expansion"}
-        folded = {"folded"} if any(pair <= names for pair in pairs) else set()
-        return frozenset(folded | (names & {"core", "merged"}))

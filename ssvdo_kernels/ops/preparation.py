@@ -216,11 +216,13 @@ class Prepared(Matrices):
         self.tokens = 0  # rows that have passed through this preparation: the planner's clock
         self.trained = 0  # those among them with gradients
         self.expected = 0  # rows with gradients that the preparation before this one served
-        self.plans: dict[tuple[object, ...], str] = {}  # what the planner has found, until more matrices are built
+        self.plans: dict[tuple[object, ...], str] = {}  # what the planner has found for this layer
         self.choices: dict[int, str] = {}  # by number of rows: what a forward with gradients saves for backward
 
     def _worked(self, parameter: Tensor) -> Tensor:
-        return parameter.detach().to(self.dtype).contiguous()
+        worked = parameter.detach()
+        alike = worked.dtype == self.dtype and worked.is_contiguous()
+        return worked if alike else worked.to(self.dtype).contiguous()
 
     def _outer(self, outer: Tensor) -> Outer:
         shape, factors = self.shape, self.source.factors

@@ -33,9 +33,11 @@ def build(many: Sequence[Prepared], dtype: torch.dtype) -> None:
 
 def _stacked(many: Sequence[Tensor]) -> Tensor:
     """The layers' tensors as one: that of which they are views, where they are all of one."""
-    base = many[0]._base
+    base, strides = many[0]._base, many[0].stride()
     if base is not None and base.ndim == 3 and base.shape == (len(many), *many[0].shape):
-        own = base.unbind()
-        if all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() for a, b in zip(many, own, strict=True)):
+        first, step = base.data_ptr(), base.stride(0) * base.element_size()
+        if base.stride()[1:] == strides and all(
+                t._base is base and t.data_ptr() == first + i * step and t.stride() == strides
+                for i, t in enumerate(many)):  # fmt: skip
             return base
     return torch.stack(list(many))

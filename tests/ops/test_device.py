@@ -44,7 +44,7 @@ def factored(many):
 @given(case=outer_cases(), count=st.sampled_from([1, 3]))
 @example((70, 60, 65, "normal", 0.1, "rotation", 0), 2)  # several blocks of the factor
 @example((40, 530, 3, "normal", 0.1, "rotation", 0), 1)  # a depth that several teams share
-@example((26, 1, 1, "normal", 1.0, "rotation", 0), 1)  # U_l' is U_l but for 0.4%
+@example((26, 1, 1, "normal", 1.0, "rotation", 0), 1)  # U_l' is almost U_l
 def test_outer_part(case, count):
     """What the kernels make against PyTorch: each step errs by a few eps of its size, and R^-1 by the Gram matrix's
     condition times that."""

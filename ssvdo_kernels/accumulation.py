@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -113,9 +114,7 @@ class Sums:
 
     def check(self, prepared: Prepared, parameters: Parameters) -> None:
         """Raises RuntimeError where the layer is no longer what it was when the first gradient was summed."""
-        own = self.parameters
-        if (prepared is not self.prepared or parameters[0] is not own[0] or parameters[1] is not own[1]
-                or parameters[2] is not own[2]):  # fmt: skip
+        if prepared is not self.prepared or not all(map(is_, parameters, self.parameters)):
             raise RuntimeError(
                 f"{prepared.name}: the parameters changed {_INSIDE} (or were prepared anew: refresh, unmerge, "
                 "load_state_dict); step the optimiser after the context")

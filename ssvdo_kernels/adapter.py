@@ -26,7 +26,7 @@ from .ops.graph import adapted
 from .ops.linear import Call, adapted_linear, adapted_matrix, pulls
 from .ops.preparation import Parameters, Prepared, Rows, Source
 from .origin import Origin
-from .planner import Work, choose
+from .planner import Work, choose, given
 from .watchers import hooked
 
 _AS_IT_IS = nullcontext()
@@ -184,12 +184,12 @@ class Adapter(nn.Module):
         """The fingerprint of the weight that was trained on, where the adapter has buffers and there is one."""
         return Fingerprint.read(dict(self.named_buffers()), self.shape)
 
-    def source(self, base: Base, ahead: bool = False) -> Source:
+    def source(self, base: Base, as_before: bool = False) -> Source:
         """What a preparation is made from; the last one's, where nothing but the parameters' numbers has changed.
-        ahead: for one which is believed only where the layer's own forward finds that so."""
+        as_before: the frozen tensors' numbers are not looked at; `Cache.hit` will."""
         parameters, frozen = self._tensors()
         formula = self.shape, self.config, self._scale
-        found = self.cache.source(formula, (*base.tensors, *frozen), parameters, ahead) if base.held else None
+        found = self.cache.source(formula, (*base.tensors, *frozen), parameters, as_before) if base.held else None
         return found or Source(parameters, self.factors, base, *formula[:2], self.name, self.origin, self._scale)
 
     @lasting
@@ -210,8 +210,8 @@ class Adapter(nn.Module):
     def plan(self, tokens: int, base: Base, grad: bool = True) -> str:
         """The form ("factored", "folded", "core" or "merged") that a forward of `tokens` rows takes now."""
         backend = token_backend(self.config.backend, base.device, base.dtype)
-        work = Work(tokens, grad, backend, base.dtype, base.device, base.held)
-        return "merged" if self.merged else choose(self.prepared(base), work)
+        prepared, work = self.prepared(base), Work(tokens, grad, backend, base.dtype, base.device, base.held)
+        return given(self.config, self.merged) or choose(prepared, work)
 
     def forward(self, x: Tensor, base: Base, bias: Tensor | None = None) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features). Raises as `SSVDOLinear` says."""
@@ -299,14 +299,13 @@ class Adapter(nn.Module):
         if prepared is None:
             prepared = self.cache.current(self.source(base), hold=True)
         pair, sink = self._pair(parameters, prepared)
-        count, device, dtype = rows.shape[0], rows.device, rows.dtype
-        backend = token_backend(self.config.backend, device, dtype)
-        work = Work(count, pair is not None, backend, dtype, device, base.held)
-        form = "merged" if self.merged else choose(prepared, work)
-        pulled = False
-        if pair is not None:
+        count, dtype, pulled = rows.shape[0], tokens.dtype, False
+        backend = token_backend(self.config.backend, tokens.device, dtype)
+        form = given(self.config, self.merged) or choose(
+            prepared, Work(count, pair is not None, backend, dtype, tokens.device, base.held))
+        if pair is not None and backend == "reference":
             behind = count if sink is not None else max(prepared.expected, prepared.trained + count)
-            pulled = pulls(prepared, form, backend, behind, dtype)
+            pulled = pulls(prepared, form, behind, dtype)
         prepared.serve(count, pair is not None)
         return adapted_linear(rows, pair, tokens, bias, Call(prepared, form, backend, sink, pulled))
 
@@ -399,6 +398,9 @@ class Adapter(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         enlist(self)
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.extra_repr()})"
 
     def extra_repr(self) -> str:
         s, c = self.shape, self.config

@@ -121,7 +121,7 @@ class Kept(NamedTuple):
 
 
 def _fixed(formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> tuple[object, ...]:
-    kinds = [None if p is None else p.dtype for p in parameters]
+    kinds = [None if p is None else p.dtype for p in parameters] if _on_cpu(parameters) else ()  # `_moving` has them
     return *formula, parameters[1].device, *kinds, *stamps(watched)
 
 
@@ -222,17 +222,21 @@ class Cache:
         return kept if kept is not None and _fixed(formula, watched, parameters) == kept.fixed else None
 
     def source(
-        self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters, ahead: bool = False
+        self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters, as_before: bool = False
     ) -> Source | None:
-        """The source of what is kept, where it would be made the same now. ahead: the tensors are those of then, which
-        may have been written to: `hit` tells."""
-        kept = self._kept if ahead else self._made_from(formula, watched, parameters)
+        """The source of what is kept, where it would be made the same now; as_before: from the same tensors, whatever
+        has been written to them."""
+        kept = self._kept if as_before else self._made_from(formula, watched, parameters)
         if kept is None:
             return None
         own = kept.prepared.source
         now = [t for t in watched if t is not None]
         same = all(map(is_, parameters, own.parameters)) and all(map(is_, now, own.watched))
         return own if same and formula == own.formula else None
+
+    def has(self, source: Source) -> bool:
+        """Whether what is kept was made from `source`."""
+        return self._kept is not None and self._kept.prepared.source is source
 
     def wants(self, source: Source) -> bool:
         """Whether it would be of use to prepare from `source`, just made, ahead of time: what is kept was made from

@@ -20,11 +20,12 @@ from .watchers import ddp, hooked
 
 
 class Member(NamedTuple):
-    """A layer: its cache, its shape and configuration, and what it would be prepared from now (None: it is gone)."""
+    """A layer: its cache, its shape and configuration, and what it would be prepared from now (None: it is gone), given
+    whether its frozen tensors are taken to be as they were."""
 
     cache: Cache
     kind: Hashable
-    source: Callable[[], Source | None]
+    source: Callable[[bool], Source | None]
 
 
 _OWN = (nn.Parameter, Tensor)
@@ -51,12 +52,12 @@ class Group:
             return None  # all of a batch would be dense at once
         if source.engine == "reference" or not _alike(source, source):
             return None  # a replica, or sharded
-        todo = [(cache, source)]
+        todo, as_before = [(cache, source)], cache.has(source)  # who has copied into one layer, has into all
         for reference, of in self._members:
             other = reference()
             if other is None or other is cache:
                 continue
-            theirs = of()
+            theirs = of(as_before)
             if theirs is not None and _alike(theirs, source) and other.wants(theirs):
                 todo.append((other, theirs))
         if len(todo) < 2:

@@ -272,6 +272,6 @@ def _units(model: weakref.ref[nn.Module]) -> weakref.WeakKeyDictionary[Cache, in
     return weakref.WeakKeyDictionary({m.cache: unit for m, unit in found if isinstance(m, Adapter)})
 
 
-def _source(layer: weakref.ref[Host], adapter: weakref.ref[Adapter]) -> Source | None:
+def _source(layer: weakref.ref[Host], adapter: weakref.ref[Adapter], as_before: bool) -> Source | None:
     host, own = layer(), adapter()
-    return None if host is None or own is None else own.source(host.base(own), ahead=True)
+    return None if host is None or own is None else own.source(host.base(own), as_before)

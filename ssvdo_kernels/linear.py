@@ -117,10 +117,15 @@ class SSVDOLinear(OwnHost):
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x W'^T + b. input: x, (..., in_features); returns (..., out_features)."""
-        adapter = self.adapter
+        adapter, own = self.adapter, self._parameters
+        try:
+            weight, bias = own["weight"], own["bias"]
+        except KeyError:  # FSDP1 puts views in their places
+            weight, bias = self.weight, self.bias
+        base = DenseBase(weight)  # type: ignore[arg-type]
         if adapter.drops:
-            return changed(input, [Change(adapter)], DenseBase(self.weight), self.bias)
-        y: Tensor = adapter(input, DenseBase(self.weight), self.bias)
+            return changed(input, [Change(adapter)], base, bias)
+        y: Tensor = adapter(input, base, bias)
         return y
 
     def adapted_weight(self) -> Tensor:

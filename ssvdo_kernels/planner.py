@@ -202,7 +202,6 @@ class History(Protocol):
     """
 
     shape: LayerShape
-    config: SSVDOConfig
     tokens: int
     expected: int
     choices: dict[int, str]
@@ -232,10 +231,13 @@ ALIKE = ("factored", "folded")
 """Forms that save the same tensors for backward."""
 
 
+def given(config: SSVDOConfig, merged: bool) -> str:
+    """The form that a layer takes without being asked; "" where it is to be chosen."""
+    return "merged" if merged else "" if config.path == "auto" else config.path
+
+
 def choose(prepared: History, work: Work) -> str:
-    """The form for one forward through a preparation: the configuration's, or the cheapest."""
-    if prepared.config.path != "auto":
-        return prepared.config.path
+    """The cheapest form for one forward through a preparation."""
     seen = _leading_bits(max(prepared.tokens, prepared.expected - work.tokens))
     key = work, seen, prepared.built
     form = prepared.plans.get(key)

@@ -15,9 +15,12 @@ LAYERS = 8
 """Of a node in DDP: 8 of 1024 x 4096 have 11 MB of gradients, less than what DDP sends at once (25 MiB)."""
 
 
+_AVAILABLE = dist.is_available()
+
+
 def hooked() -> bool:
     """Whether hooks of work among processes (DDP, FSDP, ZeRO) may watch the parameters, or gather weights anew."""
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def ddp() -> Any:

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors
 from ..origin import Origin
-from ..planner import ALIKE, Work, choose, plan
+from ..planner import ALIKE, Work, choose, given, plan
 from . import lasting, own_dtypes
 from .base import DenseBase
 from .dispatch import token_backend
@@ -200,7 +200,7 @@ def infer(x, bias, *rest):  # type: ignore[no-untyped-def]
     tokens, source = source_of(layer, spec)
     prepared = prepared_of(source)
     backend = token_backend(source.config.backend, x.device, x.dtype)
-    form = "merged" if merged else choose(prepared, Work(len(x), False, backend, x.dtype, x.device))
+    form = given(prepared.config, merged) or choose(prepared, Work(len(x), False, backend, x.dtype, x.device))
     prepared.serve(len(x), False)
     return run(x, tokens, bias, Call(prepared, form, backend), False)[0]
 
@@ -273,7 +273,8 @@ def pulled_back(
     prepared = prepared_of(source)
     backend = token_backend(source.config.backend, x.device, x.dtype)
     form = _training_form(x, prepared, backend, merged)
-    call = Call(prepared, form, backend, None, alone and pulls(prepared, form, backend, len(x), x.dtype))
+    pulled = alone and backend == "reference" and pulls(prepared, form, len(x), x.dtype)
+    call = Call(prepared, form, backend, None, pulled)
     kept = None if call.form == "merged" else saved
     return prepared, *pull_back(dy.contiguous(), x, tokens, kept, call, (*needs, needs[1]))
 

@@ -291,14 +291,15 @@ class Call(NamedTuple):
     pulled: bool = False
 
 
-def pulls(prepared: Prepared, form: str, backend: str, rows: int, dtype: torch.dtype) -> bool:
-    """Whether `rows` tokens of a dtype, all that are behind one dF, spare work by giving A^T dF as well.
+def pulls(prepared: Prepared, form: str, rows: int, dtype: torch.dtype) -> bool:
+    """Whether `rows` tokens of a dtype, all that are behind one dF, spare work by giving A^T dF as well, through
+    PyTorch's own products.
 
     A^T dF = (dy A)^T z: rows d e multiply-adds in place of large d l. P divides what it takes along V by S: where the
     tokens' parts of dF are kappa times their sum, roundings grow by kappa S_0 / S_i, and by the larger of the two
     otherwise. Tokens of half precision would lose all digits.
     """
-    if backend != "reference" or form == "merged" or dtype != prepared.dtype or not prepared.lends:
+    if form == "merged" or dtype != prepared.dtype or not prepared.lends:
         return False
     return rows * prepared.extra < prepared.shape.large * prepared.shape.l
 

@@ -117,7 +117,9 @@ class Matrices:
         found = self.kept.get((name, dtype))
         if found is None:
             if name in ("aligned_basis", "aligned_columns"):
-                found = aligned(self.get(name.removeprefix("aligned_"), dtype))
+                plain = name.removeprefix("aligned_")  # kept once, not as it is beside it
+                own = self.kept.get((plain, dtype))
+                found = aligned(getattr(self, plain).to(dtype) if own is None else own)
             else:
                 built: Tensor = getattr(self, name)
                 found = built.to(dtype)

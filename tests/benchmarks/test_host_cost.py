@@ -54,3 +54,28 @@ with fake_gpu():
 def test_interpreted_kernels_are_no_gpu():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), fake_gpu():
         pass
+
+
+def test_another_number_of_tokens_compiles_nothing_anew():
+    """1 and multiples of 16 are what Triton specialises on."""
+    code = """
+import torch
+from unittest import mock
+from benchmarks.fake_gpu import fake_gpu
+with fake_gpu():
+    from ssvdo_kernels.triton import configs, kernels, launch, tuning
+    sizes = (48, 32), (48, 16), (32, 16), (16, 48), (32, 32)
+    x, z, V, R, Q = (torch.zeros(*size, dtype=torch.bfloat16) for size in sizes)
+    first = lambda name, precision, *_, **__: configs.CONFIGS[name][precision][:1]
+    with mock.patch.object(tuning, "choose", first):
+        for T in (16, 1, 48, 7):
+            launch.expand(x[:T], V, R)
+            launch.contract(x[:T], z[:T], V, Q)
+            launch.add_product(x[:T], z[:T], R)
+    for kernel in (kernels.expand, kernels.contract, kernels.add_product):
+        assert [len(found[0]) for found in kernel.device_caches.values()] == [1], kernel
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parents[2], env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]

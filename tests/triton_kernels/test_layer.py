@@ -117,6 +117,19 @@ def test_matrices_of_a_group_are_those_of_each_layer():
             assert_close(name, one.kept[name, torch.float64], want, 1e-14)
 
 
+@pytest.mark.parametrize("outer_rank", [3, 16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_matrix_is_kept_that_nothing_uses_nor_in_two_precisions(outer_rank, count):
+    net = torch.nn.Sequential(*(torch.nn.Linear(32, 96).half() for _ in range(count)))
+    apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=outer_rank, path="folded", **TRITON))
+    x = torch.randn(4, 32).half()
+    sum(layer(x).float().square().mean() for layer in net).backward()
+    for one in map(prepared, net):
+        used = {(name, torch.float16) for name in ("aligned_columns", "contraction", "expansion")}
+        assert set(one.kept) == used  # V is the factor itself
+        assert one._mixer is None
+
+
 @st.composite
 def cases(draw):
     m, n = draw(st.integers(1, 40)), draw(st.integers(1, 40))

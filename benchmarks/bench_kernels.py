@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 
 from ssvdo_kernels import traffic
-from ssvdo_kernels.ops.linear import over_tokens
+from ssvdo_kernels.ops.products import over_tokens
 from ssvdo_kernels.traffic import Machine, Traffic
 
 from .ceiling import measure, sample

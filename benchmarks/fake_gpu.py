@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssvdo_kernels import cache
-from ssvdo_kernels.ops import device, dispatch, linear, preparation
+from ssvdo_kernels.ops import device, dispatch, linear, preparation, sides
 
 NAME = "NVIDIA H100 80GB HBM3"
 STARTS = {"device_outer_forward": 3, "device_outer_backward": 1, "device_inner_forward": 1, "device_inner_backward": 2}
@@ -133,7 +133,7 @@ def fake_gpu() -> Iterator[FakeGPU]:
         patch(device, "_C", gpu.core(device._C))
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # 20 us for a product that takes nothing
         patch(torch.cuda, "get_device_name", lambda *_: NAME)
-        for module in (linear, preparation):
+        for module in (linear, preparation, sides):
             patch(module, "over_tokens", float32_sums)
         patch(tuning, "enabled", lambda: True)
         patch(tuning, "_do_bench", lambda _: 1.0)

@@ -35,21 +35,6 @@ _NO_SCRIPT = ("torch.jit.script cannot compile an adapted layer; allowed: torch.
               "remove_ssvdo(model, merge=True) first")  # fmt: skip
 
 
-class NoFastPath(nn.Module):
-    """nn.TransformerEncoderLayer's inference fast path reads linear1.weight; it is not taken where a module has a hook.
-
-    It is never called, so the hook costs nothing.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_forward_pre_hook(_nothing)
-
-
-def _nothing(module: nn.Module, args: tuple[object, ...]) -> None:
-    pass
-
-
 class Adapter(nn.Module):
     """W' = U' diag(S + dS) blockdiag(G, I) V^T in place of W0 = U diag(S) V^T (transposed for a wide layer).
 
@@ -114,7 +99,7 @@ class Adapter(nn.Module):
         if factors is not None:
             self.set_factors(factors, weight)
         self.reset_parameters()
-        self.no_fast_path = NoFastPath()
+        self.no_fast_path = inputs.NoFastPath()
         enlist(self)
 
     @lasting

@@ -7,7 +7,7 @@ from helpers import assert_close, assert_right, make_layer, require_triton
 require_triton()
 from benchmarks.bench_kernels import forms, taking
 from benchmarks.kernel_table import describe
-from ssvdo_kernels.ops.linear import over_tokens
+from ssvdo_kernels.ops.products import over_tokens
 from ssvdo_kernels.triton import launch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]

@@ -20,7 +20,7 @@ from test_linear import compare
 
 from ssvdo_kernels import SSVDOConfig, SSVDOLinear, apply_ssvdo, gradient_accumulation
 from ssvdo_kernels.adapter import PARAMETER_NAMES
-from ssvdo_kernels.ops import linear, together
+from ssvdo_kernels.ops import sides, together
 from ssvdo_kernels.ops.joined import Joined
 from ssvdo_kernels.planner import joins
 from ssvdo_kernels.traffic import Machine
@@ -55,7 +55,7 @@ def kept_joined(monkeypatch):
     """[W0 | F] is kept from a few rows on; how often W0 was copied."""
     copied = []
     original = Joined._made
-    monkeypatch.setattr(linear, "keeps_joined", lambda *_: True)
+    monkeypatch.setattr(sides, "keeps_joined", lambda *_: True)
     monkeypatch.setattr(Joined, "_made", staticmethod(lambda *a: copied.append(1) or original(*a)))
     return copied
 
@@ -94,7 +94,7 @@ def test_an_old_graph_finds_its_own_f(m, n, kept_joined):
 @pytest.mark.parametrize("rows", [256, 300, 384])
 def test_gradients_of_rows_that_lie_in_the_cache(rows, monkeypatch):
     machine = Machine("", 1, 1, 1, processors=1, cache=1e9)
-    monkeypatch.setattr(linear, "peaks", lambda *_: machine)
+    monkeypatch.setattr(sides, "peaks", lambda *_: machine)
     assert machine.chunk(rows, 24 * 8, 8 + 16) == 128
     layer = make_layer(24, 8, outer_rank=3, path="folded", **TRITON)
     compare(layer, torch.randn(rows, 8, dtype=torch.float64, requires_grad=True), 1e-11)

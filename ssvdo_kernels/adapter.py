@@ -27,7 +27,6 @@ from .ops.linear import Call, adapted_linear, adapted_matrix, pulls
 from .ops.preparation import Parameters, Prepared, Rows, Source
 from .origin import Origin
 from .planner import Work, choose, given
-from .watchers import hooked
 
 _AS_IT_IS = nullcontext()
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
@@ -238,7 +237,7 @@ class Adapter(nn.Module):
         rows = x if x.ndim == 2 else x.reshape(-1, self.shape.in_features)
         if torch.compiler.is_compiling() or symbolic or (torch._C._len_torch_dispatch_stack() and traced()):
             factors = tuple(getattr(self, name) for name in FACTOR_NAMES)
-            y = adapted(rows, tokens.dense(), base, bias, self.parts, factors, self.spec, self.merged, not hooked())
+            y = adapted(rows, tokens.dense(), base, bias, self.parts, factors, self.spec, self.merged)
         else:
             with own_dtypes() if autocasting() else _AS_IT_IS:
                 y = self._forward(rows, tokens, base, bias)

@@ -1,5 +1,6 @@
 """Layers that are prepared together where processes train together: in DDP's modes, and in the units of FSDP."""
 
+import copy
 from contextlib import nullcontext
 from functools import partial
 from typing import ClassVar
@@ -10,11 +11,12 @@ import torch.distributed as dist
 from groups import agree, clear, nets, train
 from helpers import assert_close, count_preparations, require_fully_shard, two_processes
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, cache, gradient_accumulation, watchers
 from ssvdo_kernels.host import hosts
-from ssvdo_kernels.ops import host
+from ssvdo_kernels.ops import graph, host
 
 if not host.available():
     pytest.skip("the compiled core was not built", allow_module_level=True)
@@ -96,6 +98,65 @@ def test_gradient_accumulation_where_data_parallel_counts_parameters_is_refused(
     with pytest.raises(RuntimeError, match=rf"gradient_accumulation in .*{option}=True"), gradient_accumulation(ddp):
         ddp(x_of(4))
     assert net.blocks[0][0].adapter.outer.grad is None
+
+
+@pytest.mark.parametrize("inside, bucket", [(True, 25), (False, 25), (False, 0.002)])
+def test_compiled_data_parallel(one_process, counts, monkeypatch, inside, bucket):
+    """With gradients in small buckets the graph is split between layers; each hook runs once."""
+    monkeypatch.setattr(graph, "LAYERS", 2)
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", min(2**20, int(bucket * 2**20)))
+    torch._dynamo.reset()
+    net, alone = nets()
+    split = CompileCounterWithBackend("aot_eager")
+    given = torch.compile(net, backend=split) if inside else net
+    ddp = nn.parallel.DistributedDataParallel(given, bucket_cap_mb=bucket)
+    function, ran = ddp if inside else torch.compile(ddp, backend=split), []
+    trained = [name for name, p in net.named_parameters() if p.requires_grad]
+    for name in trained:
+        net.get_parameter(name).register_post_accumulate_grad_hook(lambda _, name=name: ran.append(name))
+    for _ in range(2):
+        x = x_of(4)
+        clear(counts)
+        ran.clear()
+        train(function, x)
+        assert counts["backward"] == [2] * 4 and sorted(ran) == sorted(trained)
+        train(alone, x)
+    agree(net, alone)
+    assert (split.frame_count > 1) == (bucket < 1)
+
+
+class Unit(nn.Module):
+    """Two layers of a shape up and two down."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 8)) for _ in range(2))
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_compiled_units_of_fully_sharded(one_process, counts):
+    fsdp = require_fully_shard()
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = nn.Sequential(Unit(), Unit()).double()
+    apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2))
+    alone = copy.deepcopy(net)
+    for unit in net:
+        fsdp.fully_shard(unit, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        unit.compile(backend="aot_eager")
+    for model in net, alone:
+        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for seed in range(2):
+            optimiser.zero_grad()
+            torch.manual_seed(seed)
+            clear(counts)
+            train(model, x_of(4))
+            optimiser.step()
+            assert counts["backward"] == ([2] * 4 if model is net else [1] * 8)
+    for (name, p), (_, q) in zip(net.named_parameters(), alone.named_parameters(), strict=True):
+        assert_close(name, p.full_tensor(), q, 1e-11)
 
 
 def test_fully_sharded(one_process):

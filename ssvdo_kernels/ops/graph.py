@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from ..watchers import LAYERS, ddp
 from .base import Base
 from .compiled import decode, infer, train
 from .compiled_batch import Own, pack
@@ -31,20 +32,18 @@ def adapted(
     factors: tuple[Tensor | None, ...],
     spec: str,
     merged: bool,
-    joins: bool,
 ) -> Tensor:
     """y = x W'^T + b through the operations of `compiled`.
 
     Args:
         x: T x in_features. tokens: W0 in x's dtype; base: W0 as it is stored. factors: in the order of `Factors`.
-        spec: from `encode`. merged: whether to go through the dense W'. joins: whether gradients of several layers of a
-            graph may come from one node.
+        spec: from `encode`. merged: whether to go through the dense W'.
     """
     layer = (tokens, base.stored, *parameters, *factors)
     spec = spec if base.layout == "plain" else base.layout + spec
     learns = x.requires_grad or any(p is not None and p.requires_grad for p in (bias, *parameters))
     if torch.is_grad_enabled() and learns:
-        if joins and torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from torch._dynamo.comptime import comptime
 
             comptime(_join_later)
@@ -80,7 +79,11 @@ def join(module: GraphModule) -> None:
 
     Left alone are layers whose parameters want no gradients, and those whose tensors are not inputs of the graph or are
     written to in it: then they may not be at its start what they are where the layer stands.
+
+    In a forward of DDP, whose optimiser splits the graph where a bucket of gradients is full, a `stand_ins` is for a
+    few layers that follow one another, and stands before the first of them.
     """
+    near = ddp() is not None
     regions = _regions(module)
     written = _written(regions)
     kinds: dict[Hashable, list[tuple[_Layer, Node, _Region]]] = {}
@@ -92,14 +95,27 @@ def join(module: GraphModule) -> None:
                 if all(t is None or t in region.inputs for t in tensors) and _joinable(layer, written):
                     kinds.setdefault(decode(spec), []).append((layer, node, region))
     for uses in kinds.values():
-        if len(uses) > 1:
-            pairs = _stand_ins(module.graph, list(dict.fromkeys(layer for layer, _, _ in uses)))
-            for layer, node, region in uses:
-                x, bias, *rest = node.args
-                node.args = (x, bias, *(_brought(t, region) for t in pairs[layer]), *rest)
-                node.target = torch.ops.ssvdo_kernels.adapted_joined.default
+        layers = list(dict.fromkeys(layer for layer, _, _ in uses))
+        step = LAYERS if near else len(layers)
+        for some in (layers[i : i + step] for i in range(0, len(layers), step)):
+            chosen = set(some)
+            own = [use for use in uses if use[0] in chosen]
+            if len(own) > 1:
+                _share(module.graph, some, own, near)
     for region in regions:
         region.module.recompile()
+
+
+def _share(
+    graph: Graph, layers: Sequence[_Layer], uses: Sequence[tuple[_Layer, Node, _Region]], near: bool
+) -> None:
+    """Lets layers of one kind share a `stand_ins`, which stands before the first of their uses, or at the start."""
+    first = min(node if region.call is None else region.call for _, node, region in uses) if near else None
+    pairs = _stand_ins(graph, layers, first)
+    for layer, node, region in uses:
+        x, bias, *rest = node.args
+        node.args = (x, bias, *(_brought(t, region) for t in pairs[layer]), *rest)
+        node.target = torch.ops.ssvdo_kernels.adapted_joined.default
 
 
 def _at_start(graph: Graph) -> AbstractContextManager[Any]:
@@ -144,9 +160,9 @@ def _joinable(layer: _Layer, written: set[int]) -> bool:
     return learns and not any(t is not None and t.untyped_storage()._cdata in written for t in own)
 
 
-def _stand_ins(graph: Graph, layers: Sequence[_Layer]) -> dict[_Layer, tuple[Node, Node]]:
-    """Puts the stand-ins of layers at the start of the graph."""
-    with _at_start(graph):
+def _stand_ins(graph: Graph, layers: Sequence[_Layer], first: Node | None) -> dict[_Layer, tuple[Node, Node]]:
+    """Puts the stand-ins of layers before `first`, or at the start of the graph."""
+    with _at_start(graph) if first is None else graph.inserting_before(first):
         tensors, present = pack(layer.own for layer in layers)
         specs = "\n".join(layer.spec for layer in layers)
         made = graph.call_function(torch.ops.ssvdo_kernels.stand_ins.default, (tensors, specs, present))

@@ -11,7 +11,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo
-from ssvdo_kernels import adapter as adapters
 from ssvdo_kernels.factorize import FACTOR_NAMES
 from ssvdo_kernels.ops import compiled_batch as operations
 from ssvdo_kernels.ops import graph, host
@@ -327,13 +326,21 @@ def test_parameters_that_no_layer_owns_are_prepared_no_more_often(calls):
     assert not operations._lent
 
 
-def test_where_hooks_may_watch_each_layer(calls, monkeypatch):
-    """DDP and FSDP."""
-    monkeypatch.setattr(adapters, "hooked", lambda: True)
-    net, x = model(torch.float64, 2), tokens(5)
-    got = gradients(compiled(net), net, x)
-    assert calls["backward"] == [1] * 5
+@needs_groups
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_in_data_parallel_a_few_layers_that_follow_one_another_go_back_together(checkpointed, calls, monkeypatch):
+    monkeypatch.setattr(graph, "ddp", lambda: True)
+    monkeypatch.setattr(graph, "LAYERS", 2)
+    net, x, seen = model(torch.float64, 3), tokens(5), []
+    join = graph.join
+    monkeypatch.setattr(graph, "join", lambda module: (join(module), seen.append(module.graph)))
+    function = (lambda v: net[6:](checkpoint(net[:6], v, use_reentrant=False))) if checkpointed else net
+    got = gradients(compiled(function), net, x)
+    assert together(calls) == [1, 1, 1, 2, 2]
     same(got, as_copied(net, x), 1e-12)
+    own = [name.split(".")[1] for name in (str(node.target) for node in seen[0].nodes) if "ssvdo_kernels" in name]
+    assert own[:3] == ["stand_ins", "stand_ins" if checkpointed else "adapted_joined",
+                       "adapted_train" if checkpointed else "stand_ins"]  # fmt: skip
 
 
 @pytest.mark.parametrize("strict", [False, True])

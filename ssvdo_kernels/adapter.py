@@ -29,9 +29,14 @@ from .origin import Origin
 from .planner import Work, choose, given
 
 _AS_IT_IS = nullcontext()
+_modules: Any = torch.nn.modules.module
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
 _NO_SCRIPT = ("torch.jit.script cannot compile an adapted layer; allowed: torch.jit.trace, torch.export, or "
               "remove_ssvdo(model, merge=True) first")  # fmt: skip
+
+
+def _no_fast_path(module: nn.Module, args: tuple[object, ...]) -> None:
+    """nn.TransformerEncoderLayer's inference fast path reads linear1.weight; it is not taken where there is a hook."""
 
 
 class Adapter(nn.Module):
@@ -98,7 +103,7 @@ class Adapter(nn.Module):
         if factors is not None:
             self.set_factors(factors, weight)
         self.reset_parameters()
-        self.no_fast_path = inputs.NoFastPath()
+        self.register_forward_pre_hook(_no_fast_path)
         enlist(self)
 
     @lasting
@@ -196,6 +201,15 @@ class Adapter(nn.Module):
         backend = token_backend(self.config.backend, base.device, base.dtype)
         prepared, work = self.prepared(base), Work(tokens, grad, backend, base.dtype, base.device, base.held)
         return given(self.config, self.merged) or choose(prepared, work)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`; by way of nn.Module's own, which takes as long as two products, where there is a hook but ours."""
+        own = self.__dict__
+        if (len(own["_forward_pre_hooks"]) > 1 or own["_forward_hooks"] or own["_backward_hooks"]
+                or own["_backward_pre_hooks"] or own.get("_compiled_call_impl") or _modules._has_any_global_hook()
+                or torch._C._get_tracing_state() is not None):  # fmt: skip
+            return super().__call__(*args, **kwargs)
+        return self.forward(*args, **kwargs)
 
     def forward(self, x: Tensor, base: Base, bias: Tensor | None = None) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features). Raises as `SSVDOLinear` says."""
@@ -382,9 +396,6 @@ class Adapter(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         enlist(self)
-
-    def __repr__(self) -> str:
-        return f"Adapter({self.extra_repr()})"
 
     def extra_repr(self) -> str:
         s, c = self.shape, self.config

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .ops import autocasting
@@ -16,21 +16,6 @@ from .ops.base import Base
 _raw: Any = torch._C
 _NO_FX = ("torch.fx.symbolic_trace cannot see into an adapted layer; allowed: torch.export, a Tracer that takes it for "
           "a leaf (is_leaf_module), or remove_ssvdo(model, merge=True) first")  # fmt: skip
-
-
-class NoFastPath(nn.Module):
-    """nn.TransformerEncoderLayer's inference fast path reads linear1.weight; it is not taken where a module has a hook.
-
-    It is never called, so the hook costs nothing.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_forward_pre_hook(_nothing)
-
-
-def _nothing(module: nn.Module, args: tuple[object, ...]) -> None:
-    pass
 
 
 def ordinary(x: Tensor, in_features: int, base: Base) -> bool:

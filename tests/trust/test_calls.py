@@ -263,3 +263,17 @@ def test_thawing_an_adapter_thaws_what_is_trained():
     assert adapter.requires_grad_() is adapter
     assert [p for p in adapter.parameters() if p.requires_grad] == adapter.trained
     layer(X).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_on_an_adapter_are_called(kind, everywhere):
+    layer, seen = make_layer(12, 5, outer_rank=3), []
+    place = torch.nn.modules.module if everywhere else layer.adapter
+    register = getattr(place, f"register_{'module_' if everywhere else ''}{kind}_hook")
+    handle = register(lambda module, *_: seen.append(module))
+    try:
+        layer(torch.randn(4, 5, dtype=torch.float64, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert seen.count(layer.adapter) == 1

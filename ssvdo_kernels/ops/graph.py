@@ -74,6 +74,10 @@ class _Layer(NamedTuple):
     spec: str
 
 
+_Use = tuple[_Layer, Node, _Region]
+"""A layer, its node, and the region in which that is."""
+
+
 def join(module: GraphModule) -> None:
     """Lets the layers of one shape and configuration in a graph of Dynamo's share one `stand_ins`.
 
@@ -86,7 +90,7 @@ def join(module: GraphModule) -> None:
     near = ddp() is not None
     regions = _regions(module)
     written = _written(regions)
-    kinds: dict[Hashable, list[tuple[_Layer, Node, _Region]]] = {}
+    kinds: dict[Hashable, list[_Use]] = {}
     for region in regions:
         for node in region.module.graph.nodes:
             if node.target == torch.ops.ssvdo_kernels.adapted_train.default:
@@ -95,6 +99,7 @@ def join(module: GraphModule) -> None:
                 if all(t is None or t in region.inputs for t in tensors) and _joinable(layer, written):
                     kinds.setdefault(decode(spec), []).append((layer, node, region))
     for uses in kinds.values():
+        uses.sort(key=_place)
         layers = list(dict.fromkeys(layer for layer, _, _ in uses))
         step = LAYERS if near else len(layers)
         for some in (layers[i : i + step] for i in range(0, len(layers), step)):
@@ -106,12 +111,14 @@ def join(module: GraphModule) -> None:
         region.module.recompile()
 
 
-def _share(
-    graph: Graph, layers: Sequence[_Layer], uses: Sequence[tuple[_Layer, Node, _Region]], near: bool
-) -> None:
+def _place(use: _Use) -> Node:
+    """Where it is in the whole graph."""
+    return use[1] if use[2].call is None else use[2].call
+
+
+def _share(graph: Graph, layers: Sequence[_Layer], uses: Sequence[_Use], near: bool) -> None:
     """Lets layers of one kind share a `stand_ins`, which stands before the first of their uses, or at the start."""
-    first = min(node if region.call is None else region.call for _, node, region in uses) if near else None
-    pairs = _stand_ins(graph, layers, first)
+    pairs = _stand_ins(graph, layers, _place(uses[0]) if near else None)
     for layer, node, region in uses:
         x, bias, *rest = node.args
         node.args = (x, bias, *(_brought(t, region) for t in pairs[layer]), *rest)

@@ -335,6 +335,37 @@ def batch_of_several_units(counts):
         assert_close("gradient", got.full_tensor(), want, 1e-9)
 
 
-@pytest.mark.parametrize("work", [modes_of_ddp, units_of_fsdp])
+def compiled_layers(rank):
+    """Compiled, under DDP and in units of FSDP that are gathered and sharded anew each way."""
+    counts = count_preparations(pytest.MonkeyPatch())["backward"]
+    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+    for way in ("ddp", "fsdp") if newer else ("ddp",):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        net = nn.Sequential(Unit(), Unit()).double()
+        apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2))
+        alone = copy.deepcopy(net)
+        if way == "ddp":
+            model = torch.compile(nn.parallel.DistributedDataParallel(net), backend="aot_eager")
+        else:
+            from torch.distributed.fsdp import fully_shard
+
+            for unit in net:
+                fully_shard(unit).compile(backend="aot_eager")
+            model = fully_shard(net)
+        steps = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 1e-3) for m in (net, alone)]
+        for x in batches(3):
+            counts.clear()
+            model(x[2 * rank : 2 * rank + 2]).square().sum().backward()
+            assert counts == [2] * 4, (way, counts)  # a graph for each unit
+            (alone(x).square().sum() / 2).backward()
+            for optimiser in steps:
+                optimiser.step()
+                optimiser.zero_grad()
+        for (name, p), q in zip(net.named_parameters(), alone.parameters(), strict=True):
+            assert_close(f"{way} {name}", p if way == "ddp" else p.full_tensor(), q, 1e-11)
+
+
+@pytest.mark.parametrize("work", [modes_of_ddp, units_of_fsdp, compiled_layers])
 def test_two_processes_train_as_one_does(work):
     two_processes(work)

@@ -54,8 +54,9 @@ def adapted(
 def _join_later(context: Any) -> None:
     """Has the graph that Dynamo is making joined when it is whole."""
     output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
-    if not output.export and join not in output.register_finalizer_fns:
-        output.add_graph_finalizer(join)
+    add, there = getattr(output, "add_graph_finalizer", None), getattr(output, "register_finalizer_fns", ())
+    if add is not None and not output.export and join not in there:
+        add(join)
 
 
 class _Region(NamedTuple):

@@ -343,6 +343,14 @@ def test_in_data_parallel_a_few_layers_that_follow_one_another_go_back_together(
                        "adapted_train" if checkpointed else "stand_ins"]  # fmt: skip
 
 
+def test_a_dynamo_without_finalizers_leaves_layers_alone(calls, monkeypatch):
+    monkeypatch.delattr(torch._dynamo.output_graph.OutputGraph, "add_graph_finalizer")
+    net, x = model(torch.float64, 2), tokens(5)
+    got = gradients(compiled(net), net, x)
+    assert calls["backward"] == [1] * 5
+    same(got, as_copied(net, x), 1e-12)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_programs_hold_layers_one_by_one(strict):
     net, x = model(torch.float64, 2), tokens(5).detach()

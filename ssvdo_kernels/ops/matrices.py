@@ -43,8 +43,8 @@ def unaligned(matrix: Tensor, width: int, extra: int, above: int) -> Tensor:
     return torch.cat([matrix[:width], matrix[above : above + extra]])
 
 
-_PAIRS = {"folded": "folded_transposed", "contraction": "expansion"}
-_OTHER = {**_PAIRS, **{b: a for a, b in _PAIRS.items()}}
+_OTHER = {"folded": "folded_transposed", "folded_transposed": "folded",
+          "contraction": "expansion", "expansion": "contraction"}  # fmt: skip
 """By matrix of the folded form, the other one that it takes."""
 
 
@@ -71,7 +71,7 @@ class Matrices:
         self._mixer = None
         self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self.built: frozenset[str] = frozenset()
-        self.sides: dict[tuple[str, torch.dtype, str], Any] = {}  # what linear.py has made of these
+        self.sides: dict[tuple[str, torch.dtype, str], Any] = {}  # what sides.py has made of these
         self._batch: Callable[[], Batch | None] | None = None
         self.queued: Queued | None = None  # where what is built was built last
 

@@ -17,14 +17,16 @@ LAUNCHES = {"frozen": 2, "cached": 10, "merged": 5, "one token": 3, "one token, 
             "prepared in a group of 24": 12}  # fmt: skip
 
 
-def test_launches_of_a_layer(tmp_path):
-    """In a process of its own: here, the kernels are interpreted."""
+def compiling(*arguments):
+    """Python with these arguments, in a process of its own: here, the kernels are interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.bench_host", "--rounds", "1", "--out", str(tmp_path),
-               "--cases", *LAUNCHES]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run([sys.executable, "-W", "ignore", *arguments], cwd=Path(__file__).parents[2], env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_launches_of_a_layer(tmp_path):
+    compiling("-m", "benchmarks.bench_host", "--rounds", "1", "--out", str(tmp_path), "--cases", *LAUNCHES)
     rows = json.loads(next(tmp_path.glob("*-host.json")).read_text())["rows"]
     assert all(row["us"] > 0 for row in rows)
     for row in rows:
@@ -45,9 +47,7 @@ with fake_gpu():
                 mock.patch("ssvdo_kernels.triton.tuning.choose", None), mock.patch("re.sub", None):
             step()
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parents[2], env=environment,
-                   capture_output=True, check=True)  # fmt: skip
+    compiling("-c", code)
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="a GPU is there")
@@ -75,7 +75,4 @@ with fake_gpu():
     for kernel in (kernels.expand, kernels.contract, kernels.add_product):
         assert [len(found[0]) for found in kernel.device_caches.values()] == [1], kernel
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parents[2], env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    compiling("-c", code)

@@ -28,7 +28,7 @@ STARTS = {"device_outer_forward": 3, "device_outer_backward": 1, "device_inner_f
 VIEWS = frozenset((
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like",
     "empty_strided", "expand", "lift_fresh", "new_empty", "new_empty_strided", "permute", "reshape", "select", "slice",
-    "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 ))  # fmt: skip
 """Operations that start nothing."""
 

@@ -79,22 +79,23 @@ class Sums:
         return self._pair
 
     def _arrived(self, node: Any, gradients: Sequence[Tensor | None]) -> bool:
-        name, compiled = self.prepared.name, _compiled()
+        compiled = _compiled()
         if compiled:
             self._pair = None  # it runs a node once, and puts .grad back as it was
-        if not self.open and not self._reached:
-            raise RuntimeError(f"{name}: a graph that was made {_INSIDE} outlived it; allowed, where hooks watch the "
-                               "parameters (DDP, FSDP, register_hook): its backward inside")  # fmt: skip
         if not self.open:
-            return False
-        if self._reached and not (compiled or all_wanted(node)):
-            raise RuntimeError(f"{name}: autograd.grad or backward(inputs=some) {_INSIDE}, which brings gradients to "
-                               "all parameters when it is left; allowed: backward()")  # fmt: skip
+            if self._reached:
+                return False
+            raise RuntimeError(f"{self.prepared.name}: a graph that was made {_INSIDE} outlived it; allowed, where "
+                               "hooks watch the parameters (DDP, FSDP, register_hook): its backward inside")
         if not compiled:
+            if self._reached and not all_wanted(node):
+                raise RuntimeError(f"{self.prepared.name}: autograd.grad or backward(inputs=some) {_INSIDE}, which "
+                                   "brings gradients to all parameters when it is left; allowed: backward()")
             self._watch()
         for i, gradient in enumerate(gradients):
-            total = self._totals[i]
-            self._totals[i] = gradient if total is None else total if gradient is None else total.add_(gradient)
+            if gradient is not None:
+                total = self._totals[i]
+                self._totals[i] = gradient if total is None else total.add_(gradient)
         return True
 
     def _watch(self) -> None:

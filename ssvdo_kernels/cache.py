@@ -122,11 +122,11 @@ class Kept(NamedTuple):
 
 def _fixed(formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> tuple[object, ...]:
     kinds = [None if p is None else p.dtype for p in parameters] if _on_cpu(parameters) else ()  # `_moving` has them
-    return *formula, parameters[1].device, *kinds, *stamps(watched)
+    return formula, parameters[1].device, kinds, stamps(watched)
 
 
 def _moving(parameters: Parameters) -> tuple[object, ...]:
-    return _clock(parameters), *stamps(parameters)
+    return _clock(parameters), stamps(parameters)
 
 
 def _clock(parameters: Parameters) -> int:

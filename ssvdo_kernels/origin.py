@@ -23,7 +23,7 @@ def stamp(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
-def stamps(tensors: Iterable[Tensor | None]) -> tuple[object, ...]:
+def stamps(tensors: Iterable[Tensor | None]) -> list[object]:
     """The stamps of all that are there, in one; the address tells the device."""
     found: list[object] = []
     for t in tensors:
@@ -32,7 +32,7 @@ def stamps(tensors: Iterable[Tensor | None]) -> tuple[object, ...]:
                 found += (t.data_ptr(), t._version, t.dtype)
             except RuntimeError:  # of inference mode, without a counter
                 found += (t.data_ptr(), 0, t.dtype)
-    return tuple(found)
+    return found
 
 
 def gathered_stamp(tensor: Tensor) -> tuple[object, ...]:
@@ -84,7 +84,7 @@ class Origin:
         """Takes the weight that comes next for the right one."""
         self._known: tuple[list[list[float]], float] | None = None  # its sketch, and the eps of its dtype
         self._rounded = 0.0  # the largest eps of the dtypes that it has been in since
-        self._seen: tuple[object, ...] | None = None
+        self._seen: list[object] | None = None
         self._held: tuple[torch.UntypedStorage, ...] = ()  # of what was seen, so that nothing else comes to lie there
         self._loaded = False
 
@@ -107,12 +107,12 @@ class Origin:
 
     def check(self, base: Base, name: str, by_value: bool = False, factors: Factors | None = None) -> None:
         """Raises RuntimeError where W0 is not the one that was factorised. by_value: read its numbers."""
-        now = tuple(map(gathered_stamp, base.tensors)) if hooked() else stamps(base.tensors)
+        now: list[object] = list(map(gathered_stamp, base.tensors)) if hooked() else stamps(base.tensors)
         if now != self._seen or by_value:
             self._look(base, name, now, factors)
 
     @torch.no_grad()
-    def _look(self, base: Base, name: str, now: tuple[object, ...], factors: Factors | None) -> None:
+    def _look(self, base: Base, name: str, now: list[object], factors: Factors | None) -> None:
         if base.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         weight = base.dense()

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 
+_raw: Any = torch._C
+
 
 def autocasting() -> bool:
     """Whether autocast is on on some device: elsewhere `own_dtypes` would cost as much as a small product."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return bool(_raw._is_any_autocast_enabled())
 
 
 @contextmanager
@@ -42,10 +44,10 @@ def by_hand(backward: _Function) -> _Function:
     def call(*args: Any) -> Any:
         if torch.is_grad_enabled():  # PyTorch's own once_differentiable says nothing where no gradient asks for it
             raise RuntimeError(_SECOND)
-        batched = args[1] is not None and torch._C._functorch.is_legacy_batchedtensor(args[1])
-        if batched or torch._C._are_functorch_transforms_active():
+        batched = args[1] is not None and _raw._functorch.is_legacy_batchedtensor(args[1])
+        if batched or _raw._are_functorch_transforms_active():
             raise RuntimeError(_BATCHED)
-        if not autocasting():
+        if not _raw._is_any_autocast_enabled():
             return backward(*args)
         with own_dtypes():
             return backward(*args)

@@ -35,13 +35,19 @@ class StandIns(NamedTuple):
         return (self.mixer, self.columns) if self.product is None else (None, self.product)
 
 
-def stand_ins(prepared: Prepared, sums: bool = False) -> StandIns:
-    """Those of one layer; sums: with C's."""
-    F, width, (large, extra) = prepared.columns, prepared.shape.width, prepared.columns.shape
-    pulled = F.new_empty_strided((large + prepared.shape.d, extra), (0, 0)) if prepared.lends else None
-    product = F.new_empty_strided((large, width), (0, 0)) if sums else None
-    mixer, columns = F.new_empty_strided((width + extra, width), (0, 0)), F.new_empty_strided((large, extra), (0, 0))
-    return StandIns(mixer, columns, pulled, product)
+def stand_ins(prepared: Sequence[Prepared], sums: bool = False) -> list[StandIns]:
+    """Those of layers of one shape, layer by layer; sums: with C's."""
+    one, n, made = prepared[0], len(prepared), prepared[0].columns.new_empty_strided
+    (large, extra), width, d = one.columns.shape, one.shape.width, one.shape.d
+
+    def each(wanted: bool, *size: int) -> Sequence[Any]:
+        return made((n, *size), (0, 0, 0)).unbind() if wanted else [None] * n
+
+    lends = [p.lends for p in prepared]
+    kinds = (each(True, width + extra, width), each(True, large, extra), each(any(lends), large + d, extra),
+             each(sums, large, width))  # fmt: skip
+    return [StandIns(mixer, columns, pulled if lent else None, product)
+            for mixer, columns, pulled, product, lent in zip(*kinds, lends, strict=True)]
 
 
 def by_layer(tensors: Sequence[Any]) -> list[StandIns]:
@@ -63,7 +69,7 @@ class Attach(torch.autograd.Function):
         ctx.prepared, ctx.sink, ctx.arrived = prepared, sink, arrived
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         ctx.set_materialize_grads(False)
-        return tuple(t for p in prepared for t in stand_ins(p, sums))
+        return tuple(t for own in stand_ins(prepared, sums) for t in own)
 
     @staticmethod
     @by_hand

@@ -74,7 +74,8 @@ class DenseBase(Base):
     """A weight that is an ordinary tensor: a matrix, out_features x in_features, or one that holds it in a layout."""
 
     def __init__(self, weight: Tensor, layout: str = "plain") -> None:
-        self._stored, self.layout, self.weight = weight, layout, matrix_of(weight, layout)
+        self._stored, self.layout = weight, layout
+        self.weight = weight if layout == "plain" else matrix_of(weight, layout)
         self.dtype, self.device = weight.dtype, weight.device
 
     @property

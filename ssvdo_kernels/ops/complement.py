@@ -42,6 +42,7 @@ class Projector:
     width: int
     null: Tensor | None
     large: int
+    view: Tensor | None = None  # A, where somebody has it already
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -51,7 +52,7 @@ class Projector:
     @property
     def tall(self) -> Tensor:
         """A, of any floating dtype; made anew where the base does not hold it."""
-        return self.base.tall(self.transposed)
+        return self.base.tall(self.transposed) if self.view is None else self.view
 
     @cached_property
     def unit(self) -> Tensor:

@@ -80,11 +80,13 @@ def _call(
     """operands: of each kind one tensor a layer, or None. check: that all are contiguous and on one device."""
     tensors = [t for many in (*operands, stacked) for t in many if t is not None]
     like = tensors[0]
+    device = like.device
     for tensor in tensors if check else ():
-        if tensor.device != like.device or not tensor.is_contiguous():
+        if tensor.device != device or not tensor.is_contiguous():
             raise ValueError(f"a tensor of {function} is on {tensor.device} with strides {tensor.stride()}; "
                              f"allowed: contiguous, on {like.device}")
-    addresses = [[0 if t is None else t.data_ptr() for t in row] for row in zip(*operands, strict=True)]
+    kinds = ([0] * len(many) if many[0] is None else [t.data_ptr() for t in many if t is not None] for many in operands)
+    addresses = list(zip(*kinds, strict=True))
     where = {"device": -1, "stream": 0}
     if like.is_cuda:
         where = {"device": like.get_device(), "stream": torch.cuda.current_stream(like.device).cuda_stream}
@@ -221,6 +223,7 @@ class Verdict:
             self._event.record(torch.cuda.current_stream(info.device))
         else:
             self._info = info
+        self._numbers: tuple[list[int], list[int]] | None = None
 
     def there(self) -> bool:
         """Whether `read` returns at once."""
@@ -228,8 +231,10 @@ class Verdict:
 
     def read(self) -> tuple[list[int], list[int]]:
         """(inverses, pivots), one number a layer, 0 where all is well; waits for them if need be."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        inverses, pivots = self._info.tolist()
-        return inverses, pivots
+        if self._numbers is None:  # each layer asks
+            if self._event is not None:
+                self._event.synchronize()
+                self._event = None
+            inverses, pivots = self._info.tolist()
+            self._numbers = inverses, pivots
+        return self._numbers

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import device, host, outer
 from .complement import Product, one_by_one
 from .preparation import Gradients, Prepared, Rows, Source, check_pivot
-from .products import exact
+from .products import cast, exact
 from .streams import Queued
 
 Inner = tuple[Tensor | None, Tensor, Tensor]  # G where it is a series, saved, mixer
@@ -103,7 +103,7 @@ def adjoint(
     d_outer: Sequence[Tensor | None] = [None] * len(many)
     if parts:
         l, large = one.shape.l, one.shape.large  # noqa: E741
-        dF = [_corner(d, large, l).to(one.dtype) for d in d_columns]
+        dF = [cast(_corner(d, large, l), one.dtype) for d in d_columns]
         state = [p.X for p in many], [_corner(p.columns, large, l) for p in many], dF
         if one.engine == "cuda":
             d_outer = device.outer_backward(parts, *state)
@@ -134,7 +134,7 @@ def _inner_gradients(many: Sequence[Prepared], d_mixer: Sequence[Tensor | Rows])
         return [p.inner_reference_backward(d) for p, d in zip(many, d_mixer, strict=True)]
     state = [p.rotation for p in many], [p.shift for p in many], [p.singular for p in many]
     saved, rest = [p.saved.contiguous() for p in many], (one.null, one.shape, one.config)
-    dense = [d.to(one.dtype).contiguous() for d in d_mixer if isinstance(d, Tensor)]
+    dense = [cast(d, one.dtype).contiguous() for d in d_mixer if isinstance(d, Tensor)]
     if one.engine == "cuda":
         return device.inner_backward(*state, saved, dense, *rest)
     if not rows:

@@ -64,11 +64,11 @@ def linear_backward(
             return dx, None, None
         assert saved is not None and x is not None
         if inner is not None:
-            h, z = inner[:, : side.width], inner[:, side.width :]
+            h, z = inner.split_with_sizes((side.width, side.extra), 1)
         return dx, (saved, dy, h) if need_mixer else None, side.columns_gradient(x, z) if need_columns else None
     if trains:
         assert saved is not None
-        h, z = (None, saved) if core else (saved[:, : side.width], saved[:, side.width :])
+        h, z = (None, saved) if core else saved.split_with_sizes((side.width, side.extra), 1)
     u, g, d_columns = side.shrink(dy, base, z if need_columns and not pulled else None)
     if pulled and need_columns:
         assert z is not None
@@ -108,7 +108,7 @@ def pulls(prepared: Prepared, form: str, rows: int, dtype: torch.dtype) -> bool:
 def run(x: Tensor, base: Base, bias: Tensor | None, call: Call, keep: bool) -> tuple[Tensor, Tensor | None]:
     """(y, saved) outside of autograd; x: T x in_features."""
     if call.form == "merged":
-        return torch.nn.functional.linear(x, call.prepared.merged(base, call.backend).to(x.dtype), bias), None
+        return torch.nn.functional.linear(x, call.prepared.merged(base, call.backend), bias), None
     return linear_forward(x, base, bias, small_side(call.prepared, call.form, x.dtype, call.backend), keep)
 
 
@@ -118,13 +118,13 @@ def merged_backward(
     """(dx, dC) for those that need it: C = [A V | F] M of A' = A + C V^T, so that dC = dA' V = (large side)^T (small
     side) V, without dA'."""
     prepared = call.prepared
-    dx = dy @ prepared.merged(base, call.backend).to(dy.dtype) if needs[0] else None
+    dx = torch.mm(dy, prepared.merged(base, call.backend)) if needs[0] else None
     if x is None or not needs[1]:
         return dx, None
     V = prepared.get("aligned_basis" if call.backend == "triton" else "basis", dy.dtype)
-    dC = over_tokens(x, dy @ V) if prepared.shape.transposed else over_tokens(dy, x @ V)
+    dC = over_tokens(x, torch.mm(dy, V)) if prepared.shape.transposed else over_tokens(dy, torch.mm(x, V))
     width = prepared.shape.width
-    return dx, dC if V.shape[1] == width else dC[:, :width]
+    return dx, dC if dC.shape[1] == width else dC[:, :width]
 
 
 def pull_back(
@@ -218,6 +218,6 @@ def adapted_linear(x: Tensor, pair: StandIns | None, base: Base, bias: Tensor | 
     """y = x W'^T + b. x: T x in_features; pair: stand-ins from `attach` or leaves; None: parameters get no gradient."""
     if pair is None and not torch.is_grad_enabled():  # a token at a time, bookkeeping costs as much as a product
         return run(x, base, bias, call, False)[0]
-    own = stand_ins(call.prepared) if pair is None else pair
+    own = stand_ins([call.prepared])[0] if pair is None else pair
     two = own.dense if call.form == "merged" else (own.mixer, own.pulled if call.pulled else own.columns)
     return _apply(x, *two, bias, base, call, *base.saved)  # type: ignore[no-any-return]

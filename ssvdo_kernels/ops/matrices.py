@@ -46,6 +46,7 @@ def unaligned(matrix: Tensor, width: int, extra: int, above: int) -> Tensor:
 _OTHER = {"folded": "folded_transposed", "folded_transposed": "folded",
           "contraction": "expansion", "expansion": "contraction"}  # fmt: skip
 """By matrix of the folded form, the other one that it takes."""
+_FOLDED = frozenset(("folded",))
 
 
 class Batch(Protocol):
@@ -133,12 +134,12 @@ class Matrices:
         if name in ("core", "merged"):
             self.built |= {name}
         elif name in _OTHER and (_OTHER[name], dtype) in self.kept:
-            self.built |= {"folded"}
+            self.built |= _FOLDED
 
     def put(self, folded: Iterable[tuple[tuple[str, torch.dtype], Tensor]], queued: Queued) -> None:
         """Takes matrices of the folded form, both of them and others, by name and dtype, that were built elsewhere."""
         self.kept.update(folded)
-        self.built |= {"folded"}
+        self.built |= _FOLDED
         self.queued = queued
 
     def _rotated(self, rows: Tensor) -> Tensor:

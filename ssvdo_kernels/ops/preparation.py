@@ -32,7 +32,7 @@ from .device import Verdict
 from .dispatch import preparation
 from .matrices import Matrices
 from .outer import Outer, turned_part
-from .products import over_tokens, times
+from .products import cast, over_tokens, times
 from .rotation import cayley_backward_low_rank, rotation_backward, rotation_forward
 
 Parameters = tuple[Tensor | None, Tensor, Tensor | None]
@@ -99,6 +99,11 @@ class Source:
     def basis(self) -> Tensor:
         """V, d x width."""
         return self.factors.basis.detach()[:, : self.shape.width]
+
+    @cached_property
+    def tall(self) -> Tensor | None:
+        """A, large x d; None where the base makes it anew."""
+        return self.base.tall(self.shape.transposed) if self.base.held else None
 
     @cached_property
     def outer_scale(self) -> float:
@@ -210,7 +215,7 @@ class Prepared(Matrices):
         if source.scale != 1:
             self.shift = self.shift * source.scale
             self.rotation = self.rotation * source.scale
-        self.singular, self.basis = source.singular.to(self.dtype), source.basis
+        self.singular, self.basis = cast(source.singular, self.dtype), source.basis
         self.outer = None if outer is None else self._outer(self._worked(outer))
         self._verdict = None
         self.tokens = 0  # rows that have passed through this preparation: the planner's clock
@@ -226,9 +231,9 @@ class Prepared(Matrices):
 
     def _outer(self, outer: Tensor) -> Outer:
         shape, factors = self.shape, self.source.factors
-        singular = factors.singular_values.to(self.dtype)
+        singular = cast(factors.singular_values, self.dtype)
         projector = Projector(self.source.base, shape.transposed, factors.basis, singular, shape.width,
-                              factors.null_basis, shape.large)  # fmt: skip
+                              factors.null_basis, shape.large, self.source.tall)  # fmt: skip
         U = factors.outer_basis if self.config.outer == "rotation" else None
         return Outer(outer, self.source.outer_scale, U, projector, self.config.tau)
 

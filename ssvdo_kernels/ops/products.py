@@ -18,6 +18,11 @@ _MATMUL: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
 TILE = 2**20  # numbers that are upcast at a time
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; `Tensor.to` takes half a microsecond to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def exact(dtype: torch.dtype) -> bool:
     """Whether the library's products of `dtype` on a CPU keep all its digits; those of float32 may run in bfloat16,
     as torch.set_float32_matmul_precision("medium") wants it."""

@@ -6,6 +6,9 @@ the GPU's cache.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -164,26 +167,33 @@ class SmallSide:
         return joined.mT if self.wide else joined
 
 
+@lru_cache(maxsize=1)
+def _launch() -> Any:
+    """The launches, which import Triton."""
+    from ..triton import launch
+
+    return launch
+
+
 class TritonSide(SmallSide):
     """The folded form through the Triton kernels, with width and e rounded up to 16 so that rows are aligned."""
 
     def take(self, prepared: Prepared, dtype: torch.dtype) -> None:
-        from ..triton import launch
-
-        self.launch = launch
-        V = prepared.basis
+        self.launch, V = _launch(), prepared.basis
         fits = V.dtype == dtype and V.shape[1] % 16 == 0
         self.V, self.F = V if fits else prepared.get("aligned_basis", dtype), prepared.get("aligned_columns", dtype)
         self.Q, self.R = prepared.get("contraction", dtype), prepared.get("expansion", dtype)
-        self.lower = self.Q[self.V.shape[1] :]
+        lower = prepared.kept.get(("below", dtype))
+        self.lower = self.Q[self.V.shape[1] :] if lower is None else lower
 
     def expand(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         xz, kept = self.launch.expand(x, self.V, self.R, keep)
-        return xz.as_strided((xz.shape[0], self.d), (xz.shape[1], 1)), _last(xz, self.extra), kept
+        return *xz.split_with_sizes((self.d, self.extra), 1), kept
 
     def contract(self, u: Tensor, g: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
         z = _last(g, self.extra)
-        return self.launch.contract(u, z, self.V, self.Q, keep, bias, g=g, below=self.lower)[0]
+        made: Tensor = self.launch.contract(u, z, self.V, self.Q, keep, bias, g=g, below=self.lower)[0]
+        return made
 
     def mixer_gradient(self, g: Tensor, x: Tensor | None, h: Tensor | None) -> Tensor:
         assert h is not None

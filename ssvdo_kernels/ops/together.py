@@ -13,7 +13,8 @@ from .streams import Queued
 
 
 def build(many: Sequence[Prepared], dtype: torch.dtype) -> None:
-    """Makes `expansion`, `contraction` and `aligned_columns` of all in the tokens' dtype."""
+    """Makes `expansion`, `contraction` with a view of what is `below` N's rows, and `aligned_columns` of all, in the
+    tokens' dtype."""
     one = many[0]
     d, width, extra = one.shape.d, one.shape.width, one.extra
     w, e, n = up(width), up(extra), len(many)
@@ -26,8 +27,9 @@ def build(many: Sequence[Prepared], dtype: torch.dtype) -> None:
     expansion[:, :width, :d] = left
     expansion[:, :width, d : d + extra] = M[:, width:].mT
     columns[:, :, :extra] = _stacked([p.columns for p in many])
-    names, queued = [(name, dtype) for name in ("contraction", "expansion", "aligned_columns")], Queued(both)
-    for p, *made in zip(many, contraction.unbind(), expansion.unbind(), columns.unbind(), strict=True):
+    names = [(name, dtype) for name in ("contraction", "below", "expansion", "aligned_columns")]
+    stacks, queued = (contraction, contraction[:, w:], expansion, columns), Queued(both)
+    for p, *made in zip(many, *(stack.unbind() for stack in stacks), strict=True):
         p.put(zip(names, made, strict=True), queued)
 
 

@@ -71,8 +71,8 @@ def _on(index: int) -> AbstractContextManager[Any]:
     return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
-def _empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty(shape, dtype=dtype)
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(*shape)
 
 
 def _ready(call: tuple[Any, ...], operands: tuple[Tensor, ...]) -> Launched | None:
@@ -81,6 +81,15 @@ def _ready(call: tuple[Any, ...], operands: tuple[Tensor, ...]) -> Launched | No
     for t in operands:
         bits |= t.data_ptr()
     return None if bits & 15 else _again.get(call)
+
+
+def _start(again: Launched, index: int, operands: tuple[Tensor, ...]) -> None:
+    """Launches what `_run` has remembered."""
+    if index < 0 or index == torch.cuda.current_device():
+        again[0](*operands, *again[1])
+    else:
+        with torch.cuda.device(index):
+            again[0](*operands, *again[1])
 
 
 def _run(
@@ -210,31 +219,25 @@ def _movable(*operands: Tensor) -> bool:
     return all(t.stride(1) == 1 and t.stride(0) > 0 and not t.stride(0) & 7 and not t.data_ptr() & 15 for t in operands)
 
 
-def _call(name: str, *operands: Tensor) -> list[Any]:
-    """What decides on a launch beside its flags: sizes, strides, device, dtype, switches."""
-    x = operands[0]
-    found: list[Any] = [torch.are_deterministic_algorithms_enabled(), name, x.get_device(), x.dtype]
-    if x.dtype == torch.float32:
-        found.append(tf32())
-    for t in operands:
-        found += (t.shape, t.stride())
-    return found
+def _call(name: str, x: Tensor) -> tuple[Any, ...]:
+    """What decides on a launch beside sizes, strides and flags: where it runs, dtype, switches."""
+    dtype = x.dtype
+    return (torch.are_deterministic_algorithms_enabled(), name, x.get_device(), dtype,
+            dtype == torch.float32 and tf32())  # fmt: skip
 
 
 def expand(x: Tensor, V: Tensor, R: Tensor, keep: bool = False) -> tuple[Tensor, Tensor | None]:
     """([x' | z] = [x | 0] + (x V) R, [x V | z] if keep). x: T x d; V: d x w; R: w x n, n >= d."""
     (T, d), (w, n) = x.shape, R.shape
-    kept = _empty(T, w + n - d, like=x) if keep else None
+    kept = _empty(x, T, w + n - d) if keep else None
     wide, size = not one_pass(x.dtype, w), _NO_SIZE
     if wide and (not timed(x.dtype, w) or (size := ("expand", x.shape, x.dtype, x.get_device(), w, n)) in _twice):
         return _expand_twice(x, V, R, kept), kept
-    out = _empty(T, n, like=x)
+    out = _empty(x, T, n)
     to = out if kept is None else kept
-    call = (*_call("expand", x, V, R), keep)
-    again = _ready(call, (x, V, R))
-    if again is not None:
-        with _on(call[2]):
-            again[0](x, V, R, out, to, *again[1])
+    call = *_call("expand", x), T, d, w, n, x.stride(), V.stride(), R.stride(), keep
+    if (again := _ready(call, (x, V, R))) is not None:
+        _start(again, call[2], (x, V, R, out, to))
     elif wide and (w & 7 or not _movable(x, V, R, out, to)):
         _expand_twice(x, V, R, kept, out)
     elif T:
@@ -256,7 +259,7 @@ def merge(tall: Tensor, columns: Tensor, V: Tensor, Q: Tensor, transposed: bool)
     """A + [A V | F] Q, or its transpose, contiguous; no temporary of A's size. tall: A, any strides. columns: F."""
     if not transposed:
         return contract(tall, columns, V, Q)[0]
-    out = _empty(tall.shape[1], tall.shape[0], like=tall)
+    out = _empty(tall, tall.shape[1], tall.shape[0])
     contract(tall, columns, V, Q, out=out.mT)
     return out
 
@@ -282,17 +285,17 @@ def contract(
     if wide and (not timed(u.dtype, w, e) or (size := ("contract", u.shape, u.dtype, u.get_device(), w, e)) in _twice):
         return _contract_twice(u, z, V, Q, bias, out, g), g if keep else None
     store_z = keep and g is None and e > 0
-    out = _empty(T, d, like=u) if out is None else out
-    g = _empty(T, w + e, like=u) if g is None and keep else g
+    out = _empty(u, T, d) if out is None else out
+    g = _empty(u, T, w + e) if g is None and keep else g
     if not T:
         return out, g if keep else None
     to = out if g is None else g
     second = (z, Q[w:] if below is None else below, to[:, w:] if store_z else to) if e else (u, Q, to)
     operands = (u, second[0], V, Q, second[1], u if bias is None else bias, out, to, second[2])
-    call = (*_call("contract", u, z, V, Q, to), keep, store_z, bias is None, given and out.stride())
+    call = (*_call("contract", u), T, d, w, e, u.stride(), z.stride(), V.stride(), Q.stride(), to.stride(), keep,
+            store_z, bias is None, given and out.stride())  # fmt: skip
     if (again := _ready(call, operands)) is not None:
-        with _on(call[2]):
-            again[0](*operands, *again[1])
+        _start(again, call[2], operands)
     elif wide and not _movable(u, second[0], V, Q, out, to):
         _contract_twice(u, z, V, Q, bias, out, g)
     else:
@@ -305,7 +308,7 @@ def contract(
 
 def _beside(z: Tensor, w: int) -> Tensor:
     """A place for w columns, and z."""
-    g = _empty(z.shape[0], w + z.shape[1], like=z)
+    g = _empty(z, z.shape[0], w + z.shape[1])
     g[:, w:] = z
     return g
 
@@ -331,15 +334,15 @@ def add_product(
     T x (n - d), a second place for the result's last columns."""
     (T, d), (K, n) = a.shape, P.shape
     given = out is not None
-    out = _empty(T, n, like=a) if out is None else out
+    out = _empty(a, T, n) if out is None else out
     if not T:
         return out
     z = out if z_out is None or n == d else z_out
     operands = (a, g, P, a if bias is None else bias, out, z)
-    call = (*_call("add_product", a, g, P, z), z is out, bias is None, given and out.stride())
+    call = (*_call("add_product", a), T, d, K, n, a.stride(), g.stride(), P.stride(), z.stride(), z is out,
+            bias is None, given and out.stride())  # fmt: skip
     if (again := _ready(call, operands)) is not None:
-        with _on(call[2]):
-            again[0](*operands, *again[1])
+        _start(again, call[2], operands)
         return out
 
     def grid(config: Config) -> tuple[int, int, int]:

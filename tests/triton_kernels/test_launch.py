@@ -30,8 +30,8 @@ dtypes = st.sampled_from(list(TOLERANCE))
 def poisoned_results(monkeypatch):
     """Results start as NaN, so that an element that no program writes is seen."""
 
-    def poisoned(*shape, like, dtype=None):
-        return torch.full(shape, float("nan"), device=like.device, dtype=like.dtype if dtype is None else dtype)
+    def poisoned(like, *shape):
+        return torch.full(shape, float("nan"), device=like.device, dtype=like.dtype)
 
     monkeypatch.setattr(launch, "_empty", poisoned)
 

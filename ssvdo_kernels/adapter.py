@@ -202,16 +202,16 @@ class Adapter(nn.Module):
         prepared, work = self.prepared(base), Work(tokens, grad, backend, base.dtype, base.device, base.held)
         return given(self.config, self.merged) or choose(prepared, work)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Any, base: Base, bias: Tensor | None = None) -> Any:
         """`forward`; by way of nn.Module's own, which takes as long as two products, where there is a hook but ours."""
         if torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)
+            return super().__call__(x, base, bias)
         own = self.__dict__
         if (len(own["_forward_pre_hooks"]) > 1 or own["_forward_hooks"] or own["_backward_hooks"]
                 or own["_backward_pre_hooks"] or own.get("_compiled_call_impl") or _modules._has_any_global_hook()
                 or torch._C._get_tracing_state() is not None):  # fmt: skip
-            return super().__call__(*args, **kwargs)
-        return self.forward(*args, **kwargs)
+            return super().__call__(x, base, bias)
+        return self.forward(x, base, bias)
 
     def forward(self, x: Tensor, base: Base, bias: Tensor | None = None) -> Tensor:
         """y = x W'^T + b. x: (..., in_features); returns (..., out_features). Raises as `SSVDOLinear` says."""

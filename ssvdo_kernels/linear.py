@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -117,7 +118,8 @@ class SSVDOLinear(OwnHost):
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x W'^T + b. input: x, (..., in_features); returns (..., out_features)."""
-        adapter, own = self.adapter, self._parameters
+        adapter: Any = self._modules["adapter"]  # as an attribute it is looked for in four places
+        own = self._parameters
         try:
             weight, bias = own["weight"], own["bias"]
         except KeyError:  # FSDP1 puts views in their places

@@ -35,6 +35,18 @@ def test_launches_of_a_layer(tmp_path):
     assert cached["by"]["expand"] == cached["by"]["contract"] == 1
 
 
+def test_two_checkouts_are_measured_in_turns(tmp_path):
+    here = str(Path(__file__).parents[2])
+    compiling("-m", "benchmarks.host_turns", here, "--cases", "frozen", "--restarts", "1", "--seconds", "0", "--out",
+              str(tmp_path))  # fmt: skip
+    rows = json.loads(next(tmp_path.glob("*-host-turns.json")).read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["tall", "wide"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["now"]["least"] / row["before"]["least"]) and row["now"]["least"] > 0
+    with pytest.raises(AssertionError, match="has no benchmarks/bench_host"):
+        compiling("-m", "benchmarks.host_turns", str(tmp_path))
+
+
 def test_a_step_reads_no_file_and_no_variable():
     code = """
 import builtins, os

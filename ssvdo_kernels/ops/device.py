@@ -77,12 +77,12 @@ def _call(
     check: bool = True,
     **sizes: Any,
 ) -> None:
-    """operands: of each kind one tensor a layer, or None. check: that all are contiguous and on one device."""
-    tensors = [t for many in (*operands, stacked) for t in many if t is not None]
+    """operands: of each kind one tensor a layer, or None. check: that the first layer's are contiguous and on one
+    device; the others' are made likewise."""
+    tensors = [many[0] for many in (*operands, stacked) if many[0] is not None]
     like = tensors[0]
-    device = like.device
     for tensor in tensors if check else ():
-        if tensor.device != device or not tensor.is_contiguous():
+        if tensor.device != like.device or not tensor.is_contiguous():
             raise ValueError(f"a tensor of {function} is on {tensor.device} with strides {tensor.stride()}; "
                              f"allowed: contiguous, on {like.device}")
     kinds = ([0] * len(many) if many[0] is None else [t.data_ptr() for t in many if t is not None] for many in operands)

@@ -16,8 +16,8 @@ VERSIONS = {  # name: (Python, what is pinned); "gpu" is what the GPU machine of
     "gpu": ("3.12", ["torch==2.11.0", "triton==3.6.0", "peft==0.20.0", "numpy<2.4"]),  # 3.6 interprets with no newer
     "newest": ("3.13", ["torch", "triton", "peft>=0.21", "transformers"]),
 }
-ALONE = ("test_linear.py", "test_linear_state.py", "test_reference.py", "test_factorize.py", "test_model.py",
-         "test_checkpoint.py", "test_group.py", "trust/test_format.py")  # fmt: skip
+ALONE = ("test_linear.py", "test_linear_state.py", "test_never_stale.py", "test_reference.py", "test_factorize.py",
+         "test_model.py", "test_checkpoint.py", "test_group.py", "trust/test_format.py")  # fmt: skip
 ENVIRONMENT = {"SSVDO_BUILD": "1", "SSVDO_CUDA_ARCHS": "none"}
 
 

@@ -29,7 +29,8 @@ from .origin import Origin
 from .planner import Work, choose, given
 
 _AS_IT_IS = nullcontext()
-_modules: Any = torch.nn.modules.module
+_GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in (
+    "forward_pre", "forward", "backward_pre", "backward"))  # fmt: skip
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
 _NO_SCRIPT = ("torch.jit.script cannot compile an adapted layer; allowed: torch.jit.trace, torch.export, or "
               "remove_ssvdo(model, merge=True) first")  # fmt: skip
@@ -86,6 +87,8 @@ class Adapter(nn.Module):
         self.shape, self.config, self.scale = shape, config, 1.0
         self.name = "layer"  # how errors call it
         self.merged = False
+        # whose probability torch.compile(dynamic=True) takes for a constant; in no module tree, as it has no mode
+        self._dropout: tuple[nn.Dropout, ...] = (nn.Dropout(config.dropout),) if config.dropout else ()
         self._buffered = buffers
         for name, place in Fingerprint.places(shape).items() if buffers else ():
             self.register_buffer(name, place.to(weight.device))
@@ -156,7 +159,11 @@ class Adapter(nn.Module):
     @property
     def drops(self) -> bool:
         """Whether a forward drops numbers of the change's input now; a host then goes by way of `changes.changed`."""
-        return self.config.dropout > 0 and self.training and not self.merged
+        return bool(self._dropout) and self.training and not self.merged
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x with numbers dropped by `dropout`."""
+        return self._dropout[0](x)  # type: ignore[no-any-return]
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -208,7 +215,7 @@ class Adapter(nn.Module):
             return super().__call__(x, base, bias)
         own = self.__dict__
         if (len(own["_forward_pre_hooks"]) > 1 or own["_forward_hooks"] or own["_backward_hooks"]
-                or own["_backward_pre_hooks"] or own.get("_compiled_call_impl") or _modules._has_any_global_hook()
+                or own["_backward_pre_hooks"] or own.get("_compiled_call_impl") or any(_GLOBAL_HOOKS)
                 or torch._C._get_tracing_state() is not None):  # fmt: skip
             return super().__call__(x, base, bias)
         return self.forward(x, base, bias)

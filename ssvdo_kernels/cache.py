@@ -278,11 +278,12 @@ class Cache:
             found.queued.wait(parameters[1])
         return found
 
-    def current(self, source: Source, hold: bool = False) -> Prepared:
+    def current(self, source: Source, hold: bool = False, grad: bool | None = None) -> Prepared:
         """The preparation for `source` as it is now.
 
-        hold: whether that of a capture may be held until it is over. Not for torch.compile, which wants to know of
-        every tensor in a graph's memory: there a layer prepares for itself each time.
+        hold: whether that of a capture may be held until it is over. Not in torch.compile's own graphs, which account
+        for every tensor in their memory: there a layer prepares for itself each time.
+        grad: whether a backward will read it; as autograd says, where it is not given.
         """
         graph = None
         if capturing(source.parameters):
@@ -302,7 +303,8 @@ class Cache:
             found = prepare_one(source)
             self.keep(found, None)
         if graph is not None:
-            found.joined.keeps = torch.is_grad_enabled()  # else no later layer could use that memory in its turn
+            # else no later layer could use that memory in its turn
+            found.joined.keeps = torch.is_grad_enabled() if grad is None else grad
         return found
 
     def keep(self, prepared: Prepared, batch: Batch | None) -> None:

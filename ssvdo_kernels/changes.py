@@ -23,7 +23,7 @@ class Change(NamedTuple):
     """An adapter of W0, and how often its W' - W0 is added."""
 
     adapter: Adapter
-    weight: float = 1.0
+    weight: float = 1  # 1.0 would become a symbol in torch.compile(dynamic=True)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def changed(
     rest: Tensor | None = None  # what the dropped inputs leave of x, less x times `left`
     for adapter, weight in changes:
         if adapter.drops:
-            given = nn.functional.dropout(x, adapter.config.dropout)
+            given = adapter.dropped(x)
             rest = -weight * given if rest is None else torch.add(rest, given, alpha=-weight)
             given = enter(given)
         else:

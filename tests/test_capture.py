@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssvdo_kernels import adapter, cache
 from ssvdo_kernels.host import hosts
-from ssvdo_kernels.ops import host
+from ssvdo_kernels.ops import compiled, host
 
 if not host.available():
     pytest.skip("the compiled core was not built", allow_module_level=True)
@@ -223,14 +223,33 @@ def test_another_stream_of_the_capture_prepares_for_itself(capture, calls, monke
     assert calls["forward"] == [4, 4, 4, 4]
 
 
-def test_what_torch_compile_captures_is_not_held(capture, calls):
-    """It accounts for all that lies in its graphs' memory."""
-    net, _ = nets()
-    layer = net.blocks[0][0]
-    with capture(1):
+@pytest.mark.parametrize("tagged", [True, False])
+def test_compiled_layers(capture, calls, monkeypatch, tagged):
+    """As eager ones, where torch.compile keeps its own graphs away from the operations. Else it accounts for all that
+    lies in its graphs' memory, and nothing is held for the capture; the way back reads what the forward prepared."""
+    monkeypatch.setattr(compiled, "_UNSAFE", compiled._UNSAFE if tagged else None)
+    if tagged and compiled._UNSAFE is None:
+        pytest.skip("torch before 2.9 has no tag for it")
+    torch._dynamo.reset()
+    net, alone = nets()
+    function = torch.compile(net, backend="aot_eager", fullgraph=True)
+    train(function, x_of())  # the warm-up
+    for number in (1, 2):
+        for model in net, alone:
+            model.zero_grad()
+            with torch.no_grad():
+                for _, layer in hosts(model):
+                    layer.adapter.inner_scale.add_(0.1)
+        clear(calls)
+        with capture(number):
+            train(function, x_of())
+            train(function, x_of(5))  # a second micro-batch
+        assert calls["forward"] == ([4, 4] if tagged else [1] * 16)
+        assert calls["backward"] == ([4] * 4 if tagged else [1] * 16)
+        assert (cache.Capture._now is not None) == tagged
         for _ in range(2):
-            layer.adapter.cache.current(layer.adapter.source(layer.base()))
-    assert calls["forward"] == [1, 1] and cache.Capture._now is None
+            train(alone, x_of())
+        agree(net, alone)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -136,29 +136,6 @@ class Unit(nn.Module):
         return self.second(self.first(x))
 
 
-def test_compiled_units_of_fully_sharded(one_process, counts):
-    fsdp = require_fully_shard()
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    net = nn.Sequential(Unit(), Unit()).double()
-    apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2))
-    alone = copy.deepcopy(net)
-    for unit in net:
-        fsdp.fully_shard(unit, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-        unit.compile(backend="aot_eager")
-    for model in net, alone:
-        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        for seed in range(2):
-            optimiser.zero_grad()
-            torch.manual_seed(seed)
-            clear(counts)
-            train(model, x_of(4))
-            optimiser.step()
-            assert counts["backward"] == ([2] * 4 if model is net else [1] * 8)
-    for (name, p), (_, q) in zip(net.named_parameters(), alone.named_parameters(), strict=True):
-        assert_close(name, p.full_tensor(), q, 1e-11)
-
-
 def test_fully_sharded(one_process):
     fsdp = require_fully_shard()
     net, alone = nets()
@@ -335,35 +312,68 @@ def batch_of_several_units(counts):
         assert_close("gradient", got.full_tensor(), want, 1e-9)
 
 
+class Stack(nn.Module):
+    """Units, of which a forward may skip some."""
+
+    def __init__(self):
+        super().__init__()
+        self.units = nn.ModuleList(Unit() for _ in range(2))
+
+    def forward(self, x, skip=()):
+        for i, unit in enumerate(self.units):
+            x = x if i in skip else x + unit(x)
+        return x
+
+
+COMPILED = [  # options of DDP, or how it is sharded; which units are skipped; sizes of the way there and back in a step
+    ({"static_graph": True}, (1,), [2, 2], [2, 2]),  # a unit that never changes is prepared once
+    ({"find_unused_parameters": True}, (0,), [2, 2], [2, 2]),
+    ("units", (), [2] * 4, [2] * 4),  # each a graph: the prepared matrices outlive that its parameters are resharded
+    ("whole", (), [2] * 4, [2] * 4),  # as `model.compile` after fully_shard, and torch.compile of both
+]
+
+
+def compiled_net(given):
+    net = Stack().double()
+    apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2))
+    alone = copy.deepcopy(net)
+    if not isinstance(given, str):
+        return torch.compile(nn.parallel.DistributedDataParallel(net, **given), backend="aot_eager"), net, alone
+    from torch.distributed.fsdp import fully_shard
+
+    for unit in net.units:
+        if given == "units":
+            unit.compile(backend="aot_eager")
+        fully_shard(unit)
+    fully_shard(net)
+    if given != "units":
+        net.compile(backend="aot_eager")
+    return net, net, alone
+
+
 def compiled_layers(rank):
-    """Compiled, under DDP and in units of FSDP that are gathered and sharded anew each way."""
-    counts = count_preparations(pytest.MonkeyPatch())["backward"]
+    """Compiled, in DDP and in FSDP: prepared together once a step and brought back together, with the numbers of one
+    process."""
+    counts = count_preparations(pytest.MonkeyPatch())
     newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
-    for way in ("ddp", "fsdp") if newer else ("ddp",):
+    for given, skip, prepared, ways_back in COMPILED:
+        if isinstance(given, str) and not newer:
+            continue
         torch._dynamo.reset()
         torch.manual_seed(0)
-        net = nn.Sequential(Unit(), Unit()).double()
-        apply_ssvdo(net, SSVDOConfig(target_modules="all-linear", outer_rank=3, init_angle=0.2))
-        alone = copy.deepcopy(net)
-        if way == "ddp":
-            model = torch.compile(nn.parallel.DistributedDataParallel(net), backend="aot_eager")
-        else:
-            from torch.distributed.fsdp import fully_shard
-
-            for unit in net:
-                fully_shard(unit).compile(backend="aot_eager")
-            model = fully_shard(net)
+        model, net, alone = compiled_net(given)
         steps = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 1e-3) for m in (net, alone)]
-        for x in batches(3):
-            counts.clear()
-            model(x[2 * rank : 2 * rank + 2]).square().sum().backward()
-            assert counts == [2] * 4, (way, counts)  # a graph for each unit
-            (alone(x).square().sum() / 2).backward()
+        for x in batches(2):
+            clear(counts)
+            train(model, x[2 * rank : 2 * rank + 2], skip=skip)
+            sizes = copy.deepcopy(counts)
+            (alone(x, skip=skip).square().sum() / 2).backward()
             for optimiser in steps:
                 optimiser.step()
                 optimiser.zero_grad()
+        assert sizes == {"forward": prepared, "backward": ways_back}, (given, sizes)
         for (name, p), q in zip(net.named_parameters(), alone.parameters(), strict=True):
-            assert_close(f"{way} {name}", p if way == "ddp" else p.full_tensor(), q, 1e-11)
+            assert_close(f"{given} {name}", p.full_tensor() if isinstance(given, str) else p, q, 1e-11)
 
 
 @pytest.mark.parametrize("work", [modes_of_ddp, units_of_fsdp, compiled_layers])

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors
@@ -37,11 +38,13 @@ from .linear import Call, pull_back, pulls, run
 from .matrices import up
 from .preparation import News, Prepared, Rows, Source
 
+_UNSAFE = getattr(torch._C.Tag, "cudagraph_unsafe", None)  # torch before 2.9 has none
+
 
 class Keeper(Protocol):
     """Who keeps a layer's preparation (cache.py)."""
 
-    def current(self, source: Source) -> Prepared: ...
+    def current(self, source: Source, hold: bool, grad: bool) -> Prepared: ...
 
 
 class Owner(Protocol):
@@ -96,13 +99,35 @@ def _prepared_anew(source: Source) -> Prepared:
     return made
 
 
-def prepared_of(source: Source) -> Prepared:
+def prepared_of(source: Source, grad: bool) -> Prepared:
     """The preparation that the living layer of a source's parameters keeps; one that nobody keeps where there is none.
+    grad: whether a backward will read it.
     """
     owner = _owner(source.parameters[1], source.factors.basis)
     if owner is None:
         return _prepared_anew(source)
-    return owner.cache.current(replace(source, name=owner.name, origin=owner.origin))
+    return owner.cache.current(replace(source, name=owner.name, origin=owner.origin), _UNSAFE is not None, grad)
+
+
+_lent: Any = WeakIdKeyDictionary()  # by storage: a compiler makes other tensors of it
+
+
+def lend(tensor: Tensor, prepared: Prepared) -> None:
+    """Notes what an operation made a tensor with, for the one of the way back that gets this tensor: without a living
+    layer, inside a CUDA graph, and where FSDP gathers parameters anew, it would be made a second time."""
+    _lent[tensor.untyped_storage()] = prepared
+
+
+def lent(tensor: Tensor, source: Source) -> Prepared | None:
+    """What a tensor was made with, where that was prepared from the tensors of `source`: a compiler may give the
+    storage another use. FSDP empties their storages, and fills them again elsewhere."""
+    found: Prepared | None = _lent.get(tensor.untyped_storage())
+    return found if found is not None and _lies(found.source) == _lies(source) else None
+
+
+def _lies(source: Source) -> list[object]:
+    tensors = (t for t in (*source.parameters, *source.watched) if t is not None)
+    return [source.formula, *((t.untyped_storage()._cdata, t.storage_offset()) for t in tensors)]
 
 
 class Spec(NamedTuple):
@@ -130,9 +155,6 @@ def decode(spec: str) -> Spec:
     start = spec.index("{")
     read, layout = json.loads(spec[start:]), spec[:start] or "plain"
     return Spec(LayerShape(**read["shape"]), SSVDOConfig.from_dict(read["config"]), read["scale"], layout)
-
-
-_UNSAFE = getattr(torch._C.Tag, "cudagraph_unsafe", None)  # torch before 2.9 has none
 
 
 def operation(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -198,7 +220,7 @@ def infer(x, bias, *rest):  # type: ignore[no-untyped-def]
     """y (T x out_features), by whichever form is cheapest."""
     *layer, spec, merged = rest
     tokens, source = source_of(layer, spec)
-    prepared = prepared_of(source)
+    prepared = prepared_of(source, False)
     backend = token_backend(source.config.backend, x.device, x.dtype)
     form = given(prepared.config, merged) or choose(prepared, Work(len(x), False, backend, x.dtype, x.device))
     prepared.serve(len(x), False)
@@ -241,12 +263,14 @@ def trained(x: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]
     """What `train` computes."""
     *layer, spec, merged = rest
     tokens, source = source_of(layer, spec)
-    prepared = prepared_of(source)
+    prepared = prepared_of(source, True)
     backend = token_backend(source.config.backend, x.device, x.dtype)
     form = _training_form(x, prepared, backend, merged)
     prepared.serve(len(x), True)
     y, saved = run(x, tokens, bias, Call(prepared, form, backend), True)
-    return y, x.new_empty(0, 0) if saved is None else saved
+    saved = x.new_empty(0, 0) if saved is None else saved
+    lend(saved, prepared)
+    return y, saved
 
 
 def trained_fake(x: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -270,7 +294,7 @@ def pulled_back(
     """(preparation, dx, dM, dF). needs: whether x, and whether parameters want gradients; alone: whether dF may come
     with A^T dF, of a size that only the preparation tells."""
     tokens, source = source_of(layer, spec)
-    prepared = prepared_of(source)
+    prepared = lent(saved, source) or prepared_of(source, True)
     backend = token_backend(source.config.backend, x.device, x.dtype)
     form = _training_form(x, prepared, backend, merged)
     pulled = alone and backend == "reference" and pulls(prepared, form, len(x), x.dtype)

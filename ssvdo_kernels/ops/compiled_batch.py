@@ -16,10 +16,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..factorize import compute_dtype
-from .compiled import LAYER, decode, extra_of, operation, prepared_of, pulled_back, source_of, trained, trained_fake
+from .compiled import (
+    LAYER,
+    decode,
+    extra_of,
+    lend,
+    lent,
+    operation,
+    prepared_of,
+    pulled_back,
+    source_of,
+    trained,
+    trained_fake,
+)
 from .engines import adjoint
 from .preparation import Gradients, Prepared, Rows, by_batch
 
@@ -86,20 +97,9 @@ def joined(x, bias, mixer, columns, *rest):  # type: ignore[no-untyped-def]
 
 
 # -- backward ----------------------------------------------------------------------------------------------------------
-_lent: Any = WeakTensorKeyDictionary()
-"""By dM, what `pull_back` made it with, for the `adapted_adjoint` of the same graph: inside a CUDA graph, and where no
-living layer keeps it, it would be made anew."""
-
-
 def _prepared(layer: Own, spec: str, d_mixer: Tensor) -> Prepared:
-    borrower, lent = _lent.pop(d_mixer, (None, None))
-    if borrower == _borrower(layer, spec):  # a compiler may give the tensor another use, and other numbers
-        return lent  # type: ignore[no-any-return]
-    return prepared_of(source_of((layer.weight, *layer), spec)[1])
-
-
-def _borrower(layer: Own, spec: str) -> tuple[object, ...]:
-    return spec, *(None if t is None else t.data_ptr() for t in layer)
+    source = source_of((layer.weight, *layer), spec)[1]
+    return lent(d_mixer, source) or prepared_of(source, True)
 
 
 def _pull_back_fake(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
@@ -120,7 +120,7 @@ def pull_back(dy, x, saved, *rest):  # type: ignore[no-untyped-def]
     found = [x.new_empty(0, dtype=dtype) if d is None else _alone(d.to(dtype))
              for d, dtype in zip((dx if needs[0] else None, d_mixer, d_columns), dtypes, strict=True)]  # fmt: skip
     if needs[1]:
-        _lent[found[1]] = _borrower(Own(*layer[1:]), spec), prepared
+        lend(found[1], prepared)
     return tuple(found)
 
 

@@ -7,11 +7,14 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 import transformers
+from helpers import assert_close, count_preparations, randomise_all
 from peft import PeftModel, get_peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, load_ssvdo, merge_ssvdo, save_ssvdo
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.integrations.peft import SSVDOConfig as PeftSSVDOConfig
+from ssvdo_kernels.ops import host
 
 
 def whisper():
@@ -117,3 +120,27 @@ def test_generation_is_the_same_merged_and_not(make):
     want = model.generate(**given, **options)
     merge_ssvdo(model)
     assert torch.equal(model.generate(**given, **options), want)
+
+
+@pytest.mark.skipif(not host.available(), reason="a CPU prepares layer by layer without the compiled core")
+def test_a_compiled_model_with_gradient_checkpointing_prepares_once_each_way(monkeypatch):
+    """All of it in one graph, for sequences of any length."""
+    model = apply_ssvdo(build(llama)[0].double().train(), SSVDOConfig(outer_rank=3))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()  # torch.compile has no requires_grad_ of what is computed inside
+    calls, counter = count_preparations(monkeypatch), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for length in (5, 9):
+        tokens, found = torch.randint(3, 60, (2, length)), []
+        randomise_all(model, 0.1)
+        for run in (compiled, model):
+            for sizes in calls.values():
+                sizes.clear()
+            model.zero_grad()
+            run(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            assert sorted(calls["backward"]) == [2, 4]
+            assert sorted(calls["forward"]) == ([2, 4] if run is compiled else [])
+            found.append([p.grad for p in model.parameters() if p.requires_grad])
+        for got, want in zip(*found, strict=True):
+            assert_close("gradient", got, want, 1e-11)
+    assert counter.frame_count == 1

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compiling import as_copied, clear, compiled, gradients, in_groups, model, same, tokens
+from compiling import TORCH, as_copied, clear, compiled, gradients, in_groups, model, same, tokens
 from helpers import assert_close, count_preparations, make_layer, randomise_all
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, merge_ssvdo
 from ssvdo_kernels.factorize import FACTOR_NAMES
+from ssvdo_kernels.ops import compiled as compiled_operations
 from ssvdo_kernels.ops import compiled_batch as operations
 from ssvdo_kernels.ops import graph, host
 
@@ -77,7 +78,7 @@ def test_training(backend, merged, calls):
         same(got, gradients(other, other, x), 1e-12)
         for optimiser in optimisers:
             optimiser.step()
-    assert not operations._lent
+    assert not compiled_operations._lent
 
 
 class Gated(nn.Module):
@@ -216,6 +217,22 @@ def test_a_checkpoint_around_a_compiled_part(calls):
 
 
 @needs_groups
+def test_checkpoints_of_any_number_of_rows_with_dropout(calls):
+    """dynamic=True makes symbols of floats, which Dynamo cannot bring into a checkpointed part."""
+    net = gated(dropout=0.5)
+    parts = lambda v: checkpoint(net[1], checkpoint(net[0], v, use_reentrant=False), use_reentrant=False)  # noqa: E731
+    function = compiled(parts, dynamic=True)
+    for count in (4, 7):
+        x, found = tokens(2, count), []
+        for run in (function, parts):
+            torch.manual_seed(count)
+            clear(calls)
+            found.append(gradients(run, net, x))
+            assert together(calls) == [2, 4]
+        same(*found, 1e-12)
+
+
+@needs_groups
 def test_frozen_layers_stay_out(calls):
     net, x = model(torch.float64, 3), tokens(5)
     net[3].requires_grad_(False)
@@ -309,21 +326,22 @@ def test_hosts_of_peft_and_espnet(calls):
     for adapt in makers:
         net, other, x = gated(adapt), gated(adapt), tokens(5)
         clear(calls)
-        got = gradients(compiled(net), net, x)
+        inner = adapt is not espnet and TORCH < (2, 7)  # whose Dynamo follows no context manager of PEFT's
+        got = gradients(compiled(net.get_base_model() if inner else net), net, x)
         assert together(calls) == [2, 4]
         same(got, gradients(other, other, x), 1e-12)
 
 
 def test_parameters_that_no_layer_owns_are_prepared_no_more_often(calls):
-    """Once for the forward and once for the backward, all of it."""
+    """Once for the forward and the backward."""
     net, x = model(torch.float64, 2), tokens(5)
     own = {n: (1.1 * p.detach()).requires_grad_() for n, p in net.named_parameters() if p.requires_grad}
     call = compiled(lambda v, parameters: torch.func.functional_call(net, parameters, (v,)))
     got = torch.autograd.grad(call(x, own).square().sum(), list(own.values()))
-    assert calls["forward"] == [1] * 10 and calls["backward"] == [1] * 5
+    assert calls["forward"] == [1] * 5 and calls["backward"] == [1] * 5
     y = torch.func.functional_call(net, own, (x,))
     same(got, torch.autograd.grad(y.square().sum(), list(own.values())), 1e-12)
-    assert not operations._lent
+    assert not compiled_operations._lent
 
 
 @needs_groups

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .adapter import PARAMETER_NAMES, Adapter
 from .config import LayerShape, SSVDOConfig
 from .distributed import first_writes, group_of_replicas
 from .factorize import Factors, check_weight, factorize
-from .files import as_file, check_name, write_atomically
+from .files import as_file, check_name, opened, write_atomically
 from .fingerprint import BASIS_TOLERANCE, DTYPES, Bases, CheckpointError, Fingerprint, departure
 from .host import Host, OwnHost, exchange, onloaded, places, warn_of_untrained
 from .linear_maps import linear_map
@@ -290,7 +290,7 @@ def adapter_file(path: str | os.PathLike[str]) -> Path:
 def read_adapter(file: Path) -> list[Entry]:
     """What the file holds, checked for wholeness. CheckpointError where it does not hold."""
     try:
-        with safe_open(file, "pt") as source:
+        with opened(file) as source:
             metadata = source.metadata() or {}
             tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:

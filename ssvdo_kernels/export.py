@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapter import Adapter
 from .checkpoint import Entry, adapter_file, checked, fill, read_adapter
 from .factorize import check_weight
-from .files import as_bytes, beside, check_places, move_all
+from .files import as_bytes, beside, check_places, move_all, opened
 from .linear_maps import laid_out
 from .lora import Lora, check_rank, lora_of, write_lora
 from .model_files import FOREIGN, TORCH, WHOLE, is_torch, loaded, named_by, read_header, tensor_names, weight_files
@@ -158,7 +157,7 @@ def export_lora(base: Path, adapter: Path, out: Path, rank: int | None = None) -
         source = names[place.tensor]
         with contextlib.ExitStack() as stack:
             read = loaded(source).__getitem__ if is_torch(source) else None
-            read = stack.enter_context(safe_open(source, "pt")).get_tensor if read is None else read
+            read = stack.enter_context(opened(source)).get_tensor if read is None else read
             found[entry.name] = lora_of(*_adapted(_matrix(read(place.tensor), entry, str(source)), entry, file), rank)
     config = base / "config.json" if base.is_dir() else base.parent / "config.json"
     write_lora(found, out, str(base.absolute()) if config.is_file() else None,
@@ -209,12 +208,12 @@ def _write_safetensors(source: Path, target: Path, entries: Mapping[Where, Entry
     """Copies the file and overwrites the bytes of the merged weights: the header stays as it is."""
     header, begin = read_header(source)
     shutil.copyfile(source, target)
-    with safe_open(source, "pt") as opened, target.open("rb+") as written:
-        tied = {kept: other for other, kept in (opened.metadata() or {}).items()}  # as safetensors' save_model notes it
+    with opened(source) as read, target.open("rb+") as written:
+        tied = {kept: other for other, kept in (read.metadata() or {}).items()}  # as safetensors' save_model notes it
         for place, entry in entries.items():
-            kept = opened.get_slice(place.tensor)
+            kept = read.get_slice(place.tensor)
             _check_index(place, kept.get_shape(), source)
-            weight = opened.get_tensor(place.tensor) if place.index is None else kept[place.index]
+            weight = read.get_tensor(place.tensor) if place.index is None else kept[place.index]
             merged = _merged(weight, entry, f"{source}: {place}", file, tied.get(place.tensor))
             at = begin + header[place.tensor]["data_offsets"][0]  # type: ignore[index]
             written.seek(at + (place.index or 0) * merged.nbytes)
@@ -247,9 +246,10 @@ def _write_torch(source: Path, target: Path, entries: Mapping[Where, Entry], fil
                 wanted.remove(place.tensor)
             state[place.tensor][place.index] = merged
         bar.update()
-    try:
-        torch.save(state, target)
-    except RuntimeError as error:  # what torch's own writer makes of a full disk
+    try:  # torch's own writer makes a RuntimeError of a full disk, that of torch 2.6 nothing
+        with target.open("wb") as written:
+            torch.save(state, written)
+    except (OSError, RuntimeError) as error:
         raise OSError(f"{target} cannot be written ({str(error).splitlines()[0]})") from None
 
 

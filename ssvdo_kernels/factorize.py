@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .config import LayerShape
-from .files import as_bytes, as_file, write_atomically
+from .files import as_bytes, as_file, opened, write_atomically
 from .ops.base import DenseBase
 from .ops.complement import Projector, inverse_of, project
 
@@ -251,9 +251,9 @@ def content_key(weight: Tensor, shape: LayerShape) -> str:
 
 def _load(path: Path, device: torch.device) -> Factors:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        return Factors.of(load_file(path, device=str(device)))
+        with opened(path) as source:
+            return Factors.of({name: source.get_tensor(name).to(device) for name in source.keys()})  # noqa: SIM118
     except (SafetensorError, TypeError) as error:
         raise ValueError(f"{path} in the factor cache is damaged ({error}); delete it") from None

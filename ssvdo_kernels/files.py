@@ -7,10 +7,11 @@ import ctypes
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,15 @@ def as_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     from safetensors.torch import save
 
     return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata or None)
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, of which tensors come on the CPU: the default device is where safetensors 0.4 puts them."""
+    from safetensors import safe_open
+
+    with torch.device("cpu"), safe_open(file, "pt") as source:
+        yield source
 
 
 def write_atomically(contents: dict[Path, bytes]) -> None:

@@ -111,9 +111,9 @@ _TORCHAO = Format(_torchao, lambda layer: (layer.weight.shape[0], layer.weight.s
 
 def format_of(layer: nn.Module) -> Format | None:
     """The quantised format of a layer's weight; None: it has none that is known here."""
-    known = (_FORMATS.get(f"{c.__module__}.{c.__qualname__}") for c in type(layer).__mro__)
-    if (found := next(filter(None, known), None)) is not None:
-        return found
+    for kind in type(layer).__mro__:
+        if (found := _FORMATS.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            return found
     if type(layer) is nn.Linear and isinstance(weight := layer._parameters.get("weight"), Tensor):
         kind = type(weight.data)
         if kind.__module__.startswith("torchao.") and hasattr(kind, "dequantize"):

@@ -123,7 +123,7 @@ class Linear(TunerLayer):
             return self._mixed(x, batch, *args, **kwargs)
         if not (names := self.in_use()):
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        here = vars(self.base_layer)
+        here = self.base_layer.__dict__
         if "_hf_hook" not in here and "forward" not in here and not any(map(here.get, _CALL_HOOKS)):
             run = outside_of_graphs(self._adapted) if self._dequantises else self._adapted
             return run(x, names)

@@ -25,16 +25,6 @@ from ssvdo_kernels.factorize import DEPARTURE
 from ssvdo_kernels.model import group_layers
 from ssvdo_kernels.ops import products
 
-
-def want(layer, x):
-    return reference_linear(layer, x)
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    return count_preparations(monkeypatch)
-
-
 X = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -63,7 +53,8 @@ def test_a_state_dict_loaded_in_inference_mode_leaves_what_trains():
 
 @pytest.mark.parametrize("form", ["auto", "merged", "core"])
 @pytest.mark.parametrize("m, n", [(24, 8), (8, 24)])
-def test_gradient_accumulation_gives_the_same_gradients_with_one_preparation(counted, m, n, form):
+def test_gradient_accumulation_gives_the_same_gradients_with_one_preparation(monkeypatch, m, n, form):
+    counted = count_preparations(monkeypatch)
     plain, once = (make_layer(m, n, outer_rank=3, path=form) for _ in range(2))
     batches = [torch.randn(4, n, dtype=torch.float64) for _ in range(3)]
     for layer in (plain, once):  # gradients that are there already
@@ -201,7 +192,7 @@ def test_a_state_dict_of_trained_numbers_alone_keeps_the_factors():
     assert layer.adapter.null_basis.shape == (24, 5)
     for name, value in zip(PARAMETER_NAMES, three(layer), strict=True):
         assert torch.equal(value, trained[f"adapter.{name}"])
-    assert_close("y", layer(X), want(layer, X), 1e-11)
+    assert_close("y", layer(X), reference_linear(layer, X), 1e-11)
 
 
 # m, n, options, the parts that are not there
@@ -230,7 +221,7 @@ def test_what_has_no_numbers_is_not_there(m, n, options, missing, tmp_path):
     before = layer.adapter.inner_scale.detach().clone()
     torch.optim.Adafactor([p for p in layer.parameters() if p.requires_grad]).step()
     assert not torch.equal(layer.adapter.inner_scale, before)
-    assert_close("y", layer(x), want(layer, x), 1e-11)
+    assert_close("y", layer(x), reference_linear(layer, x), 1e-11)
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     other = make_layer(m, n, seed=7, path="factored", **options)
     other.load_state_dict(load_file(tmp_path / "layer.safetensors"))

@@ -14,20 +14,11 @@ from ssvdo_kernels import SSVDOLinear, cache, gradient_accumulation
 from ssvdo_kernels.adapter import PARAMETER_NAMES
 from ssvdo_kernels.ops import streams
 
-
-def want(layer, x):
-    return reference_linear(layer, x)
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    return count_preparations(monkeypatch)
-
-
 X = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def test_prepared_once_for_accumulation_evaluation_and_generation(counted):
+def test_prepared_once_for_accumulation_evaluation_and_generation(monkeypatch):
+    counted = count_preparations(monkeypatch)
     layer = make_layer(24, 8, outer_rank=3)
     for _ in range(3):
         layer(X).sum().backward()
@@ -106,7 +97,7 @@ def test_never_stale(change, merged):
     before = layer(X)
     change(layer)
     after = layer(X)
-    assert_close("after", after, want(layer, X), 1e-11)
+    assert_close("after", after, reference_linear(layer, X), 1e-11)
     assert not torch.allclose(after, before, atol=1e-6)
 
 
@@ -173,7 +164,7 @@ def test_a_weight_where_another_lay_is_another():
             layer.weight.data = layer.weight.data * factor
         layer.adapter.singular_values.data *= factor**2
         layer.adapter.origin.forget()
-        assert_close(f"times {factor}", layer(X), want(layer, X), 1e-11)
+        assert_close(f"times {factor}", layer(X), reference_linear(layer, X), 1e-11)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -278,8 +269,8 @@ def test_dtype_moves_and_copies_are_not_stale():
     layer(X)
     twin = copy.deepcopy(layer)
     randomise(twin)
-    assert_close("copy", twin(X), want(twin, X), 1e-11)
-    assert_close("original", layer(X), want(layer, X), 1e-11)
+    assert_close("copy", twin(X), reference_linear(twin, X), 1e-11)
+    assert_close("original", layer(X), reference_linear(layer, X), 1e-11)
     thawed = pickle.loads(pickle.dumps(layer))
     assert torch.equal(thawed(X), layer(X))
     y = layer(X)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assert_close, make_layer, randomise_all
+from helpers import assert_close, grads, make_layer, randomise_all
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -30,10 +30,6 @@ def layer():
 
 def energy(layer):
     return lambda x: layer(x).square().sum()
-
-
-def grads(layer):
-    return [p.grad.clone() for p in layer.adapter.trained]
 
 
 SECOND = {

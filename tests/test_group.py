@@ -193,6 +193,21 @@ def test_edits_of_one_layer_prepare_that_layer(calls):
     assert_close("y", y, alone(x), 1e-12)
 
 
+def test_a_weight_that_is_exchanged_while_others_are_prepared_is_not_missed():
+    """A layer is prepared along with one that has not changed, from views that are made once."""
+    net, alone = nets()
+    x = x_of(4)
+    net(x)
+    for model in net, alone:
+        for block in model.blocks:
+            block[0].adapter.outer.detach().mul_(1.5)
+        layer = model.blocks[1][0]
+        layer.weight.data = layer.weight.data * 2  # the very Parameter, elsewhere
+        layer.adapter.singular_values.data *= 2
+        layer.adapter.origin.forget()
+    assert_close("y", net(x), alone(x), 1e-12)
+
+
 def exchange(model, factor=1.0):
     """Other parameters, in the place of those that there are."""
     for _, layer in hosts(model):

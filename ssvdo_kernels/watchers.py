@@ -25,7 +25,7 @@ def hooked() -> bool:
 
 def ddp() -> Any:
     """The DDP whose forward this is; None elsewhere."""
-    return DistributedDataParallel._get_active_ddp_module() if hooked() else None  # type: ignore[no-untyped-call]
+    return DistributedDataParallel._active_ddp_module
 
 
 def units(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:

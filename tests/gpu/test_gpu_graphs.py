@@ -30,6 +30,11 @@ def require_cuda_part():
         pytest.skip(missing)
 
 
+def require_tag():
+    if not hasattr(torch._C.Tag, "cudagraph_unsafe"):
+        pytest.skip("torch before 2.9 has no tag that keeps operations out of torch.compile's graphs")
+
+
 def model(pairs=1, **options):
     """64 -> 256 -> 64, `pairs` times: layers of two shapes, each a group where there are several."""
     torch.manual_seed(0)
@@ -148,6 +153,63 @@ def test_a_replay_prepares_each_group_once_each_way(monkeypatch):
     graph.replay()  # the profiler's own start is behind it then
     want = {"OuterKernel": 2 * 2 + 4, "FactorKernel": 2, "InvertKernel": 2, "HalfwayKernel": 4, "PackKernel": 4}
     assert kernels(graph.replay) == want
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step_is_captured_as_an_eager_one(backend, monkeypatch):
+    """Prepared together once each way, and it follows what the optimiser writes inside the graph."""
+    require_cuda_part()
+    require_tag()
+    net, x = model(3), tokens()
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    optimisers = [torch.optim.AdamW(trained(m), lr=1e-2, eps=0.1, capturable=True) for m in (net, twin)]
+    calls = count_preparations(monkeypatch)
+
+    def step(function, optimiser):
+        optimiser.zero_grad(set_to_none=True)
+        for sizes in calls.values():
+            sizes.clear()
+        function(x).float().square().sum().backward()
+        optimiser.step()
+
+    graph = captured(lambda: step(compiled, optimisers[0]))
+    assert calls == {"forward": [3, 3], "backward": [3, 3]}
+    for _ in range(3):  # the warm-up's
+        step(twin, optimisers[1])
+    for _ in range(3):
+        graph.replay()
+        step(twin, optimisers[1])
+        with torch.no_grad():
+            assert_close("compiled, after a replay", compiled(x), afresh(net, x), TOLERANCE)
+            assert_close("as eager training", net(x), twin(x), TOLERANCE)
+
+
+def test_layers_between_the_graphs_of_reduce_overhead_train_as_eager_ones(monkeypatch):
+    require_cuda_part()
+    require_tag()
+    net, x = model(3), tokens()
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
+    optimisers = [torch.optim.AdamW(trained(m), lr=1e-2, eps=0.1) for m in (net, twin)]
+    calls = count_preparations(monkeypatch)
+    for _ in range(5):  # run, recorded, replayed
+        ys = []
+        for function, optimiser in zip((compiled, twin), optimisers, strict=True):
+            torch.compiler.cudagraph_mark_step_begin()
+            for sizes in calls.values():
+                sizes.clear()
+            optimiser.zero_grad(set_to_none=True)
+            y = function(x)
+            y.float().square().sum().backward()
+            assert calls == {"forward": [3, 3], "backward": [3, 3]}
+            ys.append(y.detach().clone())
+            optimiser.step()
+        assert_close("y", *ys, TOLERANCE)
+    for p, q in zip(trained(net), trained(twin), strict=True):
+        assert_close("parameter", p, q, TOLERANCE)
+    with torch.no_grad():
+        assert_close("evaluation", compiled(x), afresh(net, x), TOLERANCE)
 
 
 def test_a_step_inside_the_graph_is_followed_by_a_batch_of_its_own(monkeypatch):

@@ -159,7 +159,7 @@ class Adapter(nn.Module):
     @property
     def drops(self) -> bool:
         """Whether a forward drops numbers of the change's input now; a host then goes by way of `changes.changed`."""
-        return bool(self._dropout) and self.training and not self.merged
+        return len(self._dropout) > 0 and self.training and not self.merged
 
     def dropped(self, x: Tensor) -> Tensor:
         """x with numbers dropped by `dropout`."""
@@ -250,7 +250,7 @@ class Adapter(nn.Module):
         if inputs.transformed():
             weight, bias = self._by_equations(base), bias if bias is None else bias.to(x.dtype)
             wide = torch.promote_types(x.dtype, weight.dtype)  # a gradient of W' in half precision keeps too few digits
-            with own_dtypes():
+            with own_dtypes() if autocasting() else _AS_IT_IS:
                 y = nn.functional.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))
             return y.to(x.dtype)
         if torch._C._get_tracing_state() is not None:  # torch.jit.trace: W' is a constant of the trace
@@ -272,7 +272,7 @@ class Adapter(nn.Module):
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor
         if self.origin is not None and not virtual and not any(map(wrapped, base.tensors)):
             self.origin.check(base, self.name, factors=self.factors)
-        with own_dtypes():
+        with own_dtypes() if autocasting() else _AS_IT_IS:
             try:
                 return reference.weight_in_factors(
                     base.dense(), self.parts, self.factors, self.shape, self.config, self._scale)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from compiling import TORCH
 from helpers import assert_close, grads, make_layer, randomise_all
 from torch import nn
 from torch.autograd import forward_ad
@@ -78,7 +79,7 @@ TRANSFORMS = {
     "jacrev": lambda f: lambda x: torch.func.jacrev(f)(x[0]),
     "grad": lambda f: torch.func.grad(energy(f)),
     "hessian": lambda f: lambda x: torch.func.hessian(energy(f))(x[0]),
-    "vmap": torch.vmap,
+    "vmap": lambda f: torch.vmap(lambda x: f(x)),  # named: Dynamo of torch 2.6 has no repr of a module
     "per sample": lambda f: torch.vmap(torch.func.grad(energy(f))),
 }
 
@@ -240,7 +241,8 @@ def test_a_graph_of_operations_holds_the_layer_as_one(layer):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("inside", [False, pytest.param(True, marks=pytest.mark.skipif(
+    TORCH < (2, 7), reason="compiled autograd of torch 2.6 takes no gradient that is left out"))])  # fmt: skip
 def test_compiled_autograd(grouped, inside):
     model, plain = net(), net()
     model = model if grouped else copy.deepcopy(model)

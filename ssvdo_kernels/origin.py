@@ -103,7 +103,8 @@ class Origin:
         """The factors are those of `weight`."""
         self.forget()
         if not weight.is_meta:
-            self._known = weight_sketch(weight).tolist(), coarser(weight.dtype)
+            sketch = [[float(v) for v in row] for row in weight_sketch(weight)]  # no tolist in torch 2.6's torch.func
+            self._known = sketch, coarser(weight.dtype)
 
     def check(self, base: Base, name: str, by_value: bool = False, factors: Factors | None = None) -> None:
         """Raises RuntimeError where W0 is not the one that was factorised. by_value: read its numbers."""

@@ -91,7 +91,7 @@ SSVDO_UNROLL
 template <class T, class Team>
 SSVDO_HD int inverse_factor(const Team& team, unsigned char* memory, const T* gram, T* work, T* X, int l) {
     using Block = Block64<T, Team>;
-    using Product = Sums<typename OwnKind<T>::type, 64, Team>;
+    using Product = Sums<T, 64, Team>;
     constexpr int B = Block::B;
     // Rows of blocks are swept as a block is: on and above the diagonal of `work` lies what is left of the matrix, below it
     // the inverse. A row is done when its own block is R_pp^-1, and by that the whole row has been multiplied.

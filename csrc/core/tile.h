@@ -2,6 +2,8 @@
 // bytes' depth, two deep. A team smaller than that, on the host, plays several whole warps a worker.
 #pragma once
 
+#include <type_traits>
+
 #include "mma.h"
 
 namespace ssvdo {
@@ -131,28 +133,35 @@ SSVDO_UNROLL
     }
 };
 
-template <class Kind, int M, class Team>
+// Slices of both operands in shared memory: M and 64 lines, one slice to multiply and one that comes.
+template <class Kind, int M>
+struct Stages {
+    static constexpr int N = 64, ld = Kind::words + 4, size = (M + Kind::panels * N) * ld;
+    static constexpr size_t bytes = 2 * size * sizeof(typename Kind::Word);
+};
+
+// One tile's sums, of one product or of several of any kinds, one after the other.
+template <class T, int M, class Team>
 struct Sums {
-    using T = typename Kind::Sum;
-    using Word = typename Kind::Word;
-    static constexpr int N = 64, part = lanes / Team::size;
+    static constexpr int part = lanes / Team::size;
     static constexpr int down = M / 64, across = 4;  // blocks of 16 x 8 a warp, of which four lie below and two beside another
-    static constexpr int ld = Kind::words + 4, stage = (M + Kind::panels * N) * ld;
-    static constexpr size_t shared = 2 * stage * sizeof(Word);  // bytes
     T sum[down][across][part][4];
 
     SSVDO_HD void clear() {
         for (int i = 0; i < down * across * part * 4; i++) (&sum[0][0][0][0])[i] = T(0);
     }
 
-    // sum += A(m0 .. m0 + M - 1, from .. to - 1) B(from .. to - 1, n0 .. n0 + 63).
-    template <class A, class B>
+    // sum += A(m0 .. m0 + M - 1, from .. to - 1) B(from .. to - 1, n0 .. n0 + 63). memory: of Stages<Kind, M>::bytes.
+    template <class Kind = typename OwnKind<T>::type, class A, class B>
     SSVDO_HD void add(const Team& team, void* memory, const int& m0, const int& n0, int from, const int& to, const A& a,
                       const B& b) {
+        static_assert(std::is_same<typename Kind::Sum, T>::value, "sums of another type");
+        using Word = typename Kind::Word;
+        using Stage = Stages<Kind, M>;
         constexpr int deep = Kind::words * Kind::numbers;
         Word* shared = static_cast<Word*>(memory);
         Slice<Kind, M, 1, A> left[part];
-        Slice<Kind, N, Kind::panels, B> right[part];
+        Slice<Kind, Stage::N, Kind::panels, B> right[part];
         const auto fetch = [&](int k) {
             const Team own = team.again();
             for (int p = 0; p < part; p++) {
@@ -164,7 +173,7 @@ struct Sums {
             const Team own = team.again();
             for (int p = 0; p < part; p++) {
                 left[p].put(a, own.rank * part + p, at);
-                right[p].put(b, own.rank * part + p, at + M * ld);
+                right[p].put(b, own.rank * part + p, at + M * Stage::ld);
             }
         };
         if (to <= from) return;
@@ -174,8 +183,8 @@ struct Sums {
         for (int k = from, odd = 0; k < to; k += deep, odd ^= 1) {
             const bool more = k + deep < to;
             if (more) fetch(k + deep);
-            multiply(team, shared + odd * stage);
-            if (more) put(shared + (odd ^ 1) * stage);
+            multiply<Kind>(team, shared + odd * Stage::size);
+            if (more) put(shared + (odd ^ 1) * Stage::size);
             team.sync();
         }
     }
@@ -203,9 +212,12 @@ SSVDO_UNROLL
     };
 
     // sum += a slice's product, a step of the depth and eight columns at a time.
-    SSVDO_HD void multiply(const Team& whole, const Word* from) {
+    template <class Kind>
+    SSVDO_HD void multiply(const Team& whole, const typename Kind::Word* from) {
+        using Word = typename Kind::Word;
+        using Stage = Stages<Kind, M>;
         const Team team = whole.again();
-        constexpr int deep = 4 * Kind::right;
+        constexpr int deep = 4 * Kind::right, ld = Stage::ld;
 SSVDO_ROLLED
         for (int k = 0; k < Kind::words; k += deep) {
             Word a[down][part][Kind::left];
@@ -226,7 +238,7 @@ SSVDO_UNROLL
                     Word pieces[part][Kind::left], b[part][Kind::right];
                     for (int p = 0; p < part; p++) {
                         const Place at(team.rank * part + p);
-                        const int line = M + panel * N + at.n + 8 * j + at.group;
+                        const int line = M + panel * Stage::N + at.n + 8 * j + at.group;
 SSVDO_UNROLL
                         for (int r = 0; r < Kind::right; r++)
                             b[p][r] = Kind::piece(from[line * ld + k + at.quad + 4 * r], term);

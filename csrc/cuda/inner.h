@@ -55,12 +55,9 @@ template <class T>
 struct InvertKernel : InnerKernel<T> {
     using typename InnerKernel<T>::Kind;
     template <class Team>
-    using Tile = Sums<Kind, 64, Team>;
-    struct Nobody {
-        static constexpr int size = lanes;
-    };
+    using Tile = Sums<T, 64, Team>;
     static constexpr int B = 64, ld = B + 4, elements = 2 * B * ld + 4 * B + lanes;
-    static constexpr size_t needs = Tile<Nobody>::shared + elements * sizeof(T);
+    static constexpr size_t needs = Stages<Kind, B>::bytes + elements * sizeof(T);
     static_assert(needs <= 99 * 1024, "beyond what a block may have on sm_86, sm_89 and sm_120");
     int blocks;  // that share a layer
     SSVDO_HD int side() const { return (this->g.k + B - 1) / B; }
@@ -74,7 +71,7 @@ struct InvertKernel : InnerKernel<T> {
         const int k = g.k, n = side();
         const Skew<T> K{g.packed[layer], k};
         const ptrdiff_t square = this->square();
-        T *D = reinterpret_cast<T*>(memory + Tile<Nobody>::shared), *turned = D + B * ld, *edge = turned + B * ld;
+        T *D = reinterpret_cast<T*>(memory + Stages<Kind, B>::bytes), *turned = D + B * ld, *edge = turned + B * ld;
         T* partial = edge + 4 * B;
         T *other = g.work + 2 * layer * square, *residual = other + square, *now = g.saved[layer];
         unsigned* gate = g.gate + layer;
@@ -231,7 +228,7 @@ struct HalfwayKernel : InnerKernel<T> {  // work = dG M^T (Cayley), and d shift
     SSVDO_HD int across() const { return (this->g.k + N - 1) / N; }
     SSVDO_HD int products() const { return this->g.cayley ? (this->g.k + M - 1) / M * across() : 0; }
     int count() const { return products() + (this->g.k + rows - 1) / rows; }
-    size_t shared() const { return Sums<Kind, M, typename InvertKernel<T>::Nobody>::shared; }
+    size_t shared() const { return Stages<Kind, M>::bytes; }
 
     template <class Team>
     SSVDO_HD void operator()(const Team& team, int tile, int layer, unsigned char* memory) const {
@@ -258,7 +255,7 @@ struct HalfwayKernel : InnerKernel<T> {  // work = dG M^T (Cayley), and d shift
             return;
         }
         const int m0 = tile / across() * M, n0 = tile % across() * N;
-        Sums<Kind, M, Team> sums;
+        Sums<T, M, Team> sums;
         sums.clear();
         sums.add(team, memory, m0, n0, 0, k, computed<T, true>(dG), this->left(saved));  // lines of M^T are M's rows
         T* to = g.work + layer * this->square();
@@ -272,7 +269,7 @@ template <class T>
 struct PackKernel : InnerKernel<T> {  // d packed from work and M (Cayley), or from dG: Z = -2 dG
     using typename InnerKernel<T>::Kind;
     static constexpr int B = 64, ld = B + 1;
-    static constexpr size_t sums_shared = Sums<Kind, B, typename InvertKernel<T>::Nobody>::shared;
+    static constexpr size_t sums_shared = Stages<Kind, B>::bytes;
     int count() const { return side() * (side() + 1) / 2; }
     SSVDO_HD int side() const { return (this->g.k + B - 1) / B; }
     size_t shared() const { return sums_shared + B * ld * sizeof(T); }
@@ -282,7 +279,7 @@ struct PackKernel : InnerKernel<T> {  // d packed from work and M (Cayley), or f
     SSVDO_HD void part(const Team& team, unsigned char* memory, int layer, int m0, int n0, Each each) const {
         const auto& g = this->g;
         if (g.cayley) {
-            Sums<Kind, B, Team> sums;
+            Sums<T, B, Team> sums;
             sums.clear();
             sums.add(team, memory, m0, n0, 0, g.k, this->right(g.saved[layer]),
                      this->right(g.work + layer * this->square()));

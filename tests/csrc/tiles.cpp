@@ -42,15 +42,15 @@ static void check(int rows, int depth, int columns, bool left, bool right, int g
     for (auto& x : b) x = T(normal(engine)) * T(1.0 + 1e-7);
     const Matrix<S> A(a.data(), rows, depth, lld, left);
     const Matrix<T> B(b.data(), columns, depth, rld, right);
-    static Sums<Kind, M, Alone> sums;
-    std::vector<unsigned char> memory(sums.shared + 64, 0xff);
+    static Sums<T, M, Alone> sums;
+    std::vector<unsigned char> memory(Stages<Kind, M>::bytes + 64, 0xff);
     void* aligned = memory.data() + (64 - reinterpret_cast<size_t>(memory.data()) % 64);
     const double unit = sizeof(T) == 4 ? std::ldexp(1, -24) : std::ldexp(1, -53);
     const int steps = (depth + 4 * Kind::right * Kind::numbers - 1) / (4 * Kind::right * Kind::numbers);
     for (int m0 = 0; m0 < rows; m0 += M)
         for (int n0 = 0; n0 < columns; n0 += 64) {
             sums.clear();
-            sums.add(Alone(), aligned, m0, n0, 0, depth, A, B);
+            sums.template add<Kind>(Alone(), aligned, m0, n0, 0, depth, A, B);
             sums.store(Alone(), [&](int m, int n, T sum) {
                 m += m0, n += n0;
                 double exact = 0, size = 0;

@@ -3,7 +3,9 @@
 // Cayley: A = I + K is inverted by blocks of 64 without pivots, in one launch for all layers: step p turns the whole
 // matrix from one buffer into another (Gauss-Jordan in blocks), so that a layer's teams meet once a step. Without pivots
 // digits are lost as |K|^2 grows, so the inverse is always tested: while the residual R = I - A M is above rounding,
-// Newton's step M + M R squares it.
+// Newton's step M + M R squares it. At first 64 probes w of fixed random signs ask for R, where that is less work: the mean
+// of |R w|^2 is |R|_F^2. Where half the limit is found, |R|_F is above the limit with a probability of at most exp(-6), and
+// above ten times the limit of 5e-8 (docs/kernels.md). Where more is found, R is formed.
 #pragma once
 
 #include "../core/eliminate.h"
@@ -122,9 +124,16 @@ struct InvertKernel : InnerKernel<T> {
             }
             meet();
         }
+        const auto share = [&](int tiles) { return (tiles + blocks - 1) / blocks; };  // of the team with most
         T before = T(0);
         const T rounding = (sizeof(T) == 4 ? T(1.1920929e-7) : T(2.220446049250313e-16)) * T(4 * k);
-        for (int step = 0;; step++) {
+        bool sound = false;
+        if (share(n * n) > 2 * share(n) + 1) {
+            sound = probed(team, memory, partial, K, now, residual, block, layer, n, meet) <= rounding / 2;
+            if (!sound) meet();  // all have read the norms
+            if (sound && block == 0 && team.rank == 0) g.info[layer] = 0;
+        }
+        for (int step = 0; !sound; step++) {
             const T size = test(team, memory, partial, K, now, residual, block, layer, first, last, n, meet);
             if (size <= rounding || step == 8 || !(size < T(1)) || (step && size >= before / 2)) {
                 if (block == 0 && team.rank == 0) g.info[layer] = size < T(inverse_residual) ? 0 : 1;
@@ -160,6 +169,45 @@ struct InvertKernel : InnerKernel<T> {
         a = b, b = c;
     }
 
+    static constexpr int probes = B;
+    SSVDO_HD static T sign(int i, int probe) {  // by the last steps of MurmurHash3
+        std::uint32_t x = std::uint32_t(i) * probes + probe;
+        x = (x ^ x >> 16) * 0x85ebca6bu;
+        x = (x ^ x >> 13) * 0xc2b2ae35u;
+        return (x ^ x >> 16) & 1 ? T(1) : T(-1);
+    }
+
+    // |I - A M|_F by probes W: |W - A (M W)|_F / sqrt(probes). product: k x probes.
+    template <class Team, class Meet>
+    SSVDO_HD T probed(const Team& team, unsigned char* memory, T* partial, const Skew<T>& K, const T* M, T* product, int block,
+                      int layer, int n, const Meet& meet) const {
+        const int k = this->g.k, first = block * n / blocks, last = (block + 1) * n / blocks;
+        for (int tile = first; tile < last; tile++) {
+            Tile<Team> sums;
+            sums.clear();
+            sums.add(team, memory, tile * B, 0, 0, k, this->left(M),
+                     computed<T, true>([](int column, int row) { return sign(row, column); }));
+            sums.store(team, [&](int i, int j, T sum) {
+                if (tile * B + i < k) product[ptrdiff_t(tile * B + i) * probes + j] = sum;
+            });
+        }
+        meet();
+        const auto A = computed<T, true>([=](int i, int j) {
+            return i < k && j < k ? K(i, j) + (i == j ? T(1) : T(0)) : T(0);
+        });
+        T own = 0;
+        for (int tile = first; tile < last; tile++) {
+            Tile<Team> sums;
+            sums.clear();
+            sums.add(team, memory, tile * B, 0, 0, k, A, Matrix<T>(product, probes, k, probes, false));
+            sums.store(team, [&](int i, int j, T sum) {
+                const T r = sign(tile * B + i, j) - sum;
+                if (tile * B + i < k) own += r * r;
+            });
+        }
+        return norm(team, partial, own, block, layer, meet) / root(T(probes));
+    }
+
     // |I - A M|_F, the same bits in every team; writes the residual.
     template <class Team, class Meet>
     SSVDO_HD T test(const Team& team, unsigned char* memory, T* partial, const Skew<T>& K, const T* M, T* residual,
@@ -181,6 +229,12 @@ struct InvertKernel : InnerKernel<T> {
                 own += r * r;
             });
         }
+        return norm(team, partial, own, block, layer, meet);
+    }
+
+    // The root of the sum of all teams' `own`, the same bits in every team.
+    template <class Team, class Meet>
+    SSVDO_HD T norm(const Team& team, T* partial, T own, int block, int layer, const Meet& meet) const {
         partial[team.rank] = own;
         team.sync();
         T* norms = this->g.norms + layer * max_blocks;

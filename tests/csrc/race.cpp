@@ -85,5 +85,6 @@ int main() {
     outer<float>(Stored::work, 75, 70, 70, 66, false, false, 3);     // two blocks of the factor
     for (bool cayley : {true, false})
         for (int k : {2, 20, 70}) inner(k, cayley);
+    inner(200, true);  // probes
     std::printf("ok\n");
 }

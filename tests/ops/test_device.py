@@ -44,6 +44,7 @@ def factored(many):
 @given(case=outer_cases(), count=st.sampled_from([1, 3]))
 @example((70, 60, 65, "normal", 0.1, "rotation", 0), 2)  # several blocks of the factor
 @example((40, 530, 3, "normal", 0.1, "rotation", 0), 1)  # a depth that several teams share
+@example((580, 20, 3, "normal", 0.1, "rotation", 0), 1)  # and of which one term is done by the first
 @example((26, 1, 1, "normal", 1.0, "rotation", 0), 1)  # U_l' is almost U_l
 def test_outer_part(case, count):
     """What the kernels make against PyTorch: each step errs by a few eps of its size, and R^-1 by the Gram matrix's
@@ -179,7 +180,7 @@ def test_inner_part(case, count):
 
 
 @pytest.mark.parametrize("size", [0.1, 10.0, 300.0])
-@pytest.mark.parametrize("k", [50, 150])
+@pytest.mark.parametrize("k", [50, 150, 200])  # from 200 on (emulated) probes are asked first
 def test_newton_mends_what_the_pivots_would_have_saved(k, size):
     """|K| grows, the inverse keeps LAPACK's digits: a residual of a few eps times the condition, sqrt(1 + |K|^2)."""
     torch.manual_seed(0)
@@ -196,16 +197,18 @@ def test_newton_mends_what_the_pivots_would_have_saved(k, size):
     A = torch.eye(k, dtype=torch.float64) + factor * (K - K.mT).double()
     error = float(torch.linalg.matrix_norm(saved.double() - torch.linalg.inv(A), 2))
     eps = torch.finfo(torch.float32).eps
-    assert error <= 16 * eps * (1 + size)
+    assert error <= (16 if size < 100 else 4) * eps * (1 + size)  # unmended at 300, k = 200: 13
     G = 2 * saved - torch.eye(k)
     assert float((G.double() @ G.double().mT - torch.eye(k)).abs().max()) <= 64 * eps * (1 + size)
 
 
-def test_what_has_no_answer_is_reported():
-    config, shape = SSVDOConfig(inner_ratio=1.0, outer_rank=0), LayerShape(6, 3, False, 3, 0)
+@pytest.mark.parametrize("k", [3, 200])
+def test_what_has_no_answer_is_reported(k):
+    config, shape = SSVDOConfig(inner_ratio=1.0, outer_rank=0), LayerShape(2 * k, k, False, k, 0)
     info = ints(2)
-    packed = [torch.tensor([0.1, float("nan"), 0.1]), torch.full((3,), 0.1)]
-    device.inner_forward(packed, [torch.zeros(3)] * 2, [torch.ones(3)] * 2, 0, shape, config, gate=ints(2), info=info)
+    packed = [torch.full((k * (k - 1) // 2,), 0.1 / k) for _ in range(2)]
+    packed[0][1] = float("nan")
+    device.inner_forward(packed, [torch.zeros(k)] * 2, [torch.ones(k)] * 2, 0, shape, config, gate=ints(2), info=info)
     assert info.tolist() == [1, 0]
 
 

@@ -111,25 +111,32 @@ SSVDO_ROLLED
         }
     };
 
-    // What a team is at, in shared memory: a lane's registers are for its sums. Where there are few tiles, several teams
-    // share one: each puts aside in `alone` what it sums over a part of each term's depth.
+    // What a team is at, in shared memory: a lane's registers are for its sums. Jobs are tiles; where these are fewer than
+    // teams, parts of their depth (of each term's), and a team's jobs follow one another: of its parts of one tile it makes
+    // one sum, and puts it aside in `alone` where others have parts of the same tile.
     struct alignas(64) Task {
         Product<T> product;
         Operands terms[Product<T>::most];
-        int layer, step, parts, job, jobs, term, m0, n0;
+        int layer, step, teams, parts, jobs, block, job, next, end, term, m0, n0;
         unsigned meetings;
         T* alone;
 
         SSVDO_HD int across() const { return (product.columns + N - 1) / N; }
         SSVDO_HD int tiles() const { return (product.rows + M - 1) / M * across(); }
         SSVDO_HD ptrdiff_t size() const { return ptrdiff_t(product.rows) * product.columns; }
-        SSVDO_HD void begin(int block, int blocks, ptrdiff_t room) {
+        SSVDO_HD int first(int team) const { return team * jobs / teams; }  // of a team's jobs
+        SSVDO_HD int team_of(int job) const { return ((job + 1) * teams - 1) / jobs; }
+        // Of a tile's sums the n-th is that of the n-th of its teams.
+        SSVDO_HD int begins(int tile) const { return team_of(tile * parts); }
+        SSVDO_HD int ends(int tile) const { return team_of(tile * parts + parts - 1); }
+
+        SSVDO_HD void begin(int own, int blocks, ptrdiff_t room) {
             const Product<T>& p = product;
             int depth = 0;
             for (int t = 0; t < p.count; t++) depth += p.terms[t].depth;
-            parts = 1, job = block;
-            while (tiles() * parts < 2 * blocks && depth >= 256 * parts && 2 * parts * size() <= room) parts *= 2;
-            jobs = tiles() * parts;
+            share(depth, blocks, room / size());
+            jobs = tiles() * parts, block = own;
+            job = own < teams ? first(own) : jobs, end = own < teams ? first(own + 1) : jobs;
 SSVDO_ROLLED
             for (int t = 0; t < p.count; t++) {
                 const Term<T>& term = p.terms[t];
@@ -144,15 +151,25 @@ SSVDO_ROLLED
                     own.template lie<Float16>(term.left, p.rows, term.depth);
             }
         }
+        // How many teams, and of how many parts. A team puts aside up to two sums, which takes as long as 512 of the depth
+        // (64 KiB of a bfloat16 operand, and as much to read them); there is room for `sums` of each tile.
+        SSVDO_HD void share(int depth, int blocks, ptrdiff_t sums) {
+            teams = blocks, parts = 1;
+            const ptrdiff_t most = ptrdiff_t(tiles()) * (sums - 1 < depth / 64 ? sums - 1 : depth / 64);
+            const int many = most < blocks ? int(most) : blocks;
+            if (many <= tiles() || depth - ptrdiff_t(depth) * tiles() / many <= 512) return;
+            teams = many, parts = many < depth / 32 ? many : depth / 32;
+        }
         SSVDO_HD void take(T* partial) {
-            const int tile = job / parts, part = job % parts;
-            m0 = tile / across() * M, n0 = tile % across() * N, term = 0;
-            alone = parts > 1 ? partial + part * size() : nullptr;
+            const int tile = job / parts, from = job % parts, left = parts - from;
+            const int count = end - job < left ? end - job : left;
+            m0 = tile / across() * M, n0 = tile % across() * N, term = 0, next = job + count;
+            alone = count < parts ? partial + (block - begins(tile)) * size() : nullptr;
 SSVDO_ROLLED
             for (int t = 0; t < product.count; t++) {
                 Operands& own = terms[t];
-                const int depth = product.terms[t].depth, end = (part + 1) * own.deep;
-                own.from = part * own.deep, own.to = end < depth ? end : depth;
+                const int depth = product.terms[t].depth, to = (from + count) * own.deep;
+                own.from = from * own.deep, own.to = to < depth ? to : depth;
             }
         }
     };
@@ -195,7 +212,7 @@ SSVDO_ROLLED
             else
                 finish(plan, task.product, m, n, sum);
         }
-        if (team.rank == 0) task.job += blocks;
+        if (team.rank == 0) task.job = task.next;
         team.sync();
     }
 
@@ -212,16 +229,19 @@ SSVDO_ROLLED
             team.sync();  // nobody is at the last product any more
             if (team.rank == 0) plan.step(task.product, task.step), task.begin(block, blocks, g.room);
             team.sync();
-            while (task.job < task.jobs) tile(plan, work, task);
+            while (task.job < task.end) tile(plan, work, task);
             if (team.rank == 0) task.step++;
             work.meet();
             if (task.parts == 1) continue;
-            work.elements(task.size(), [&](ptrdiff_t e) {  // the parts, in their order
+            work.elements(task.size(), [&](ptrdiff_t e) {  // what was put aside, in its order
+                const int m = int(e / p.columns), n = int(e % p.columns), tile = m / M * task.across() + n / N;
+                const int more = task.ends(tile) - task.begins(tile);
+                if (more == 0) return;
                 const T* partial = plan.partial() + e;
                 T sum = *partial;
 SSVDO_ROLLED
-                for (int part = 1; part < task.parts; part++) sum += partial[part * task.size()];
-                finish(plan, p, int(e / p.columns), int(e % p.columns), sum);
+                for (int i = 1; i <= more; i++) sum += partial[i * task.size()];
+                finish(plan, p, m, n, sum);
             });
         }
     }

@@ -81,7 +81,7 @@ static void inner(int k, bool cayley) {
 int main() {
     for (int gap : {0, 3}) outer<float>(Stored::work, 9, 5, 4, 3, true, false, gap);
     outer<Bfloat16>(Stored::bfloat16, 140, 7, 20, 20, false, true, 3);
-    outer<Float16>(Stored::float16, 270, 30, 5, 2, true, false, 0);  // a depth that two teams share
+    outer<Float16>(Stored::float16, 800, 30, 5, 2, true, false, 0);  // a depth that three teams share
     outer<float>(Stored::work, 75, 70, 70, 66, false, false, 3);     // two blocks of the factor
     for (bool cayley : {true, false})
         for (int k : {2, 20, 70}) inner(k, cayley);

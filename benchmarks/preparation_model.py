@@ -2,10 +2,12 @@
 
     python -m benchmarks.preparation_model [--layers 24] [--large 4096] [--d 1024] [--p 0.5] [--l 64] [--dtype bfloat16]
 
-A product takes the longer of its bytes at the memory's bandwidth (each operand once) and its operations at the rate of
-`mma.sync`, the instruction of csrc/core/mma.h: on an H100 about 0.62 of the data sheet, which only `wgmma` reaches. A
-half-precision weight takes three products of bfloat16 numbers, all else three of tf32. Launches, meetings of a layer's
-teams and columns of Gauss-Jordan are taken at the times below, which are guesses from instruction counts.
+A product takes the longer of its bytes at the memory's bandwidth and its operations at the rate of `mma.sync`, the
+instruction of csrc/core/mma.h: on an H100 about 0.62 of the data sheet, which only `wgmma` reaches. A half-precision
+weight takes three products of bfloat16 numbers, all else three of tf32. Bytes are those of each operand once, of the
+result, and of sums that teams put aside and read again; nothing is taken to stay in a cache. Operations are those of
+the team that has most of them, in whole tiles, as csrc/cuda shares them out. Launches, meetings of a layer's teams and
+columns of Gauss-Jordan are taken at the times below, which are guesses from instruction counts.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import gcd
 
 from ssvdo_kernels import SSVDOConfig
 from ssvdo_kernels.config import LayerShape
@@ -20,15 +23,19 @@ from ssvdo_kernels.config import LayerShape
 BANDWIDTH = 3.35e12
 BRAIN, TENSOR32 = 0.62 * 989e12 / 3, 0.62 * 494e12 / 3  # of products in three pieces
 LAUNCH, MEETING, COLUMN = 3e-6, 2e-6, 0.085e-6  # seconds; a column: 150 cycles
+PROCESSORS, TEAMS = 132, 2 * 132  # two teams share a processor and its rate
+M, N, B = 128, 64, 64  # a tile's rows and columns; a block of the inverse
 
 
 @dataclass(frozen=True)
 class Step:
-    """Of all layers together. launches: kernels that begin with it; alone: seconds that nothing can hide."""
+    """Of all layers together. flops: what there is to compute; most: what the processor with most of it computes;
+    launches: kernels that begin with it; alone: seconds that nothing can hide."""
 
     name: str
     bytes: float = 0.0
     flops: float = 0.0
+    most: float = 0.0
     rate: float = TENSOR32
     launches: int = 0
     alone: float = 0.0
@@ -36,54 +43,97 @@ class Step:
     @property
     def seconds(self) -> float:
         """The longer of what is moved and what is computed, and what comes on top."""
-        return max(self.bytes / BANDWIDTH, self.flops / self.rate) + self.alone + LAUNCH * self.launches
+        return max(self.bytes / BANDWIDTH, self.most * PROCESSORS / self.rate) + self.alone + LAUNCH * self.launches
+
+
+@dataclass(frozen=True)
+class Term:
+    """A (rows x depth) B (depth x columns). half: A is of half precision; twice: B is A, read once."""
+
+    depth: int
+    half: bool = False
+    twice: bool = False
+
+
+def shared(tiles: int, depth: int, teams: int, sums: float) -> tuple[int, int]:
+    """(teams, parts of a tile's depth) as by `Task::share` of csrc/cuda/outer.h. sums: of each tile that have room."""
+    many = int(min(tiles * min(sums - 1, depth // 64), teams))
+    if many <= tiles or depth - depth * tiles // many <= 512:
+        return teams, 1
+    return many, min(many, depth // 32)
 
 
 def steps(layers: int, shape: LayerShape, half: bool) -> Iterator[Step]:
     """Forward, then backward, of `layers` layers of one shape in the order of csrc/cuda; rotation="cayley"."""
     large, d, c, k, l = shape.large, shape.d, shape.c, shape.k, shape.l  # noqa: E741
-    square = layers * k * k
+    square, teams = layers * k * k, max(1, min(TEAMS // layers, 256))
+    room = max(4, min(32, 96 // layers)) * d * l
 
     def product(
-        name: str, rows: int, inner: int, columns: int, frozen: bool = False, launches: int = 0, addend: int = 0
+        name: str, rows: int, terms: list[Term], columns: int = l, launches: int = 0, addend: int = 0
     ) -> Step:
-        stored = 2 if frozen and half else 4
-        moved = stored * rows * inner + 4 * (inner * columns + (rows + addend) * columns)
-        rate = BRAIN if frozen and half else TENSOR32
-        return Step(name, layers * moved, 2.0 * layers * rows * inner * columns, rate, launches, MEETING)
+        tiles, depth = -(-rows // M) * -(-columns // N), sum(t.depth for t in terms)
+        many, parts = shared(tiles, depth, teams, room // (rows * columns))
+        pieces = many + tiles - gcd(many, tiles) if parts > 1 else 0  # that teams put aside
+        moved = 4 * columns * (rows + addend) + 8 * pieces * min(rows, M) * min(columns, N)
+        seconds = 0.0
+        for t in terms:
+            moved += (2 if t.half else 4) * rows * t.depth + (0 if t.twice else 4 * t.depth * columns)
+            deep = -(-t.depth // (32 * parts)) * 32
+            seconds += -(-tiles * parts // many) * min(deep, t.depth) / (BRAIN if t.half else TENSOR32)
+        rate = BRAIN if all(t.half for t in terms) else TENSOR32
+        pair = 1 if layers == 1 and min(many, tiles * parts) <= PROCESSORS else 2  # two layers' n-th teams lie together
+        most = pair * 2.0 * M * N * seconds * rate
+        return Step(name, layers * moved, 2.0 * layers * rows * depth * columns, most, rate, launches,
+                    MEETING * (1 + (parts > 1)))  # fmt: skip
 
     def projection(way: str, first: int, rows: int) -> Iterator[Step]:
         passes = 2 if half else 1
         for turn in range(passes):
             count = rows if turn + 1 == passes else large
-            yield product(f"{way}: A^T z", d, first, l, True, launches=int(turn == 0))
-            yield product(f"{way}: V^T", d, d, l, True)
-            yield product(f"{way}: V", d, d, l, True)
-            yield product(f"{way}: z - A", count, d, l, True, addend=min(first, count))
+            yield product(f"{way}: A^T z", d, [Term(first, half)], launches=int(turn == 0))
+            yield product(f"{way}: V^T", d, [Term(d, half)])
+            yield product(f"{way}: V", d, [Term(d, half)])
+            yield product(f"{way}: z - A", count, [Term(d, half)], addend=min(first, count))
             first = large
 
     mixer = 4 * layers * (shape.width + l) * shape.width
     yield Step("forward: zeros, stacked dS", launches=2)
-    blocks = -(-k // 64)
-    yield Step("forward: (I + K)^-1, in blocks", 8 * square * blocks, 2.0 * k * square, TENSOR32, 1,
-               COLUMN * k + MEETING * blocks)  # fmt: skip
-    yield Step("forward: its residual, M", 8 * square + mixer, 2.0 * k * square, TENSOR32, 0, MEETING)
+    side = -(-k // B)
+    sharing = min(teams, side * side)
+    block = 2.0 * B**3 * (2 if layers * sharing > PROCESSORS else 1)  # a product of two, by all teams of a processor
+    most = -(-side * side // sharing)
+    yield Step("forward: (I + K)^-1, in blocks", (6 + 8 * side) * square, 2.0 * k * square, side * (most + 2) * block,
+               TENSOR32, 1, COLUMN * k + MEETING * (side + 1))  # fmt: skip
+    thin = -(-side // sharing)
+    if most > 2 * thin + 1:
+        yield Step("forward: its probes, M", 10 * square + 16 * layers * k * B + mixer, 4.0 * B * square,
+                   2 * thin * side * block, alone=2 * MEETING)  # fmt: skip
+    else:
+        yield Step("forward: its residual, M", 14 * square + mixer, 2.0 * k * square, most * side * block,
+                   alone=MEETING)  # fmt: skip
     yield from projection("forward", c, large)
-    yield product("forward: Z^T Z", l, large, l)
+    yield product("forward: Z^T Z", l, [Term(large, twice=True)])
     yield Step("forward: the factor", 12 * layers * l * l, launches=1, alone=COLUMN * l)
-    yield product("forward: Z X", large, l, l, launches=1)
-    yield product("forward: U_l (sqrt(tau) X - I)", large, l, l, True, addend=large)
+    yield product("forward: F = Z X + U_l (sqrt(tau) X - I)", large, [Term(l), Term(l, half)], launches=1)
     yield Step("forward: verdict", launches=1)
     yield Step("backward: zeros", launches=1)
     yield from projection("backward", large, c)
-    yield product("backward: L^T E", l, c, l)
-    yield product("backward: U_l^T dF", l, large, l, True, addend=l)
-    for name in ("dX^T X", "H X^T", "(sqrt(tau) X - I) H X^T"):
-        yield product(f"backward: {name}", l, l, l)
-    for name in ("E X^T", "F", "U_l"):
-        yield product(f"backward: dL, {name}", c, l, l, name == "U_l", addend=0 if name == "E X^T" else c)
-    yield Step("backward: dG M^T, d scale", mixer + 12 * square, 2.0 * k * square, TENSOR32, 1)
-    yield Step("backward: M^T dG M^T, packed", 10 * square, 2.0 * k * square, TENSOR32, 1)
+    yield product("backward: dX = L^T E + sqrt(tau) U_l^T dF", l, [Term(c), Term(large, half)])
+    yield product("backward: dX^T X", l, [Term(l)])
+    yield Step("backward: H", 16 * layers * l * l, alone=MEETING)
+    for name in ("H X^T", "(sqrt(tau) X - I) H X^T"):
+        yield product(f"backward: {name}", l, [Term(l)])
+    yield product("backward: dL", c, [Term(l), Term(l), Term(l, half)])
+
+    def waves(jobs: int, flops: float) -> float:  # of a launch whose teams wait for nobody
+        return -(-layers * jobs // PROCESSORS) * flops
+
+    yield Step("backward: dG M^T, d scale", mixer + 12 * square, 2.0 * k * square,
+               waves(-(-k // M) * side, 2.0 * M * N * k), TENSOR32, 1)  # fmt: skip
+    tile = 2.0 * B * B * k  # a team has two of them, or one of the diagonal
+    yield Step("backward: M^T dG M^T, packed", 10 * square, 2.0 * k * square, max(waves(side * side, tile), 2 * tile),
+               TENSOR32, 1)  # fmt: skip
 
 
 def table(found: list[Step]) -> str:

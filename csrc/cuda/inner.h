@@ -352,9 +352,11 @@ struct PackKernel : InnerKernel<T> {  // d packed from work and M (Cayley), or f
         part(team, memory, layer, j0, i0, [&](int i, int j, T z) { below[j * ld + i] = z; });
         team.sync();
         T* to = this->g.d_packed[layer];
-        part(team, memory, layer, i0, j0, [&](int i, int j, T z) {
+        const auto put = [&](int i, int j, T z) {
             if (i0 + i < j0 + j && j0 + j < k) to[packed_row(i0 + i, k) + j0 + j] = z - below[i * ld + j];
-        });
+        };
+        if (i0 < j0) return part(team, memory, layer, i0, j0, put);
+        for (int e = team.rank; e < B * B; e += team.size) put(e / B, e % B, below[e % B * ld + e / B]);
     }
 };
 

@@ -70,8 +70,8 @@ def steps(layers: int, shape: LayerShape, half: bool) -> Iterator[Step]:
     room = max(4, min(32, 96 // layers)) * d * l
 
     def product(
-        name: str, rows: int, terms: list[Term], columns: int = l, launches: int = 0, addend: int = 0
-    ) -> Step:
+        name: str, rows: int, terms: list[Term], columns: int = l, launches: int = 0, addend: int = 0, met: int = 1
+    ) -> Step:  # met: meetings before it
         tiles, depth = -(-rows // M) * -(-columns // N), sum(t.depth for t in terms)
         many, parts = shared(tiles, depth, teams, room // (rows * columns))
         pieces = many + tiles - gcd(many, tiles) if parts > 1 else 0  # that teams put aside
@@ -85,13 +85,13 @@ def steps(layers: int, shape: LayerShape, half: bool) -> Iterator[Step]:
         pair = 1 if layers == 1 and min(many, tiles * parts) <= PROCESSORS else 2  # two layers' n-th teams lie together
         most = pair * 2.0 * M * N * seconds * rate
         return Step(name, layers * moved, 2.0 * layers * rows * depth * columns, most, rate, launches,
-                    MEETING * (1 + (parts > 1)))  # fmt: skip
+                    MEETING * (met + (parts > 1)))  # fmt: skip
 
     def projection(way: str, first: int, rows: int) -> Iterator[Step]:
         passes = 2 if half else 1
         for turn in range(passes):
             count = rows if turn + 1 == passes else large
-            yield product(f"{way}: A^T z", d, [Term(first, half)], launches=int(turn == 0))
+            yield product(f"{way}: A^T z", d, [Term(first, half)], launches=int(turn == 0), met=turn)
             yield product(f"{way}: V^T", d, [Term(d, half)])
             yield product(f"{way}: V", d, [Term(d, half)])
             yield product(f"{way}: z - A", count, [Term(d, half)], addend=min(first, count))
@@ -115,15 +115,16 @@ def steps(layers: int, shape: LayerShape, half: bool) -> Iterator[Step]:
     yield from projection("forward", c, large)
     yield product("forward: Z^T Z", l, [Term(large, twice=True)])
     yield Step("forward: the factor", 12 * layers * l * l, launches=1, alone=COLUMN * l)
-    yield product("forward: F = Z X + U_l (sqrt(tau) X - I)", large, [Term(l), Term(l, half)], launches=1)
+    yield product("forward: F = Z X + U_l (sqrt(tau) X - I)", large, [Term(l), Term(l, half)], launches=1, met=0)
     yield Step("forward: verdict", launches=1)
     yield Step("backward: zeros", launches=1)
     yield from projection("backward", large, c)
     yield product("backward: dX = L^T E + sqrt(tau) U_l^T dF", l, [Term(c), Term(large, half)])
     yield product("backward: dX^T X", l, [Term(l)])
-    yield Step("backward: H", 16 * layers * l * l, alone=MEETING)
-    for name in ("H X^T", "(sqrt(tau) X - I) H X^T"):
-        yield product(f"backward: {name}", l, [Term(l)])
+    one = l <= N  # a team makes these, and meets nobody in between
+    yield Step("backward: H", 16 * layers * l * l, alone=0 if one else 2 * MEETING)
+    for name, met in (("H X^T", 0), ("(sqrt(tau) X - I) H X^T", 1)):
+        yield product(f"backward: {name}", l, [Term(l)], met=0 if one else met)
     yield product("backward: dL", c, [Term(l), Term(l), Term(l, half)])
 
     def waves(jobs: int, flops: float) -> float:  # of a launch whose teams wait for nobody

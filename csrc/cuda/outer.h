@@ -1,6 +1,6 @@
 // The outer part's kernels, a launch each way: the products of plans.h, each shared out among a layer's teams, which meet
-// after it. There is one place that computes products, so that the code of the tiles is there once; which product comes next
-// is read from shared memory.
+// before the next. There is one place that computes products, so that the code of the tiles is there once; which product
+// comes next is read from shared memory.
 #pragma once
 
 #include "../core/eliminate.h"
@@ -61,29 +61,6 @@ struct OuterKernel {
     }
     size_t shared() const { return sizeof(Task) + tiles(); }
 
-    template <class Team>
-    struct Work {
-        const OuterKernel& kernel;
-        const Team& team;
-        unsigned char* memory;
-        int block;
-        const int& layer;  // these in shared memory
-        unsigned& meetings;
-        SSVDO_HD void meet() {
-            if (team.rank == 0) meetings++;
-            team.sync();
-            team.meet(kernel.g.gate + 2 * layer + kernel.second, kernel.blocks, meetings);
-        }
-        // each(e) for e < count, shared out; then all meet.
-        template <class Each>
-        SSVDO_HD void elements(ptrdiff_t count, Each each) {
-            const ptrdiff_t step = ptrdiff_t(kernel.blocks) * team.size;
-SSVDO_ROLLED
-            for (ptrdiff_t e = ptrdiff_t(block) * team.size + team.rank; e < count; e += step) each(e);
-            meet();
-        }
-    };
-
     SSVDO_HD static void finish(const Plan<T>& plan, const Product<T>& p, int m, int n, T sum) {
         T made = p.alpha * sum;
         if (p.addend && m >= p.from) made += p.beta * p.addend[unsigned(m - p.from) * p.addend_ld + n];
@@ -117,13 +94,15 @@ SSVDO_ROLLED
     struct alignas(64) Task {
         Product<T> product;
         Operands terms[Product<T>::most];
-        int layer, step, teams, parts, jobs, block, job, next, end, term, m0, n0;
+        int layer, step, teams, parts, before, jobs, block, job, next, end, term, m0, n0;  // before: jobs of the last step
         unsigned meetings;
         T* alone;
 
         SSVDO_HD int across() const { return (product.columns + N - 1) / N; }
         SSVDO_HD int tiles() const { return (product.rows + M - 1) / M * across(); }
         SSVDO_HD ptrdiff_t size() const { return ptrdiff_t(product.rows) * product.columns; }
+        // Whether one team made the last product and makes this one: it need not meet the others in between.
+        SSVDO_HD bool single() const { return before == 1 && jobs == 1; }
         SSVDO_HD int first(int team) const { return team * jobs / teams; }  // of a team's jobs
         SSVDO_HD int team_of(int job) const { return ((job + 1) * teams - 1) / jobs; }
         // Of a tile's sums the n-th is that of the n-th of its teams.
@@ -135,7 +114,7 @@ SSVDO_ROLLED
             int depth = 0;
             for (int t = 0; t < p.count; t++) depth += p.terms[t].depth;
             share(depth, blocks, room / size());
-            jobs = tiles() * parts, block = own;
+            before = jobs, jobs = tiles() * parts, block = own;
             job = own < teams ? first(own) : jobs, end = own < teams ? first(own + 1) : jobs;
 SSVDO_ROLLED
             for (int t = 0; t < p.count; t++) {
@@ -171,6 +150,28 @@ SSVDO_ROLLED
                 const int depth = product.terms[t].depth, to = (from + count) * own.deep;
                 own.from = from * own.deep, own.to = to < depth ? to : depth;
             }
+        }
+    };
+
+    template <class Team>
+    struct Work {
+        const OuterKernel& kernel;
+        const Team& team;
+        unsigned char* memory;
+        Task& task;
+        SSVDO_HD void meet() {
+            if (team.rank == 0) task.meetings++;
+            team.sync();
+            team.meet(kernel.g.gate + 2 * task.layer + kernel.second, kernel.blocks, task.meetings);
+        }
+        // each(e) for e < count, shared out, or by the single team.
+        template <class Each>
+        SSVDO_HD void elements(ptrdiff_t count, Each each) {
+            if (task.single() && task.block != task.team_of(0)) return;
+            const int first = task.single() ? 0 : task.block;
+            const ptrdiff_t step = ptrdiff_t(task.single() ? 1 : kernel.blocks) * team.size;
+SSVDO_ROLLED
+            for (ptrdiff_t e = ptrdiff_t(first) * team.size + team.rank; e < count; e += step) each(e);
         }
     };
 
@@ -220,29 +221,37 @@ SSVDO_ROLLED
     SSVDO_HD void operator()(const Team& team, int block, int layer, unsigned char* memory) const {
         Task& task = *reinterpret_cast<Task*>(memory);
         const Plan<T> plan(g, task.layer);
-        if (team.rank == 0) task.layer = layer, task.meetings = 0, task.step = second ? plan.factored() : 0;
+        if (team.rank == 0) task.layer = layer, task.meetings = 0, task.jobs = 0, task.step = second ? plan.factored() : 0;
         team.sync();
-        Work<Team> work{*this, team, memory + sizeof(Task), block, task.layer, task.meetings};
+        Work<Team> work{*this, team, memory + sizeof(Task), task};
         const Product<T>& p = task.product;
         while (task.step < (second ? plan.steps() : plan.factored())) {
-            plan.before(task.step, work);
-            team.sync();  // nobody is at the last product any more
             if (team.rank == 0) plan.step(task.product, task.step), task.begin(block, blocks, g.room);
             team.sync();
+            if (task.before > 0 && !task.single()) work.meet();
+            if (plan.before(task.step, work)) {
+                if (task.single())
+                    team.sync();
+                else
+                    work.meet();
+            }
             while (task.job < task.end) tile(plan, work, task);
-            if (team.rank == 0) task.step++;
-            work.meet();
-            if (task.parts == 1) continue;
-            work.elements(task.size(), [&](ptrdiff_t e) {  // what was put aside, in its order
-                const int m = int(e / p.columns), n = int(e % p.columns), tile = m / M * task.across() + n / N;
-                const int more = task.ends(tile) - task.begins(tile);
-                if (more == 0) return;
-                const T* partial = plan.partial() + e;
-                T sum = *partial;
+            if (task.parts > 1) {
+                work.meet();
+                work.elements(task.size(), [&](ptrdiff_t e) {  // what was put aside, in its order
+                    const int m = int(e / p.columns), n = int(e % p.columns), tile = m / M * task.across() + n / N;
+                    const int more = task.ends(tile) - task.begins(tile);
+                    if (more == 0) return;
+                    const T* partial = plan.partial() + e;
+                    T sum = *partial;
 SSVDO_ROLLED
-                for (int i = 1; i <= more; i++) sum += partial[i * task.size()];
-                finish(plan, p, m, n, sum);
-            });
+                    for (int i = 1; i <= more; i++) sum += partial[i * task.size()];
+                    finish(plan, p, m, n, sum);
+                });
+            }
+            team.sync();  // nobody is at this product any more
+            if (team.rank == 0) task.step++;
+            team.sync();
         }
     }
 };

@@ -152,7 +152,7 @@ struct OuterForward : OuterLayer<T> {
         if (g.turned[layer]) p.term(l, this->turned(0, false), change(), l);
     }
     template <class Work>
-    SSVDO_HD void before(int, Work&) const {}
+    SSVDO_HD bool before(int, Work&) const { return false; }
 };
 
 template <class T>
@@ -194,10 +194,10 @@ struct OuterBackward : OuterLayer<T> {
             if (turned) p.term(l, this->turned(g.large - g.c, false), this->small(), l, T(-1));
         }
     }
-    // What is no product, before step i.
+    // What is no product, before step i; whether there is any.
     template <class Work>
-    SSVDO_HD void before(int i, Work& work) const {
-        if (i != this->projection() + 2) return;
+    SSVDO_HD bool before(int i, Work& work) const {
+        if (i != this->projection() + 2) return false;
         const T *X = g.X[this->layer], least = root(g.tau);
         const int l = g.l;
         work.elements(ptrdiff_t(l) * l, [&](ptrdiff_t e) {
@@ -205,6 +205,7 @@ struct OuterBackward : OuterLayer<T> {
             dX()[e] = -lower()[i > j ? e : j * l + i];  // H
             change()[e] = least * X[e] - (i == j ? T(1) : T(0));
         });
+        return true;
     }
 };
 

@@ -1,11 +1,12 @@
 // The inner part's kernels: packed K -> (I + K)^-1 and the mixer M, and back (core/skew.h).
 //
 // Cayley: A = I + K is inverted by blocks of 64 without pivots, in one launch for all layers: step p turns the whole
-// matrix from one buffer into another (Gauss-Jordan in blocks), so that a layer's teams meet once a step. Without pivots
+// matrix from one buffer into another (Gauss-Jordan in blocks), so that a layer's teams meet once a step. The next
+// step's pivot block is inverted by one team as soon as it is made, while the others make their tiles. Without pivots
 // digits are lost as |K|^2 grows, so the inverse is always tested: while the residual R = I - A M is above rounding,
-// Newton's step M + M R squares it. At first 64 probes w of fixed random signs ask for R, where that is less work: the mean
-// of |R w|^2 is |R|_F^2. Where half the limit is found, |R|_F is above the limit with a probability of at most exp(-6), and
-// above ten times the limit of 5e-8 (docs/kernels.md). Where more is found, R is formed.
+// Newton's step M + M R squares it. At first 64 probes w of fixed random signs ask for R, where that is less work: the
+// mean of |R w|^2 is |R|_F^2. Where half the limit is found, |R|_F is above the limit with a probability of at most
+// exp(-6), and above ten times the limit of 5e-8 (docs/kernels.md). Where more is found, R is formed.
 #pragma once
 
 #include "../core/eliminate.h"
@@ -80,24 +81,41 @@ struct InvertKernel : InnerKernel<T> {
         unsigned meetings = 0;
         const auto meet = [&] { team.meet(gate, blocks, ++meetings); };
         if (n % 2) swap(now, other);  // n steps end in `saved`
+        // A pivot block is inverted where it lies by the first team, as soon as it is there.
+        const auto invert = [&](int p, T* from, auto get) {
+            const int p0 = p * B, b = k - p0 < B ? k - p0 : B;
+            Block64<T, Team> own;
+            own.load(team, b, get);
+            own.template eliminate<true>(team, edge);
+            own.store(team, [&](int i, int j, T value) {
+                if (i < b && j < b) from[ptrdiff_t(p0 + i) * k + p0 + j] = value;
+            });
+        };
+        const auto A = [&](int i, int j) { return K(i, j) + (i == j ? T(1) : T(0)); };
+        if (block == 0) invert(0, now, A);
         for (ptrdiff_t e = ptrdiff_t(block) * team.size + team.rank; e < square; e += ptrdiff_t(blocks) * team.size) {
             const int i = int(e / k), j = int(e % k);
-            now[e] = K(i, j) + (i == j ? T(1) : T(0));
+            if (i >= B || j >= B) now[e] = A(i, j);
         }
         meet();
-        const int first = block * n * n / blocks, last = (block + 1) * n * n / blocks;  // this team's tiles, row by row
         for (int p = 0; p < n; p++, swap(now, other)) {
             const int p0 = p * B, b = k - p0 < B ? k - p0 : B;
-            if (first < last) {
-                Block64<T, Team> own;
-                own.load(team, b, [&](int i, int j) { return now[ptrdiff_t(p0 + i) * k + p0 + j]; });
-                own.template eliminate<true>(team, edge);
-                own.store(team, [&](int i, int j, T value) { D[i * ld + j] = value; });
+            // The team's tiles, row by row; the next pivot block's is the first team's, and as much work as `ahead`.
+            const int next = p + 1 < n ? (p + 1) * (n + 1) : n * n, ahead = p + 1 < n ? 3 : 0;
+            const auto before = [&](int team) {
+                const int work = team * (n * n - (ahead > 0) + ahead) / blocks;
+                return work > ahead ? work - ahead : 0;
+            };
+            const int first = before(block), last = before(block + 1), from = ahead && block == 0 ? -1 : first;
+            if (from < last) {
+                for (int e = team.rank; e < b * b; e += team.size)
+                    D[e / b * ld + e % b] = now[ptrdiff_t(p0 + e / b) * k + p0 + e % b];
                 team.sync();
             }
             const Matrix<T> column(now + p0, k, b, k, true), band(now + ptrdiff_t(p0) * k, k, b, k, false);
             int held = -1;  // the row of tiles for which `turned` holds A_ip D
-            for (int tile = first; tile < last; tile++) {
+            for (int job = from; job < last; job++) {
+                const int tile = job < 0 ? next : job + (job >= next);
                 const int ti = tile / n, tj = tile % n, i0 = ti * B, j0 = tj * B;
                 if (ti != p && held != ti) {
                     Tile<Team> sums;
@@ -121,9 +139,14 @@ struct InvertKernel : InnerKernel<T> {
                         made = tj == p ? -turned[i * ld + j] : now[ptrdiff_t(m) * k + c] - sum;
                     other[ptrdiff_t(m) * k + c] = made;
                 });
+                if (tile != next) continue;
+                team.sync();
+                const T* there = other + ptrdiff_t(i0) * k + j0;
+                invert(p + 1, other, [&](int i, int j) { return there[ptrdiff_t(i) * k + j]; });
             }
             meet();
         }
+        const int first = block * n * n / blocks, last = (block + 1) * n * n / blocks;  // of tiles, row by row
         const auto share = [&](int tiles) { return (tiles + blocks - 1) / blocks; };  // of the team with most
         T before = T(0);
         const T rounding = (sizeof(T) == 4 ? T(1.1920929e-7) : T(2.220446049250313e-16)) * T(4 * k);

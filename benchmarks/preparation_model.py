@@ -103,7 +103,7 @@ def steps(layers: int, shape: LayerShape, half: bool) -> Iterator[Step]:
     sharing = min(teams, side * side)
     block = 2.0 * B**3 * (2 if layers * sharing > PROCESSORS else 1)  # a product of two, by all teams of a processor
     most = -(-side * side // sharing)
-    ahead = -(-(side * side + 2) // sharing) if side > 1 else most  # with the next pivot, as much work as two tiles more
+    ahead = -(-(side * side + 2) // sharing) if side > 1 else most  # a pivot is as much work as two tiles
     step = max(8 * square / BANDWIDTH, (ahead + 2) * block * PROCESSORS / TENSOR32)
     first = COLUMN * B + step * max(1, ahead - 2) / ahead  # of the team that inverts the next pivot
     yield Step("forward: (I + K)^-1, in blocks", (6 + 8 * side) * square, 2.0 * k * square, side * (ahead + 2) * block,

@@ -158,7 +158,3 @@ def two_processes(work, *args):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_process, (port, work, *args), nprocs=2)
-
-
-def grads(layer):
-    return [p.grad.clone() for p in layer.adapter.trained]

@@ -21,10 +21,9 @@ from statistics import median
 from typing import Any
 
 from .bench_host import CASES, GOALS, SIZES
-from .record import facts, stem
+from .record import ROOT, commit, facts, stem
 from .report import as_markdown
 
-HERE = Path(__file__).resolve().parent.parent
 _SERVER = """
 import sys, torch
 from contextlib import ExitStack
@@ -116,12 +115,6 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(as_markdown(header, lines)) + "\n"
 
 
-def commit(checkout: Path) -> str:
-    """What is checked out there."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True)
-    return found.stdout.strip()
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not (options.other / "benchmarks" / "bench_host.py").is_file():
         parser.error(f"OTHER={str(options.other)!r} has no benchmarks/bench_host.py; allowed: a checkout that has")
-    checkouts = {"before": options.other.resolve(), "now": HERE}
+    checkouts = {"before": options.other.resolve(), "now": ROOT.resolve()}
     rows = [row for case in options.cases for row in measure(checkouts, case, options.restarts, options.seconds)]
     results = {**facts("cpu"), "commits": {name: commit(path) for name, path in checkouts.items()},
                "restarts": options.restarts, "rows": rows}  # fmt: skip

@@ -33,9 +33,10 @@ def device_name(device: str) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """The short hash of HEAD, or "unknown" outside a checkout."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+def commit(folder: Path | None = None) -> str:
+    """The short hash of HEAD, or "unknown" outside a checkout. folder: of the checkout; None: the current one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 

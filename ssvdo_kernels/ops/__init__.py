@@ -11,10 +11,8 @@ import torch
 
 _raw: Any = torch._C
 
-
-def autocasting() -> bool:
-    """Whether autocast is on on some device: elsewhere `own_dtypes` would cost as much as a small product."""
-    return bool(_raw._is_any_autocast_enabled())
+autocasting: Callable[[], bool] = _raw._is_any_autocast_enabled
+"""Whether autocast is on on some device: elsewhere `own_dtypes` would cost as much as a small product."""
 
 
 @contextmanager
@@ -47,7 +45,7 @@ def by_hand(backward: _Function) -> _Function:
         batched = args[1] is not None and _raw._functorch.is_legacy_batchedtensor(args[1])
         if batched or _raw._are_functorch_transforms_active():
             raise RuntimeError(_BATCHED)
-        if not _raw._is_any_autocast_enabled():
+        if not autocasting():
             return backward(*args)
         with own_dtypes():
             return backward(*args)

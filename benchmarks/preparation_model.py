@@ -4,7 +4,7 @@
 
 A product takes the longer of its bytes at the memory's bandwidth and its operations at the rate of `mma.sync`, the
 instruction of csrc/core/mma.h: on an H100 about 0.62 of the data sheet, which only `wgmma` reaches. A half-precision
-weight takes three products of bfloat16 numbers, all else three of tf32. Bytes are those of each operand once, of the
+weight takes three products of bfloat16 numbers, or two (`coarse` in csrc/cuda/plans.h), all else three of tf32. Bytes are those of each operand once, of the
 result, and of sums that teams put aside and read again; nothing is taken to stay in a cache. Operations are those of
 the team that has most of them, in whole tiles, as csrc/cuda shares them out. Launches, meetings of a layer's teams and
 columns of Gauss-Jordan are taken at the times below, which are guesses from instruction counts.
@@ -48,17 +48,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Term:
-    """A (rows x depth) B (depth x columns). half: A is of half precision; twice: B is A, read once."""
+    """A (rows x depth) B (depth x columns). half: A is of half precision; twice: B is A, read once; coarse: B in two
+    pieces where A is of half precision."""
 
     depth: int
     half: bool = False
     twice: bool = False
+    coarse: bool = False
+
+    @property
+    def rate(self) -> float:
+        return (1.5 if self.coarse else 1.0) * BRAIN if self.half else TENSOR32
 
 
-def shared(tiles: int, depth: int, teams: int, sums: float) -> tuple[int, int]:
+def shared(tiles: int, depth: int, teams: int, sums: float, coarse: bool = False) -> tuple[int, int]:
     """(teams, parts of a tile's depth) as by `Task::share` of csrc/cuda/outer.h. sums: of each tile that have room."""
     many = int(min(tiles * min(sums - 1, depth // 64), teams))
-    if many <= tiles or depth - depth * tiles // many <= 512:
+    if 8 * tiles >= (5 if coarse else 8) * many or depth - depth * tiles // many <= 512:
         return teams, 1
     return many, min(many, depth // 32)
 
@@ -73,15 +79,15 @@ def steps(layers: int, shape: LayerShape, half: bool) -> Iterator[Step]:
         name: str, rows: int, terms: list[Term], columns: int = l, launches: int = 0, addend: int = 0, met: int = 1
     ) -> Step:  # met: meetings before it
         tiles, depth = -(-rows // M) * -(-columns // N), sum(t.depth for t in terms)
-        many, parts = shared(tiles, depth, teams, room // (rows * columns))
+        many, parts = shared(tiles, depth, teams, room // (rows * columns), all(t.coarse for t in terms))
         pieces = many + tiles - gcd(many, tiles) if parts > 1 else 0  # that teams put aside
         moved = 4 * columns * (rows + addend) + 8 * pieces * min(rows, M) * min(columns, N)
         seconds = 0.0
         for t in terms:
             moved += (2 if t.half else 4) * rows * t.depth + (0 if t.twice else 4 * t.depth * columns)
             deep = -(-t.depth // (32 * parts)) * 32
-            seconds += -(-tiles * parts // many) * min(deep, t.depth) / (BRAIN if t.half else TENSOR32)
-        rate = BRAIN if all(t.half for t in terms) else TENSOR32
+            seconds += -(-tiles * parts // many) * min(deep, t.depth) / t.rate
+        rate = min(t.rate for t in terms)
         pair = 1 if layers == 1 and min(many, tiles * parts) <= PROCESSORS else 2  # two layers' n-th teams lie together
         most = pair * 2.0 * M * N * seconds * rate
         return Step(name, layers * moved, 2.0 * layers * rows * depth * columns, most, rate, launches,
@@ -91,10 +97,11 @@ def steps(layers: int, shape: LayerShape, half: bool) -> Iterator[Step]:
         passes = 2 if half else 1
         for turn in range(passes):
             count = rows if turn + 1 == passes else large
-            yield product(f"{way}: A^T z", d, [Term(first, half)], launches=int(turn == 0), met=turn)
-            yield product(f"{way}: V^T", d, [Term(d, half)])
-            yield product(f"{way}: V", d, [Term(d, half)])
-            yield product(f"{way}: z - A", count, [Term(d, half)], addend=min(first, count))
+            exact = turn + 1 == passes
+            yield product(f"{way}: A^T z", d, [Term(first, half, coarse=not exact)], launches=int(turn == 0), met=turn)
+            yield product(f"{way}: V^T", d, [Term(d, half, coarse=half)])
+            yield product(f"{way}: V", d, [Term(d, half, coarse=half)])
+            yield product(f"{way}: z - A", count, [Term(d, half, coarse=half)], addend=min(first, count))
             first = large
 
     mixer = 4 * layers * (shape.width + l) * shape.width

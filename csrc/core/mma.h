@@ -5,9 +5,9 @@
 // number e of C at row group + 8 (e / 2), column 2 quad + e % 2 (PTX ISA, matrix fragments). On the host a worker plays
 // whole warps, `part` lanes, and gathers the words from there.
 //
-// A float32 number is the sum of three bfloat16 numbers, and of two tf32 numbers to 2^-22, so that a few exact products of
-// pieces make one that errs as float32 does. What the tensor cores add up they cut off rather than round, so no sum stays
-// in them for longer than a slice (Ootomo and Yokota, 2022).
+// A float32 number is the sum of three bfloat16 numbers, of two to 2^-16, and of two tf32 numbers to 2^-22, so that a few
+// exact products of pieces make one that errs as float32 does. What the tensor cores add up they cut off rather than round,
+// so no sum stays in them for longer than a slice (Ootomo and Yokota, 2022).
 #pragma once
 
 #include "number.h"
@@ -15,11 +15,12 @@
 namespace ssvdo {
 namespace SSVDO_ISA {
 
-// A: bfloat16. B: float32, as three of them; a word has two numbers.
+// A: bfloat16. B: float32, as three of them; a word has two numbers. left_out: how many products, the first of them, may be
+// where 2^-16 of B will do.
 struct Brain {
     using Word = std::uint32_t;
     using Sum = float;
-    static constexpr int numbers = 2, words = 16, left = 4, right = 2, panels = 3, products = 3;
+    static constexpr int numbers = 2, words = 16, left = 4, right = 2, panels = 3, products = 3, left_out = 1;
     static constexpr bool rounds = false;  // whether sums may stay where they are added up
     SSVDO_HD static constexpr int left_term(int) { return 0; }
     SSVDO_HD static constexpr int right_term(int i) { return 2 - i; }  // the smallest at first
@@ -44,7 +45,7 @@ template <bool Exact>
 struct Tensor32 {
     using Word = float;
     using Sum = float;
-    static constexpr int numbers = 1, words = 16, left = 4, right = 2, panels = 1, products = Exact ? 2 : 3;
+    static constexpr int numbers = 1, words = 16, left = 4, right = 2, panels = 1, products = Exact ? 2 : 3, left_out = 0;
     static constexpr bool rounds = false;
     SSVDO_HD static constexpr int left_term(int i) { return !Exact && i == 0; }
     SSVDO_HD static constexpr int right_term(int i) { return Exact ? i == 0 : i == 1; }
@@ -60,7 +61,7 @@ struct Tensor32 {
 struct Twice {  // float64
     using Word = double;
     using Sum = double;
-    static constexpr int numbers = 1, words = 8, left = 2, right = 1, panels = 1, products = 1;
+    static constexpr int numbers = 1, words = 8, left = 2, right = 1, panels = 1, products = 1, left_out = 0;
     static constexpr bool rounds = true;
     SSVDO_HD static constexpr int left_term(int) { return 0; }
     SSVDO_HD static constexpr int right_term(int) { return 0; }

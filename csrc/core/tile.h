@@ -152,9 +152,10 @@ struct Sums {
     }
 
     // sum += A(m0 .. m0 + M - 1, from .. to - 1) B(from .. to - 1, n0 .. n0 + 63). memory: of Stages<Kind, M>::bytes.
+    // coarse: without the products that Kind can do without then.
     template <class Kind = typename OwnKind<T>::type, class A, class B>
     SSVDO_HD void add(const Team& team, void* memory, const int& m0, const int& n0, int from, const int& to, const A& a,
-                      const B& b) {
+                      const B& b, const bool& coarse = false) {
         static_assert(std::is_same<typename Kind::Sum, T>::value, "sums of another type");
         using Word = typename Kind::Word;
         using Stage = Stages<Kind, M>;
@@ -183,7 +184,10 @@ struct Sums {
         for (int k = from, odd = 0; k < to; k += deep, odd ^= 1) {
             const bool more = k + deep < to;
             if (more) fetch(k + deep);
-            multiply<Kind>(team, shared + odd * Stage::size);
+            if (Kind::left_out > 0 && coarse)
+                multiply<Kind, Kind::left_out>(team, shared + odd * Stage::size);
+            else
+                multiply<Kind, 0>(team, shared + odd * Stage::size);
             if (more) put(shared + (odd ^ 1) * Stage::size);
             team.sync();
         }
@@ -212,7 +216,7 @@ SSVDO_UNROLL
     };
 
     // sum += a slice's product, a step of the depth and eight columns at a time.
-    template <class Kind>
+    template <class Kind, int first>
     SSVDO_HD void multiply(const Team& whole, const typename Kind::Word* from) {
         using Word = typename Kind::Word;
         using Stage = Stages<Kind, M>;
@@ -233,7 +237,7 @@ SSVDO_UNROLL
             for (int j = 0; j < across; j++) {
                 T fresh[down][part][4] = {};
 SSVDO_UNROLL
-                for (int product = 0; product < Kind::products; product++) {
+                for (int product = first; product < Kind::products; product++) {
                     const int term = Kind::right_term(product), panel = Kind::panels > 1 ? term : 0;
                     Word pieces[part][Kind::left], b[part][Kind::right];
                     for (int p = 0; p < part; p++) {

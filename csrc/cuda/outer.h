@@ -74,6 +74,7 @@ struct OuterKernel {
     // One term of a tile's sums: its operands, and what of its depth this part takes.
     struct Operands {
         Stored type;
+        bool coarse;
         int deep, from, to;
         Right<T> right;
         alignas(Matrix<T>) unsigned char left[sizeof(Matrix<T>)];  // a Matrix of what is stored there
@@ -112,15 +113,17 @@ struct OuterKernel {
         SSVDO_HD void begin(int own, int blocks, ptrdiff_t room) {
             const Product<T>& p = product;
             int depth = 0;
-            for (int t = 0; t < p.count; t++) depth += p.terms[t].depth;
-            share(depth, blocks, room / size());
+            bool coarse = true;
+            for (int t = 0; t < p.count; t++) depth += p.terms[t].depth, coarse = coarse && p.terms[t].coarse;
+            share(depth, blocks, room / size(), coarse);
             before = jobs, jobs = tiles() * parts, block = own;
             job = own < teams ? first(own) : jobs, end = own < teams ? first(own + 1) : jobs;
 SSVDO_ROLLED
             for (int t = 0; t < p.count; t++) {
                 const Term<T>& term = p.terms[t];
                 Operands& own = terms[t];
-                own.type = term.left.type, own.deep = (term.depth + 32 * parts - 1) / (32 * parts) * 32;
+                own.type = term.left.type, own.coarse = term.coarse;
+                own.deep = (term.depth + 32 * parts - 1) / (32 * parts) * 32;
                 own.right = {Matrix<T>(term.right, p.columns, term.depth, term.ld, term.along), term.factor, term.along};
                 if (own.type == Stored::work)
                     own.template lie<T>(term.left, p.rows, term.depth);
@@ -131,12 +134,13 @@ SSVDO_ROLLED
             }
         }
         // How many teams, and of how many parts. A team puts aside up to two sums, which takes as long as 512 of the depth
-        // (64 KiB of a bfloat16 operand, and as much to read them); there is room for `sums` of each tile.
-        SSVDO_HD void share(int depth, int blocks, ptrdiff_t sums) {
+        // (64 KiB of a bfloat16 operand, and as much to read them); a coarse product waits for its operands, not for the
+        // tensor cores, while five of eight teams have a tile. There is room for `sums` of each tile.
+        SSVDO_HD void share(int depth, int blocks, ptrdiff_t sums, bool coarse) {
             teams = blocks, parts = 1;
             const ptrdiff_t most = ptrdiff_t(tiles()) * (sums - 1 < depth / 64 ? sums - 1 : depth / 64);
             const int many = most < blocks ? int(most) : blocks;
-            if (many <= tiles() || depth - ptrdiff_t(depth) * tiles() / many <= 512) return;
+            if (8 * tiles() >= (coarse ? 5 : 8) * many || depth - ptrdiff_t(depth) * tiles() / many <= 512) return;
             teams = many, parts = many < depth / 32 ? many : depth / 32;
         }
         SSVDO_HD void take(T* partial) {
@@ -186,7 +190,7 @@ SSVDO_ROLLED
             Operands& own = task.terms[task.term];
             const auto add = [&](auto kind, auto stored) {
                 sums.template add<decltype(kind)>(team, work.memory, task.m0, task.n0, own.from, own.to,
-                                                  own.template left_as<decltype(stored)>(), own.right);
+                                                  own.template left_as<decltype(stored)>(), own.right, own.coarse);
             };
             if constexpr (sizeof(T) == 8)
                 add(Twice(), T());

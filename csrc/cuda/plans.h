@@ -16,7 +16,7 @@ struct Left {
     bool along;
 };
 
-// A (B factor), of depth `depth`; B by rows, or by columns (along).
+// A (B factor), of depth `depth`; B by rows, or by columns (along). coarse: to 2^-16 of B will do.
 template <class T>
 struct Term {
     int depth;
@@ -25,6 +25,7 @@ struct Term {
     unsigned ld;
     bool along;
     T factor;
+    bool coarse;
 };
 
 // out (rows x columns) = alpha sum of terms + beta addend, and row i of that times 1 / S_i^2 where it is `divided`. The
@@ -45,8 +46,9 @@ struct Product {
     SSVDO_HD void begin(int height, int width, T* to, unsigned to_ld, T times = T(1)) {
         rows = height, columns = width, count = 0, out = to, ld = to_ld, alpha = times, addend = nullptr, divided = false;
     }
-    SSVDO_HD void term(int depth, const Left& left, const T* right, unsigned right_ld, T factor = T(1), bool along = false) {
-        terms[count++] = {depth, left, right, right_ld, along, factor};
+    SSVDO_HD void term(int depth, const Left& left, const T* right, unsigned right_ld, T factor = T(1), bool along = false,
+                       bool coarse = false) {
+        terms[count++] = {depth, left, right, right_ld, along, factor, coarse};
     }
     SSVDO_HD void add(const T* matrix, T times, unsigned matrix_ld, int first) {
         addend = matrix, beta = times, addend_ld = matrix_ld, from = first;
@@ -99,7 +101,8 @@ struct OuterLayer {
     SSVDO_HD T* last(T* data, int rows, unsigned ld) const { return data + unsigned(g.large - rows) * ld; }
 
     // Product `step` of projection(): P (z factor), its last `rows` into the last rows of Z; z: the last `first` rows, those
-    // above are 0. A^T z, N^T z (left out where there is no N), V^T, V, z - A - N.
+    // above are 0. A^T z, N^T z (left out where there is no N), V^T, V, z - A - N. All of a first pass may be coarse, as the
+    // second makes it good, and of that all but A^T z and N^T z, which see 2^-8 of z alone.
     SSVDO_HD int projection() const { return g.passes * (g.null ? 5 : 4); }
     SSVDO_HD void project(Product<T>& p, int step, const T* z, unsigned ld, int first, T factor, int rows) const {
         const int turn = step / (g.null ? 5 : 4), count = turn + 1 == g.passes ? rows : g.large;
@@ -107,24 +110,28 @@ struct OuterLayer {
         if (turn > 0) z = Z(), ld = l, first = g.large, factor = T(1);
         step %= g.null ? 5 : 4;
         if (step > 0 && !g.null) step++;
+        const bool coarse = turn + 1 < g.passes || (turn > 0 && step > 1);
+        const auto term = [&](int depth, const Left& left, const T* right, unsigned right_ld, T times = T(1)) {
+            p.term(depth, left, right, right_ld, times, false, coarse);
+        };
         if (step == 0) {
             p.begin(g.d, l, small(), l);
-            p.term(first, tall(g.large - first, true), z, ld, factor);
+            term(first, tall(g.large - first, true), z, ld, factor);
         } else if (step == 1) {
             p.begin(g.null, l, null(), l);
-            p.term(first, rest(g.large - first, true), z, ld, factor);
+            term(first, rest(g.large - first, true), z, ld, factor);
         } else if (step == 2) {
             p.begin(g.d, l, other(), l);
-            p.term(g.d, basis(true), small(), l);
+            term(g.d, basis(true), small(), l);
             p.divided = true;
         } else if (step == 3) {
             p.begin(g.d, l, small(), l);
-            p.term(g.d, basis(false), other(), l);
+            term(g.d, basis(false), other(), l);
         } else {
             const int both = first < count ? first : count;
             p.begin(count, l, last(Z(), count, l), l, T(-1));
-            p.term(g.d, tall(g.large - count, false), small(), l);
-            if (g.null) p.term(g.null, rest(g.large - count, false), null(), l);
+            term(g.d, tall(g.large - count, false), small(), l);
+            if (g.null) term(g.null, rest(g.large - count, false), null(), l);
             p.add(z + unsigned(first - both) * ld, factor, ld, count - both);
         }
     }

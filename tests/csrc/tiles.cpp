@@ -2,7 +2,7 @@
 //
 // With u = 2^-24, |error| <= (2 products u + steps u + pieces) |A| |B|: a step's instructions (products of them) cut off what
 // lies below 2 u of a sum, steps are added with rounding, and of a pair of tf32 numbers what lies below 2^-22 of a float32
-// number is left out, on either side, and the product of the two lower ones.
+// number is left out, on either side, and the product of the two lower ones; of two bfloat16 numbers what lies below 2^-16.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -33,7 +33,7 @@ static Float16 as(float x, Float16) {  // of a number in its range: the nearest 
 }
 
 template <class Kind, int M, class S, class T>
-static void check(int rows, int depth, int columns, bool left, bool right, int gap, double pieces) {
+static void check(int rows, int depth, int columns, bool left, bool right, int gap, double pieces, bool coarse = false) {
     std::normal_distribution<float> normal;
     const int lld = (left ? depth : rows) + gap, rld = (right ? depth : columns) + gap;
     std::vector<S> a(size_t(left ? rows : depth) * lld);
@@ -50,7 +50,7 @@ static void check(int rows, int depth, int columns, bool left, bool right, int g
     for (int m0 = 0; m0 < rows; m0 += M)
         for (int n0 = 0; n0 < columns; n0 += 64) {
             sums.clear();
-            sums.template add<Kind>(Alone(), aligned, m0, n0, 0, depth, A, B);
+            sums.template add<Kind>(Alone(), aligned, m0, n0, 0, depth, A, B, coarse);
             sums.store(Alone(), [&](int m, int n, T sum) {
                 m += m0, n += n0;
                 double exact = 0, size = 0;
@@ -94,6 +94,7 @@ int main() {
             for (int gap : {0, 3}) {
                 const bool left = way & 1, right = way & 2;
                 check<Brain, 128, Bfloat16, float>(s[0], s[1], s[2], left, right, gap, 0);
+                check<Brain, 128, Bfloat16, float>(s[0], s[1], s[2], left, right, gap, std::ldexp(1, -16), true);
                 check<Tensor32<true>, 128, Float16, float>(s[0], s[1], s[2], left, right, gap, two);
                 check<Tensor32<false>, 128, float, float>(s[0], s[1], s[2], left, right, gap, three);
                 check<Tensor32<false>, 64, float, float>(s[0], s[1], s[2], left, right, gap, three);

@@ -101,6 +101,29 @@ def test_products_of_pieces_are_as_exact_as_float32(weight, basis):
             assert float(error) <= 2 * float(theirs) + 4 * torch.finfo(work).eps
 
 
+@pytest.mark.parametrize("weakest", [1.0, 0.3, 2e-3])
+def test_coarse_products(weakest):
+    """A pass in two pieces of bfloat16, 2^-16 of a number, adds below a 64th of what V in half precision, 2^-8, leaves of
+    U, however weak components are."""
+    (layer,) = outer_layers((64, 200, 8, "normal", 0.1, "rotation", 1), 1)
+    p = layer.projector
+    S = torch.logspace(0, math.log10(weakest), 64, dtype=torch.float64)
+    weight = (p.base.weight @ (p.basis / p.singular * S) @ p.basis.mT).bfloat16()
+    U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    layer = replace(layer, U=U[:, :8].bfloat16().double(), projector=replace(
+        p, base=DenseBase(weight.double()), basis=Vh.mT.contiguous(), singular=S, null=U[:, -1:].contiguous()))
+    half = stored_as(layer, torch.float64, torch.bfloat16, torch.bfloat16)
+    own = stored_as(layer, torch.float32, torch.bfloat16, torch.bfloat16)
+    exact, F, got = (made([one])[0] for made, one in ((outer.forward, layer), (outer.forward, half), (factored, own)))
+    dF = [torch.randn_like(got[0])]
+    X = factored([own])[1]
+    gradient = device.outer_backward([own], X, got, dF)
+    back = [outer.backward([one], X, F, [dF[0].double()]) for one in (layer, half)]
+    for truth, kept, made in ((exact, F, got), (*back, gradient)):
+        left, added = (kept[0] - truth[0]).norm(), (made[0] - kept[0]).norm()
+        assert float(added) <= float(left) / 64 + 4 * torch.finfo(torch.float32).eps * float(truth[0].norm())
+
+
 def test_weights_that_lie_in_other_ways(monkeypatch):
     """Layers that differ, and what has no dense lines, are copied first; rows of F and its gradient may lie apart."""
     layers = outer_layers((5, 9, 3, "normal", 0.1, "rotation", 0), 3)

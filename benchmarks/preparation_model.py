@@ -4,10 +4,11 @@
 
 A product takes the longer of its bytes at the memory's bandwidth and its operations at the rate of `mma.sync`, the
 instruction of csrc/core/mma.h: on an H100 about 0.62 of the data sheet, which only `wgmma` reaches. A half-precision
-weight takes three products of bfloat16 numbers, or two (`coarse` in csrc/cuda/plans.h), all else three of tf32. Bytes are those of each operand once, of the
-result, and of sums that teams put aside and read again; nothing is taken to stay in a cache. Operations are those of
-the team that has most of them, in whole tiles, as csrc/cuda shares them out. Launches, meetings of a layer's teams and
-columns of Gauss-Jordan are taken at the times below, which are guesses from instruction counts.
+weight takes three products of bfloat16 numbers, two where the product is `coarse` (csrc/cuda/plans.h), all else three
+of tf32. Bytes are those of each operand once, of the result, and of sums that teams put aside and read again; nothing
+is taken to stay in a cache. Operations are those of the team that has most of them, in whole tiles, as csrc/cuda
+shares them out. Launches, meetings of a layer's teams and columns of Gauss-Jordan are taken at the times below, which
+are guesses from instruction counts.
 """
 
 from __future__ import annotations
@@ -113,15 +114,16 @@ def steps(layers: int, shape: LayerShape, half: bool) -> Iterator[Step]:
     ahead = -(-(side * side + 2) // sharing) if side > 1 else most  # a pivot is as much work as two tiles
     step = max(8 * square / BANDWIDTH, (ahead + 2) * block * PROCESSORS / TENSOR32)
     first = COLUMN * B + step * max(1, ahead - 2) / ahead  # of the team that inverts the next pivot
-    yield Step("forward: (I + K)^-1, in blocks", (6 + 8 * side) * square, 2.0 * k * square, side * (ahead + 2) * block,
-               TENSOR32, 1, COLUMN * B + MEETING * (side + 1) + (side - 1) * max(0.0, first - step))  # fmt: skip
+    # Each team inverts the first pivot; the first step reads packed K, the last writes M as well.
+    yield Step("forward: (I + K)^-1, in blocks, and M", (8 * side - 2) * square + mixer, 2.0 * k * square,
+               side * (ahead + 2) * block, TENSOR32, 1,
+               COLUMN * B + MEETING * side + (side - 1) * max(0.0, first - step))  # fmt: skip
     thin = -(-side // sharing)
     if most > 2 * thin + 1:
-        yield Step("forward: its probes, M", 10 * square + 16 * layers * k * B + mixer, 4.0 * B * square,
-                   2 * thin * side * block, alone=2 * MEETING)  # fmt: skip
+        yield Step("forward: its probes", 6 * square + 16 * layers * k * B, 4.0 * B * square, 2 * thin * side * block,
+                   alone=2 * MEETING)  # fmt: skip
     else:
-        yield Step("forward: its residual, M", 14 * square + mixer, 2.0 * k * square, most * side * block,
-                   alone=MEETING)  # fmt: skip
+        yield Step("forward: its residual", 10 * square, 2.0 * k * square, most * side * block, alone=MEETING)
     yield from projection("forward", c, large)
     yield product("forward: Z^T Z", l, [Term(large, twice=True)])
     yield Step("forward: the factor", 12 * layers * l * l, launches=1, alone=COLUMN * l)

@@ -30,15 +30,24 @@ struct InnerKernel {
         return g.cayley ? 2 * saved - one : one - 2 * saved;
     }
 
-    // Row `row` of M from saved(i, j).
-    template <class Team, class Saved>
-    SSVDO_HD void write_row(const Team& team, int layer, int row, Saved saved) const {
+    // What M has of element (i, j) of `saved`.
+    SSVDO_HD void mix(int layer, int i, int j, T saved) const {
+        const MixerShape shape = mixer();
+        const T rotated = rotation(saved, i, j);
+        const auto put = [&](int row) {
+            const MixerRow<T> m = mixer_row(shape, g.singular[layer], g.shift[layer], row);
+            g.mixer[layer][ptrdiff_t(row) * shape.width + j] = m.factor * rotated + (j == m.at ? m.value : T(0));
+        };
+        const int usable = shape.k - shape.q;
+        put(i < usable ? i : shape.width + shape.l + i - usable);
+        if (i < shape.l) put(shape.width + i);
+    }
+    // And of row `row` what has nothing of it.
+    template <class Team>
+    SSVDO_HD void fill_row(const Team& team, int layer, int row) const {
         const MixerRow<T> m = mixer_row(mixer(), g.singular[layer], g.shift[layer], row);
         T* to = g.mixer[layer] + ptrdiff_t(row) * g.width;
-        for (int j = team.rank; j < g.width; j += team.size) {
-            T made = m.source >= 0 && j < g.k ? m.factor * rotation(saved(m.source, j), m.source, j) : T(0);
-            to[j] = j == m.at && m.value != T(0) ? made + m.value : made;
-        }
+        for (int j = (m.source < 0 ? 0 : g.k) + team.rank; j < g.width; j += team.size) to[j] = j == m.at ? m.value : T(0);
     }
     // A whole k x k matrix by rows: as A, and as B.
     SSVDO_HD Matrix<T> left(const T* data) const { return {data, g.k, g.k, unsigned(g.k), true}; }
@@ -81,38 +90,27 @@ struct InvertKernel : InnerKernel<T> {
         unsigned meetings = 0;
         const auto meet = [&] { team.meet(gate, blocks, ++meetings); };
         if (n % 2) swap(now, other);  // n steps end in `saved`
-        // A pivot block is inverted where it lies by the first team, as soon as it is there.
-        const auto invert = [&](int p, T* from, auto get) {
-            const int p0 = p * B, b = k - p0 < B ? k - p0 : B;
+        // Inverts a pivot block of b rows, get(i, j), where put(i, j, value) says.
+        const auto invert = [&](int b, auto get, auto put) {
             Block64<T, Team> own;
             own.load(team, b, get);
             own.template eliminate<true>(team, edge);
             own.store(team, [&](int i, int j, T value) {
-                if (i < b && j < b) from[ptrdiff_t(p0 + i) * k + p0 + j] = value;
+                if (i < b && j < b) put(i, j, value);
             });
         };
         const auto A = [&](int i, int j) { return K(i, j) + (i == j ? T(1) : T(0)); };
-        if (block == 0) invert(0, now, A);
-        for (ptrdiff_t e = ptrdiff_t(block) * team.size + team.rank; e < square; e += ptrdiff_t(blocks) * team.size) {
-            const int i = int(e / k), j = int(e % k);
-            if (i >= B || j >= B) now[e] = A(i, j);
-        }
-        meet();
-        for (int p = 0; p < n; p++, swap(now, other)) {
-            const int p0 = p * B, b = k - p0 < B ? k - p0 : B;
-            // The team's tiles, row by row; the next pivot block's is the first team's, and as much work as `ahead`.
+        // Step p, from at(i, j) into `other`: column: A's columns p, by rows; band: its rows p, by columns. D is there.
+        const auto step = [&](int p, const auto& column, const auto& band, auto at) {
+            const int b = k - p * B < B ? k - p * B : B;
+            // The team's tiles, row by row; the next pivot block's is the first team's, and as much work as `ahead`: it is
+            // inverted where it lies, as soon as it is there.
             const int next = p + 1 < n ? (p + 1) * (n + 1) : n * n, ahead = p + 1 < n ? 3 : 0;
             const auto before = [&](int team) {
                 const int work = team * (n * n - (ahead > 0) + ahead) / blocks;
                 return work > ahead ? work - ahead : 0;
             };
             const int first = before(block), last = before(block + 1), from = ahead && block == 0 ? -1 : first;
-            if (from < last) {
-                for (int e = team.rank; e < b * b; e += team.size)
-                    D[e / b * ld + e % b] = now[ptrdiff_t(p0 + e / b) * k + p0 + e % b];
-                team.sync();
-            }
-            const Matrix<T> column(now + p0, k, b, k, true), band(now + ptrdiff_t(p0) * k, k, b, k, false);
             int held = -1;  // the row of tiles for which `turned` holds A_ip D
             for (int job = from; job < last; job++) {
                 const int tile = job < 0 ? next : job + (job >= next);
@@ -136,21 +134,38 @@ struct InvertKernel : InnerKernel<T> {
                     if (ti == p)
                         made = tj == p ? D[i * ld + j] : sum;
                     else
-                        made = tj == p ? -turned[i * ld + j] : now[ptrdiff_t(m) * k + c] - sum;
+                        made = tj == p ? -turned[i * ld + j] : at(m, c) - sum;
                     other[ptrdiff_t(m) * k + c] = made;
+                    if (p + 1 == n) this->mix(layer, m, c, made);
                 });
                 if (tile != next) continue;
                 team.sync();
-                const T* there = other + ptrdiff_t(i0) * k + j0;
-                invert(p + 1, other, [&](int i, int j) { return there[ptrdiff_t(i) * k + j]; });
+                T* there = other + ptrdiff_t(i0) * k + j0;
+                invert(k - i0 < B ? k - i0 : B, [&](int i, int j) { return there[ptrdiff_t(i) * k + j]; },
+                       [&](int i, int j, T value) { there[ptrdiff_t(i) * k + j] = value; });
             }
             meet();
+            swap(now, other);
+        };
+        // Nobody waits for the first pivot block, and K is never written out.
+        invert(k < B ? k : B, A, [&](int i, int j, T value) { D[i * ld + j] = value; });
+        team.sync();
+        const auto inside = [&](int i, int j) { return i < k && j < k ? A(i, j) : T(0); };
+        step(0, computed<T, false>(inside), computed<T, false>([&](int j, int i) { return inside(i, j); }), A);
+        for (int p = 1; p < n; p++) {
+            const int p0 = p * B, b = k - p0 < B ? k - p0 : B;
+            for (int e = team.rank; e < b * b; e += team.size)
+                D[e / b * ld + e % b] = now[ptrdiff_t(p0 + e / b) * k + p0 + e % b];
+            team.sync();
+            const T* from = now;
+            step(p, Matrix<T>(now + p0, k, b, k, true), Matrix<T>(now + ptrdiff_t(p0) * k, k, b, k, false),
+                 [=](int i, int j) { return from[ptrdiff_t(i) * k + j]; });
         }
         const int first = block * n * n / blocks, last = (block + 1) * n * n / blocks;  // of tiles, row by row
         const auto share = [&](int tiles) { return (tiles + blocks - 1) / blocks; };  // of the team with most
         T before = T(0);
         const T rounding = (sizeof(T) == 4 ? T(1.1920929e-7) : T(2.220446049250313e-16)) * T(4 * k);
-        bool sound = false;
+        bool sound = false, mended = false;
         if (share(n * n) > 2 * share(n) + 1) {
             sound = probed(team, memory, partial, K, now, residual, block, layer, n, meet) <= rounding / 2;
             if (!sound) meet();  // all have read the norms
@@ -174,14 +189,16 @@ struct InvertKernel : InnerKernel<T> {
                 });
             }
             swap(now, other);
+            mended = true;
             meet();
         }
         T* saved = g.saved[layer];
-        for (ptrdiff_t e = ptrdiff_t(block) * team.size + team.rank; saved != now && e < square;
-             e += ptrdiff_t(blocks) * team.size)
-            saved[e] = now[e];
-        for (int r = block; r < this->mixer().rows(); r += blocks)
-            this->write_row(team, layer, r, [&](int i, int j) { return now[ptrdiff_t(i) * k + j]; });
+        for (ptrdiff_t e = ptrdiff_t(block) * team.size + team.rank; mended && e < square; e += ptrdiff_t(blocks) * team.size) {
+            const T made = now[e];
+            if (saved != now) saved[e] = made;
+            this->mix(layer, int(e / k), int(e % k), made);
+        }
+        for (int r = block; r < this->mixer().rows(); r += blocks) this->fill_row(team, layer, r);
     }
 
   private:
@@ -275,15 +292,18 @@ struct InvertKernel : InnerKernel<T> {
 
 template <class T>
 struct FirstOrderKernel : InnerKernel<T> {  // K and M; one team a row of either
-    int count() const { return this->mixer().rows() + this->g.k; }
+    int count() const { return this->g.k + this->mixer().rows(); }
     size_t shared() const { return 0; }
     template <class Team>
     SSVDO_HD void operator()(const Team& team, int row, int layer, unsigned char*) const {
         const Skew<T> K{this->g.packed[layer], this->g.k};
-        const int rows = this->mixer().rows(), k = this->g.k;
-        if (row < rows) return this->write_row(team, layer, row, K);
-        for (int i = row - rows, j = team.rank; j < k; j += team.size)
-            this->g.saved[layer][ptrdiff_t(i) * k + j] = K(i, j);
+        const int k = this->g.k;
+        if (row >= k) return this->fill_row(team, layer, row - k);
+        for (int j = team.rank; j < k; j += team.size) {
+            const T saved = K(row, j);
+            this->g.saved[layer][ptrdiff_t(row) * k + j] = saved;
+            this->mix(layer, row, j, saved);
+        }
     }
 };
 

@@ -103,15 +103,15 @@ def test_products_of_pieces_are_as_exact_as_float32(weight, basis):
 
 @pytest.mark.parametrize("weakest", [1.0, 0.3, 2e-3])
 def test_coarse_products(weakest):
-    """A pass in two pieces of bfloat16, 2^-16 of a number, adds below a 64th of what V in half precision, 2^-8, leaves of
-    U, however weak components are."""
+    """A pass in two pieces of bfloat16, 2^-16 of a number, adds below a 64th of what V in half precision, 2^-8, leaves
+    of U, however weak components are."""
     (layer,) = outer_layers((64, 200, 8, "normal", 0.1, "rotation", 1), 1)
     p = layer.projector
     S = torch.logspace(0, math.log10(weakest), 64, dtype=torch.float64)
     weight = (p.base.weight @ (p.basis / p.singular * S) @ p.basis.mT).bfloat16()
     U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
     layer = replace(layer, U=U[:, :8].bfloat16().double(), projector=replace(
-        p, base=DenseBase(weight.double()), basis=Vh.mT.contiguous(), singular=S, null=U[:, -1:].contiguous()))
+        p, base=DenseBase(weight.double()), basis=Vh.mT.contiguous(), singular=S, null=None))
     half = stored_as(layer, torch.float64, torch.bfloat16, torch.bfloat16)
     own = stored_as(layer, torch.float32, torch.bfloat16, torch.bfloat16)
     exact, F, got = (made([one])[0] for made, one in ((outer.forward, layer), (outer.forward, half), (factored, own)))
@@ -214,7 +214,7 @@ def test_newton_mends_what_the_pivots_would_have_saved(k, size):
     K[torch.triu_indices(k, k, 1).unbind()] = packed
     factor = size / float(torch.linalg.matrix_norm(K - K.mT, 2))
     info = ints(1)
-    ((saved, _),) = device.inner_forward([packed * factor], [torch.zeros(k)], [torch.ones(k)], 0, shape, config,
+    ((saved, mixer),) = device.inner_forward([packed * factor], [torch.zeros(k)], [torch.ones(k)], 0, shape, config,
                                             gate=ints(1), info=info)  # fmt: skip
     assert info.tolist() == [0]
     A = torch.eye(k, dtype=torch.float64) + factor * (K - K.mT).double()
@@ -222,6 +222,7 @@ def test_newton_mends_what_the_pivots_would_have_saved(k, size):
     eps = torch.finfo(torch.float32).eps
     assert error <= (16 if size < 100 else 4) * eps * (1 + size)  # unmended at 300, k = 200: 13
     G = 2 * saved - torch.eye(k)
+    assert torch.equal(mixer, G - torch.eye(k))
     assert float((G.double() @ G.double().mT - torch.eye(k)).abs().max()) <= 64 * eps * (1 + size)
 
 

@@ -25,7 +25,7 @@ BANDWIDTH = 3.35e12
 BRAIN, TENSOR32 = 0.62 * 989e12 / 3, 0.62 * 494e12 / 3  # of products in three pieces
 LAUNCH, MEETING, COLUMN = 3e-6, 2e-6, 0.085e-6  # seconds; a column: 150 cycles
 PROCESSORS, TEAMS = 132, 2 * 132  # two teams share a processor and its rate
-M, N, B = 128, 64, 64  # a tile's rows and columns; a block of the inverse
+M, N, WARP, B = 128, 64, 32, 64  # rows and columns of a tile, rows of a warp; a block of the inverse
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def steps(layers: int, shape: LayerShape, half: bool) -> Iterator[Step]:
             seconds += -(-tiles * parts // many) * min(deep, t.depth) / t.rate
         rate = min(t.rate for t in terms)
         pair = 1 if layers == 1 and min(many, tiles * parts) <= PROCESSORS else 2  # two layers' n-th teams lie together
-        most = pair * 2.0 * M * N * seconds * rate
+        high = min(M, -(-rows // WARP) * WARP)  # warps below the last row have nothing to multiply
+        most = pair * 2.0 * high * N * seconds * rate
         return Step(name, layers * moved, 2.0 * layers * rows * depth * columns, most, rate, launches,
                     MEETING * (met + (parts > 1)))  # fmt: skip
 

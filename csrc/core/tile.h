@@ -65,6 +65,7 @@ template <class S, bool along_k, class At>
 struct Computed {
     using Stored = S;
     static constexpr bool along = along_k;
+    static constexpr int lines = 1 << 30;
     At at;
     SSVDO_HD void four(int line, int k, std::uint32_t* out) const {
         S each[4];
@@ -185,9 +186,9 @@ struct Sums {
             const bool more = k + deep < to;
             if (more) fetch(k + deep);
             if (Kind::left_out > 0 && coarse)
-                multiply<Kind, Kind::left_out>(team, shared + odd * Stage::size);
+                multiply<Kind, Kind::left_out>(team, shared + odd * Stage::size, a.lines - m0);
             else
-                multiply<Kind, 0>(team, shared + odd * Stage::size);
+                multiply<Kind, 0>(team, shared + odd * Stage::size, a.lines - m0);
             if (more) put(shared + (odd ^ 1) * Stage::size);
             team.sync();
         }
@@ -217,10 +218,11 @@ SSVDO_UNROLL
 
     // sum += a slice's product, a step of the depth and eight columns at a time.
     template <class Kind, int first>
-    SSVDO_HD void multiply(const Team& whole, const typename Kind::Word* from) {
+    SSVDO_HD void multiply(const Team& whole, const typename Kind::Word* from, int rows) {
         using Word = typename Kind::Word;
         using Stage = Stages<Kind, M>;
         const Team team = whole.again();
+        if (Place(team.rank * part).m >= rows) return;  // the tensor cores are the other warps', and the other team's
         constexpr int deep = 4 * Kind::right, ld = Stage::ld;
 SSVDO_ROLLED
         for (int k = 0; k < Kind::words; k += deep) {

@@ -64,6 +64,12 @@ struct Skew {  // K and its parts from the packed upper triangle
 };
 
 template <class T>
+struct Shifted {  // I + K, and 0 outside
+    Skew<T> K;
+    SSVDO_HD T operator()(int i, int j) const { return i < K.k && j < K.k ? K(i, j) + (i == j ? T(1) : T(0)) : T(0); }
+};
+
+template <class T>
 struct InvertKernel : InnerKernel<T> {
     using typename InnerKernel<T>::Kind;
     template <class Team>
@@ -81,7 +87,7 @@ struct InvertKernel : InnerKernel<T> {
     SSVDO_HD void operator()(const Team& team, int block, int layer, unsigned char* memory) const {
         const auto& g = this->g;
         const int k = g.k, n = side();
-        const Skew<T> K{g.packed[layer], k};
+        const Shifted<T> A{{g.packed[layer], k}};
         const ptrdiff_t square = this->square();
         T *D = reinterpret_cast<T*>(memory + Stages<Kind, B>::bytes), *turned = D + B * ld, *edge = turned + B * ld;
         T* partial = edge + 4 * B;
@@ -99,7 +105,6 @@ struct InvertKernel : InnerKernel<T> {
                 if (i < b && j < b) put(i, j, value);
             });
         };
-        const auto A = [&](int i, int j) { return K(i, j) + (i == j ? T(1) : T(0)); };
         // Step p, from at(i, j) into `other`: column: A's columns p, by rows; band: its rows p, by columns. D is there.
         const auto step = [&](int p, const auto& column, const auto& band, auto at) {
             const int b = k - p * B < B ? k - p * B : B;
@@ -150,8 +155,7 @@ struct InvertKernel : InnerKernel<T> {
         // Nobody waits for the first pivot block, and K is never written out.
         invert(k < B ? k : B, A, [&](int i, int j, T value) { D[i * ld + j] = value; });
         team.sync();
-        const auto inside = [&](int i, int j) { return i < k && j < k ? A(i, j) : T(0); };
-        step(0, computed<T, false>(inside), computed<T, false>([&](int j, int i) { return inside(i, j); }), A);
+        step(0, computed<T, false>(A), computed<T, false>([=](int j, int i) { return A(i, j); }), A);
         for (int p = 1; p < n; p++) {
             const int p0 = p * B, b = k - p0 < B ? k - p0 : B;
             for (int e = team.rank; e < b * b; e += team.size)
@@ -167,12 +171,12 @@ struct InvertKernel : InnerKernel<T> {
         const T rounding = (sizeof(T) == 4 ? T(1.1920929e-7) : T(2.220446049250313e-16)) * T(4 * k);
         bool sound = false, mended = false;
         if (share(n * n) > 2 * share(n) + 1) {
-            sound = probed(team, memory, partial, K, now, residual, block, layer, n, meet) <= rounding / 2;
+            sound = probed(team, memory, partial, A, now, residual, block, layer, n, meet) <= rounding / 2;
             if (!sound) meet();  // all have read the norms
             if (sound && block == 0 && team.rank == 0) g.info[layer] = 0;
         }
         for (int step = 0; !sound; step++) {
-            const T size = test(team, memory, partial, K, now, residual, block, layer, first, last, n, meet);
+            const T size = test(team, memory, partial, A, now, residual, block, layer, first, last, n, meet);
             if (size <= rounding || step == 8 || !(size < T(1)) || (step && size >= before / 2)) {
                 if (block == 0 && team.rank == 0) g.info[layer] = size < T(inverse_residual) ? 0 : 1;
                 break;
@@ -193,7 +197,8 @@ struct InvertKernel : InnerKernel<T> {
             meet();
         }
         T* saved = g.saved[layer];
-        for (ptrdiff_t e = ptrdiff_t(block) * team.size + team.rank; mended && e < square; e += ptrdiff_t(blocks) * team.size) {
+        const ptrdiff_t all = ptrdiff_t(blocks) * team.size;
+        for (ptrdiff_t e = ptrdiff_t(block) * team.size + team.rank; mended && e < square; e += all) {
             const T made = now[e];
             if (saved != now) saved[e] = made;
             this->mix(layer, int(e / k), int(e % k), made);
@@ -219,8 +224,8 @@ struct InvertKernel : InnerKernel<T> {
 
     // |I - A M|_F by probes W: |W - A (M W)|_F / sqrt(probes). product: k x probes.
     template <class Team, class Meet>
-    SSVDO_HD T probed(const Team& team, unsigned char* memory, T* partial, const Skew<T>& K, const T* M, T* product, int block,
-                      int layer, int n, const Meet& meet) const {
+    SSVDO_HD T probed(const Team& team, unsigned char* memory, T* partial, const Shifted<T>& A, const T* M, T* product,
+                      int block, int layer, int n, const Meet& meet) const {
         const int k = this->g.k, first = block * n / blocks, last = (block + 1) * n / blocks;
         for (int tile = first; tile < last; tile++) {
             Tile<Team> sums;
@@ -232,14 +237,11 @@ struct InvertKernel : InnerKernel<T> {
             });
         }
         meet();
-        const auto A = computed<T, true>([=](int i, int j) {
-            return i < k && j < k ? K(i, j) + (i == j ? T(1) : T(0)) : T(0);
-        });
         T own = 0;
         for (int tile = first; tile < last; tile++) {
             Tile<Team> sums;
             sums.clear();
-            sums.add(team, memory, tile * B, 0, 0, k, A, Matrix<T>(product, probes, k, probes, false));
+            sums.add(team, memory, tile * B, 0, 0, k, computed<T, true>(A), Matrix<T>(product, probes, k, probes, false));
             sums.store(team, [&](int i, int j, T sum) {
                 const T r = sign(tile * B + i, j) - sum;
                 if (tile * B + i < k) own += r * r;
@@ -250,18 +252,15 @@ struct InvertKernel : InnerKernel<T> {
 
     // |I - A M|_F, the same bits in every team; writes the residual.
     template <class Team, class Meet>
-    SSVDO_HD T test(const Team& team, unsigned char* memory, T* partial, const Skew<T>& K, const T* M, T* residual,
+    SSVDO_HD T test(const Team& team, unsigned char* memory, T* partial, const Shifted<T>& A, const T* M, T* residual,
                     int block, int layer, int first, int last, int n, const Meet& meet) const {
         const int k = this->g.k;
-        const auto A = computed<T, true>([=](int i, int j) {
-            return i < k && j < k ? K(i, j) + (i == j ? T(1) : T(0)) : T(0);
-        });
         T own = 0;
         for (int tile = first; tile < last; tile++) {
             const int i0 = tile / n * B, j0 = tile % n * B;
             Tile<Team> sums;
             sums.clear();
-            sums.add(team, memory, i0, j0, 0, k, A, this->right(M));
+            sums.add(team, memory, i0, j0, 0, k, computed<T, true>(A), this->right(M));
             sums.store(team, [&](int i, int j, T sum) {
                 if (i0 + i >= k || j0 + j >= k) return;
                 const T r = (i0 + i == j0 + j ? T(1) : T(0)) - sum;

@@ -26,7 +26,7 @@ from .ops.joined import Joined
 from .ops.preparation import Formula, Parameters, Prepared, Rows, Source
 from .ops.streams import current
 from .origin import stamps
-from .watchers import all_used, layers_a_node, refuse_unused
+from .watchers import all_used, layers_a_node, refuse_unused, shards, writes
 
 _optimizer_steps = 0
 _replayed = WeakTensorKeyDictionary()  # parameters that a captured step writes when it is replayed, without a trace
@@ -118,6 +118,13 @@ class Kept(NamedTuple):
     fixed: tuple[object, ...]  # sizes, formula, frozen tensors, and what the parameters are
     moving: tuple[object, ...]  # the parameters' contents
     storages: tuple[Tensor, ...]  # of the frozen tensors, alive so that no other comes to lie there
+    shards: Sequence[Any] = ()  # what FSDP gathers all of these from
+    written: Sequence[int] = ()
+
+    @property
+    def anew(self) -> bool:
+        """Whether FSDP may have gathered other numbers since, of which the tensors show no trace."""
+        return bool(self.shards) and writes(self.shards) != self.written
 
 
 def _fixed(formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> tuple[object, ...]:
@@ -219,7 +226,9 @@ class Cache:
     def _made_from(self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> Kept | None:
         """What is kept, where it was made from these tensors, the frozen ones as they are."""
         kept = self._kept
-        return kept if kept is not None and _fixed(formula, watched, parameters) == kept.fixed else None
+        if kept is None or kept.anew or _fixed(formula, watched, parameters) != kept.fixed:
+            return None
+        return kept
 
     def source(
         self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters, as_before: bool = False
@@ -248,7 +257,7 @@ class Cache:
         if self._distrusts(source.parameters):
             return False
         own = source.parameters
-        if kept is None or kept.moving[0] != _clock(own) or kept.moving != _moving(own):
+        if kept is None or kept.anew or kept.moving[0] != _clock(own) or kept.moving != _moving(own):
             return True
         return source is not kept.prepared.source and self._made_from(*source.parts) is None
 
@@ -319,9 +328,11 @@ class Cache:
         prepared.joined = self._joined
         if kept is None or kept.prepared.source is not source:
             fixed, storages = _fixed(*source.parts), tuple(t.detach() for t in source.watched)
+            gathered_from = shards((*source.parameters, *source.watched))
         else:
-            fixed, storages, prepared.plans = kept.fixed, kept.storages, kept.prepared.plans
-        self._kept = Kept(prepared, batch, fixed, _moving(source.parameters), storages)
+            fixed, storages, prepared.plans, gathered_from = kept.fixed, kept.storages, kept.prepared.plans, kept.shards
+        moving, written = _moving(source.parameters), writes(gathered_from)
+        self._kept = Kept(prepared, batch, fixed, moving, storages, gathered_from, written)
 
     def pair(self, prepared: Prepared, parameters: Parameters) -> tuple[StandIns, list[Rows] | None]:
         """M and F in the graph, and where their one consumer may leave `Rows`."""

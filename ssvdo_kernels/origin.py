@@ -12,7 +12,7 @@ from .factorize import Factors
 from .ops import lasting
 from .ops.base import Base
 from .ops.products import times
-from .watchers import hooked
+from .watchers import hooked, shards, writes
 
 SKETCH = 4  # probe vectors
 
@@ -108,7 +108,9 @@ class Origin:
 
     def check(self, base: Base, name: str, by_value: bool = False, factors: Factors | None = None) -> None:
         """Raises RuntimeError where W0 is not the one that was factorised. by_value: read its numbers."""
-        now: list[object] = list(map(gathered_stamp, base.tensors)) if hooked() else stamps(base.tensors)
+        now: list[object] = stamps(base.tensors)
+        if hooked():
+            now = [*map(gathered_stamp, base.tensors), *writes(shards(base.tensors, frozen=True))]
         if now != self._seen or by_value:
             self._look(base, name, now, factors)
 

@@ -1,4 +1,5 @@
-"""Who watches parameters and their gradients in work among processes, and how many layers may share a node for that."""
+"""Who watches parameters and their gradients in work among processes, how many layers may share a node for that, and
+what FSDP gathers parameters from."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 LAYERS = 8
 """Of a node in DDP: 8 of 1024 x 4096 have 11 MB of gradients, less than what DDP sends at once (25 MiB)."""
@@ -40,6 +42,56 @@ def units(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
         if unit:
             yield module, unit
         todo += [(child, unit) for child in module.children()]
+
+
+_gathered = WeakTensorKeyDictionary()  # to what FSDP2 keeps of a parameter, weakly, from what it gathers into; or None
+
+
+def shards(tensors: Iterable[Tensor | None], frozen: bool = False) -> Sequence[Any]:
+    """What FSDP has gathered them from, for `writes`; nothing where it has not. frozen: not from what is trained.
+
+    FSDP hides from a gathered tensor's version counter what it gathers, and may put it where it lay before.
+    """
+    if not hooked() or ddp() is not None or "torch.distributed.fsdp" not in sys.modules:
+        return ()
+    found: dict[int, Any] = {}
+    for t in tensors:
+        if t is None:
+            continue
+        if (flat := t._base) is not None:  # FSDP1: a view of a flat parameter, which has trained and frozen ones
+            own = [flat, *(p for p in getattr(flat, "_params", None) or () if not (frozen and p.requires_grad))]
+        else:
+            if t not in _gathered:
+                _gathered[t] = None
+                _look_for_gathered()
+            own = [] if (kept := _gathered[t]) is None else [kept()]
+        found.update((id(one), one) for one in own if one is not None)
+    return tuple(found.values())
+
+
+def _look_for_gathered() -> None:
+    from torch.distributed._composable_state import _module_state_mapping  # no public way leads to the parameters
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                for one in () if group is None else group.fsdp_params:
+                    if (into := getattr(one, "_unsharded_param", None)) is not None:
+                        _gathered[into] = weakref.ref(one)
+
+
+def writes(sources: Sequence[Any]) -> list[int]:
+    """What changes where something is written to what `shards` found."""
+    found: list[int] = []
+    for one in sources:
+        if isinstance(one, Tensor):
+            found.append(one._version)
+        else:
+            own = one.sharded_param  # a DTensor
+            found += id(own), own._version, own._local_tensor._version
+    return found
 
 
 def layers_a_node() -> int:

@@ -255,6 +255,11 @@ def fit(model, rows):
     return torch.stack(losses).detach()
 
 
+def fully_shards():
+    """Whether there is a `fully_shard` on a CPU: torch 2.6 has none."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+
+
 def sharded_again(model, **options):
     from torch.distributed.fsdp import fully_shard
 
@@ -281,18 +286,17 @@ def units_of_fsdp(rank):
     patch = pytest.MonkeyPatch()
     counts = count_preparations(patch)
     patch.setattr(cache, "_on_cpu", lambda _: False)  # steps count, as on a GPU: anew may lie where it lay before
-    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)  # 2.6 has no fully_shard on a CPU
     for check in (None, False, True):
         Mixed.check = check
         want = fit(mixed(), slice(4))
-        for way in (sharded_again, sharded_once, sharded_flat) if newer else (sharded_flat,):
+        for way in (sharded_again, sharded_once, sharded_flat) if fully_shards() else (sharded_flat,):
             model = way(mixed())
             losses = fit(model, slice(2 * rank, 2 * rank + 2)) / 2
             dist.all_reduce(losses)
             assert_close(f"{way.__name__} {check}", losses, want, 1e-9)
             if check is not True:
                 assert counts["backward"][-6:] == [1, 3, 1, 3, 1, 1], (way.__name__, check, counts["backward"][-6:])
-    if newer:
+    if fully_shards():
         batch_of_several_units(counts)
 
 
@@ -310,6 +314,40 @@ def batch_of_several_units(counts):
     assert counts["forward"] == [7, 3]
     for got, want in zip(grads[1], grads[0], strict=True):
         assert_close("gradient", got.full_tensor(), want, 1e-9)
+
+
+def edits_of_shards(rank):
+    """What is written into shards between forwards, without a step, is seen, though what FSDP gathers lies where it lay
+    before and its counters say nothing."""
+    patch = pytest.MonkeyPatch()
+    counts, stamps = count_preparations(patch), cache.stamps
+    patch.setattr(cache, "_on_cpu", lambda _: False)
+    patch.setattr(cache, "stamps", lambda tensors: [part for i, part in enumerate(stamps(tensors)) if i % 3])
+    Mixed.check, (x,) = None, batches(1)
+    for way in (sharded_again, sharded_flat) if fully_shards() else (sharded_flat,):
+        alone, model = mixed(), way(mixed())
+
+        def made(model=model):
+            y = model(x)
+            y.sum().backward()  # FSDP lets go of the root's parameters
+            return y.detach()
+
+        for factor in (0.5, 1.5):
+            made()
+            with torch.no_grad():
+                for p in (*alone.parameters(), *model.parameters()):
+                    if p.requires_grad:
+                        p.mul_(factor)
+            assert_close(f"{way.__name__} {factor}", made(), made(alone), 1e-12)
+        clear(counts)
+        made()
+        assert counts["forward"] == []
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("weight"):
+                    p.mul_(1.5)
+        with pytest.raises(RuntimeError, match="no longer the one that was factorised"):
+            model(x)
 
 
 class Stack(nn.Module):
@@ -355,9 +393,8 @@ def compiled_layers(rank):
     """Compiled, in DDP and in FSDP: prepared together once a step and brought back together, with the numbers of one
     process."""
     counts = count_preparations(pytest.MonkeyPatch())
-    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
     for given, skip, prepared, ways_back in COMPILED:
-        if isinstance(given, str) and not newer:
+        if isinstance(given, str) and not fully_shards():
             continue
         torch._dynamo.reset()
         torch.manual_seed(0)
@@ -376,6 +413,6 @@ def compiled_layers(rank):
             assert_close(f"{given} {name}", p.full_tensor() if isinstance(given, str) else p, q, 1e-11)
 
 
-@pytest.mark.parametrize("work", [modes_of_ddp, units_of_fsdp, compiled_layers])
+@pytest.mark.parametrize("work", [modes_of_ddp, units_of_fsdp, edits_of_shards, compiled_layers])
 def test_two_processes_train_as_one_does(work):
     two_processes(work)

@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from .cache import Cache, gets
-from .ops.attach import StandIns, all_wanted, attach, without_product
+from .cache import Cache
+from .ops.attach import StandIns, all_wanted, attach, below, without_product
 from .ops.preparation import Parameters, Prepared, by_batch
 from .watchers import hooked, refuse_counting, units
 
 _INSIDE = "inside gradient_accumulation"
+_gets, _grad = attrgetter("requires_grad"), attrgetter("grad")
 
 
 def _hooked(p: Tensor) -> bool:
@@ -62,20 +63,23 @@ class Sums:
 
     def __init__(self, prepared: Prepared, parameters: Parameters) -> None:
         self.prepared, self.parameters, self.open = prepared, parameters, True
-        self._gets = gets(parameters)
-        self._trained = [p for p in parameters if p is not None and p.requires_grad]
+        self._there = [p for p in parameters if p is not None]
+        self._gets = list(map(_gets, self._there))
+        self._trained = [p for p in self._there if p.requires_grad]
         self._reached = not hooked() and all(p.is_leaf and not _hooked(p) for p in self._trained)
         self._totals: list[Tensor | None] = [None] * len(StandIns._fields)
         self._pair: StandIns | None = None
-        self._watched: list[tuple[Tensor, _Ahead]] = []  # what stands in .grad
+        self._below: list[Any] = []  # the nodes that it leads to
+        self._watched: list[_Ahead] = []  # what stands in .grad of those that are trained
 
     def pair(self) -> StandIns:
         """The stand-ins."""
         if self._pair is None:
-            below = self.parameters
+            ends = self.parameters
             if not self._reached:
-                below = None, self.prepared.columns.new_zeros(()).requires_grad_(), None
-            self._pair = attach([self.prepared], [below], arrived=self._arrived, sums=True)[0]
+                ends = None, self.prepared.columns.new_zeros(()).requires_grad_(), None
+            self._pair = attach([self.prepared], [ends], arrived=self._arrived, sums=True)[0]
+            self._below = below(self._pair.mixer.grad_fn)
         return self._pair
 
     def _arrived(self, node: Any, gradients: Sequence[Tensor | None]) -> bool:
@@ -88,7 +92,7 @@ class Sums:
             raise RuntimeError(f"{self.prepared.name}: a graph that was made {_INSIDE} outlived it; allowed, where "
                                "hooks watch the parameters (DDP, FSDP, register_hook): its backward inside")
         if not compiled:
-            if self._reached and not all_wanted(node):
+            if self._reached and not all_wanted(self._below):
                 raise RuntimeError(f"{self.prepared.name}: autograd.grad or backward(inputs=some) {_INSIDE}, which "
                                    "brings gradients to all parameters when it is left; allowed: backward()")
             self._watch()
@@ -100,18 +104,21 @@ class Sums:
 
     def _watch(self) -> None:
         """Lets go of what was summed before a zero_grad. Raises RuntimeError where `.grad` was replaced otherwise."""
-        found = [p.grad for p, ahead in self._watched if p.grad is not ahead]
-        if found and len(found) == len(self._watched) and all(g is None or isinstance(g, _Ahead) for g in found):
+        if not self._reached:
+            return
+        if self._watched:
+            same = list(map(is_, map(_grad, self._trained), self._watched))
+            if all(same):
+                return
+            if any(same) or not all(p.grad is None or isinstance(p.grad, _Ahead) for p in self._trained):
+                raise RuntimeError(f"{self.prepared.name}: .grad of some parameters was replaced {_INSIDE}; allowed: "
+                                   "zero_grad of all of a layer")  # fmt: skip
             self._totals, self._watched = [None] * len(StandIns._fields), []
-        elif found:
-            raise RuntimeError(f"{self.prepared.name}: .grad of some parameters was replaced {_INSIDE}; allowed: "
-                               "zero_grad of all of a layer")  # fmt: skip
-        if self._reached and not self._watched:
-            for p in self._trained:
-                if not isinstance(p.grad, _Ahead):  # it may be shared with another layer
-                    p.grad = _Ahead(p, self.prepared.name)
-                assert isinstance(p.grad, _Ahead)
-                self._watched.append((p, p.grad))
+        for p in self._trained:
+            if not isinstance(p.grad, _Ahead):  # it may be shared with another layer
+                p.grad = _Ahead(p, self.prepared.name)
+            assert isinstance(p.grad, _Ahead)
+            self._watched.append(p.grad)
 
     def check(self, prepared: Prepared, parameters: Parameters) -> None:
         """Raises RuntimeError where the layer is no longer what it was when the first gradient was summed."""
@@ -119,7 +126,7 @@ class Sums:
             raise RuntimeError(
                 f"{prepared.name}: the parameters changed {_INSIDE} (or were prepared anew: refresh, unmerge, "
                 "load_state_dict); step the optimiser after the context")
-        if gets(parameters) != self._gets:
+        if list(map(_gets, self._there)) != self._gets:
             raise RuntimeError(f"{prepared.name}: requires_grad changed {_INSIDE}; freeze and thaw outside of it")
 
     def finish(self) -> bool:
@@ -136,7 +143,7 @@ class Sums:
 
     def clear(self) -> None:
         """Puts back into `.grad` what stood there, with what another graph has brought since."""
-        for p, ahead in self._watched:
+        for p, ahead in zip(self._trained, self._watched, strict=False):  # none is watched where none has come
             if p.grad is ahead:
                 p.grad = ahead.before
                 if ahead.other is not None:
@@ -176,16 +183,14 @@ class Accumulator:
     """Sums one layer's gradients on its prepared matrices while it is open."""
 
     def __init__(self, cache: Cache) -> None:
-        self.cache, self._open = cache, False
+        self.cache, self.open = cache, False
         self._sums: Sums | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"cache": self.cache, "_open": False, "_sums": None}
+        return {"cache": self.cache, "open": False, "_sums": None}
 
-    def pair(self, prepared: Prepared, parameters: Parameters) -> StandIns | None:
-        """Stand-ins on which gradients are summed; None where the context is not open. Raises as `Sums.check`."""
-        if not self._open:
-            return None
+    def pair(self, prepared: Prepared, parameters: Parameters) -> StandIns:
+        """Stand-ins on which gradients are summed. Raises as `Sums.check`."""
         refuse_counting(prepared.name)
         if self._sums is None:
             self._sums = Sums(prepared, parameters)
@@ -196,9 +201,9 @@ class Accumulator:
 
     def start(self) -> None:
         """Opens it."""
-        if self._open:
+        if self.open:
             raise RuntimeError("gradient_accumulation is already open for this layer")
-        self._open = True
+        self.open = True
 
     def check_step(self, own: set[int]) -> None:
         """Raises RuntimeError where an optimiser of the parameters with these ids would miss what is summed here."""
@@ -209,11 +214,11 @@ class Accumulator:
 
     def close(self) -> Sums | None:
         """Closes it, and gives what was summed."""
-        sums, self._open, self._sums = self._sums, False, None
+        sums, self.open, self._sums = self._sums, False, None
         self.cache.trusted = None
         _pending.discard(self)
         if sums is not None:
-            sums.open, sums._pair = False, None
+            sums.open, sums._pair, sums._below = False, None, []
         return sums
 
 

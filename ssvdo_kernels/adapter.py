@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ _AS_IT_IS = nullcontext()
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in (
     "forward_pre", "forward", "backward_pre", "backward"))  # fmt: skip
 PARAMETER_NAMES = ("inner_rotation", "inner_scale", "outer")
+_PARTS, _FROZEN = itemgetter(*PARAMETER_NAMES), itemgetter(*FACTOR_NAMES)
 _NO_SCRIPT = ("torch.jit.script cannot compile an adapted layer; allowed: torch.jit.trace, torch.export, or "
               "remove_ssvdo(model, merge=True) first")  # fmt: skip
 
@@ -288,15 +290,15 @@ class Adapter(nn.Module):
         if not (scale.requires_grad or (rotation is not None and rotation.requires_grad)
                 or (outer is not None and outer.requires_grad)):  # fmt: skip
             return None, None
-        pair = None if capturing(parameters) else self.accumulator.pair(prepared, parameters)
-        return self.cache.pair(prepared, parameters) if pair is None else (pair, None)
+        if self.accumulator.open and not capturing(parameters):
+            return self.accumulator.pair(prepared, parameters), None
+        return self.cache.pair(prepared, parameters)
 
     def _tensors(self) -> tuple[Parameters, Sequence[Tensor | None]]:
         """`parts`, and the frozen factors."""
-        own, frozen = self._parameters, self._buffers if self._buffered else self._parameters
+        own: Any = self._parameters
         try:
-            return ((own["inner_rotation"], own["inner_scale"], own["outer"]),  # type: ignore[return-value]
-                    [frozen[name] for name in FACTOR_NAMES])  # fmt: skip
+            return _PARTS(own), _FROZEN(self._buffers if self._buffered else own)
         except KeyError:  # FSDP1 puts views in their places
             return self.parts, [getattr(self, name) for name in FACTOR_NAMES]
 

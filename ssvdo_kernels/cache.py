@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .ops.attach import StandIns, all_wanted, attach, by_layer, used
+from .ops.attach import StandIns, all_wanted, attach, below, by_layer, used
 from .ops.device import capture
 from .ops.engines import prepare_one
 from .ops.joined import Joined
@@ -61,7 +61,7 @@ def _ran(batch: weakref.ref[Batch], wrapper: Any, node: Any, gradients: Sequence
     if (own := batch()) is not None:
         for one in node.prepared:
             own._attached.pop(id(one), None)
-    if wrapper is not None and (waits := wrapper()) is not None and all_wanted(node):
+    if wrapper is not None and (waits := wrapper()) is not None and all_wanted(below(node)):
         found = set(used(by_layer(gradients)))
         unused = [p for i, p in enumerate(node.prepared) if i not in found]
         refuse_unused(waits, ((p.name, p.source.parameters) for p in unused))

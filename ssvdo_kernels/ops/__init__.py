@@ -28,6 +28,8 @@ def own_dtypes() -> Iterator[None]:
         yield
 
 
+_with_grad, _transforming = torch.is_grad_enabled, _raw._are_functorch_transforms_active
+_is_batched: Callable[[Any], bool] = _raw._functorch.is_legacy_batchedtensor
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _SECOND = ("create_graph=True (as in autograd.functional's hessian, hvp and jvp) wants the gradient of an adapted "
            "layer's gradient, and there is none; allowed: torch.func (grad, jvp, hessian)")  # fmt: skip
@@ -40,10 +42,9 @@ def by_hand(backward: _Function) -> _Function:
 
     @wraps(backward)
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled():  # PyTorch's own once_differentiable says nothing where no gradient asks for it
+        if _with_grad():  # PyTorch's own once_differentiable says nothing where no gradient asks for it
             raise RuntimeError(_SECOND)
-        batched = args[1] is not None and _raw._functorch.is_legacy_batchedtensor(args[1])
-        if batched or _raw._are_functorch_transforms_active():
+        if _transforming() or (args[1] is not None and _is_batched(args[1])):
             raise RuntimeError(_BATCHED)
         if not autocasting():
             return backward(*args)
@@ -51,6 +52,12 @@ def by_hand(backward: _Function) -> _Function:
             return backward(*args)
 
     return call  # type: ignore[return-value]
+
+
+def straight(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its `apply`, without a look for transforms of torch.func in the arguments: a layer under one comes another way."""
+    applied: Any = super(torch.autograd.Function, function)
+    return applied.apply  # type: ignore[no-any-return]
 
 
 def lasting(function: _Function) -> _Function:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import by_hand
+from . import by_hand, straight
 from .engines import adjoint
 from .preparation import Parameters, Prepared, Rows
 
@@ -94,18 +94,23 @@ class Attach(torch.autograd.Function):
         return None, None, None, None, *result
 
 
+_apply = straight(Attach)
+
+
 def used(gradients: Sequence[StandIns]) -> list[int]:
     """Which layers of a node have any gradient on their stand-ins."""
     return [i for i, own in enumerate(gradients) if any(d is not None for d in own)]
 
 
-def all_wanted(node: Any) -> bool:
-    """Whether the backward that runs goes on to all of the node's parameters, to leave gradients there."""
+def below(node: Any) -> list[Any]:
+    """The nodes to which a node's gradients go: those of `Attach` leave them in the parameters."""
+    return [found for found, _ in node.next_functions if found is not None]
+
+
+def all_wanted(nodes: Sequence[Any]) -> bool:
+    """Whether the backward that runs goes on to all of these nodes, to leave gradients there."""
     try:
-        for below, _ in node.next_functions:
-            if below is not None and not torch._C._will_engine_execute_node(below):
-                return False
-        return True
+        return all(map(torch._C._will_engine_execute_node, nodes))
     except RuntimeError:  # autograd.grad takes them away
         return False
 
@@ -140,5 +145,4 @@ def attach(
 ) -> list[StandIns]:
     """The stand-ins of each layer of one preparation, with gradients to all parameters."""
     flat = [p for three in parameters for p in three]
-    found: tuple[Any, ...] = Attach.apply(prepared, sink, arrived, sums, *flat)  # type: ignore[no-untyped-call]
-    return by_layer(found)
+    return by_layer(_apply(prepared, sink, arrived, sums, *flat))

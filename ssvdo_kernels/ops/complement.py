@@ -59,7 +59,7 @@ class Projector:
         """1 / S_0 (1 where W0 = 0): what is of W0's size, times this, times W0 stays in the range of float32."""
         return torch.where(self.inverse[0] > 0, self.inverse[0], 1)
 
-    @property
+    @cached_property
     def even(self) -> bool:
         """Whether all that P divides by is at least S_0 / 128."""
         return bool(self.inverse.max() * self.singular[0] <= 128)

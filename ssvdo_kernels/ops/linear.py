@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import by_hand
+from . import by_hand, straight
 from .attach import StandIns, stand_ins
 from .base import Base
 from .preparation import Prepared, Rows
@@ -185,8 +185,7 @@ class AdaptedLinear(torch.autograd.Function):
         return dx, d_mixer, d_columns, d_bias, None, None, *[None] * len(tensors)
 
 
-# Function.apply looks for transforms of torch.func in its arguments at first; a layer under one never comes here.
-_apply: Any = super(torch.autograd.Function, AdaptedLinear).apply
+_apply = straight(AdaptedLinear)
 
 
 class AdaptedWeight(torch.autograd.Function):

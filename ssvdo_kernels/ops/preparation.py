@@ -267,10 +267,10 @@ class Prepared(Matrices):
         self.tokens += rows
         self.trained += rows if grad else 0
 
-    @cached_property
+    @property
     def lends(self) -> bool:
         """Whether the way back can take A^T dF from the tokens: of a tall layer on a CPU, of no weak component."""
-        if self.outer is None or self.shape.transposed or self.engine == "cuda" or not self.shift.is_cpu:
+        if self.engine == "cuda" or self.outer is None or self.shape.transposed or not self.shift.is_cpu:
             return False
         return self.outer.projector.even
 

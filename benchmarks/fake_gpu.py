@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssvdo_kernels import cache
-from ssvdo_kernels.ops import device, dispatch, linear, preparation, sides
+from ssvdo_kernels.ops import device, dispatch, preparation, products, sides
 
 NAME = "NVIDIA H100 80GB HBM3"
 STARTS = {"device_outer_forward": 3, "device_outer_backward": 1, "device_inner_forward": 1, "device_inner_backward": 2}
@@ -99,8 +99,9 @@ def _rows(*shape: int) -> Tensor:
 
 
 def float32_sums(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """a^T b in float32, which a GPU's library makes in one launch."""
-    return torch.mm(_rows(a.shape[1], 1), _rows(1, b.shape[1]))
+    """a^T b (+ total) in float32, which a GPU's library makes in one launch."""
+    rows = _rows(a.shape[1], 1), _rows(1, b.shape[1])
+    return torch.mm(*rows) if total is None else total.addmm_(*rows)
 
 
 @contextmanager
@@ -124,6 +125,8 @@ def fake_gpu() -> Iterator[FakeGPU]:
         def patch(module: Any, name: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(module, name, value))
 
+        stack.callback(torch.set_flush_denormal, False)
+        torch.set_flush_denormal(True)  # results are whatever lay in memory, and products of denormal numbers are slow
         stack.callback(setattr, driver, "_active", driver._active)
         driver.set_active(gpu.triton_driver())
         patch(dispatch, "_obstacle", lambda *_: "")
@@ -133,8 +136,9 @@ def fake_gpu() -> Iterator[FakeGPU]:
         patch(device, "_C", gpu.core(device._C))
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # 20 us for a product that takes nothing
         patch(torch.cuda, "get_device_name", lambda *_: NAME)
-        for module in (linear, preparation, sides):
+        for module in (preparation, products, sides):
             patch(module, "over_tokens", float32_sums)
+        patch(products, "sums_dtype", lambda _: torch.float32)
         patch(tuning, "enabled", lambda: True)
         patch(tuning, "_do_bench", lambda _: 1.0)
         patch(tuning, "_save", lambda _: None)

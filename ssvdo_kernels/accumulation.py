@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 from .cache import Cache
 from .ops.attach import StandIns, all_wanted, attach, below, without_product
 from .ops.preparation import Parameters, Prepared, by_batch
+from .ops.streams import current
 from .watchers import hooked, refuse_counting, units
 
 _INSIDE = "inside gradient_accumulation"
+_NONE = (None,) * len(StandIns._fields)
 _gets, _grad = attrgetter("requires_grad"), attrgetter("grad")
 
 
@@ -69,7 +71,9 @@ class Sums:
         self._reached = not hooked() and all(p.is_leaf and not _hooked(p) for p in self._trained)
         self._totals: list[Tensor | None] = [None] * len(StandIns._fields)
         self._pair: StandIns | None = None
-        self._below: list[Any] = []  # the nodes that it leads to
+        self._node: Any = None  # that of the stand-ins,
+        self._below: list[Any] = []  # and those that it leads to
+        self._stream: int | None = None  # on which what was summed was written
         self._watched: list[_Ahead] = []  # what stands in .grad of those that are trained
 
     def pair(self) -> StandIns:
@@ -79,7 +83,8 @@ class Sums:
             if not self._reached:
                 ends = None, self.prepared.columns.new_zeros(()).requires_grad_(), None
             self._pair = attach([self.prepared], [ends], arrived=self._arrived, sums=True)[0]
-            self._below = below(self._pair.mixer.grad_fn)
+            self._node = self._pair.mixer.grad_fn
+            self._below = below(self._node)
         return self._pair
 
     def _arrived(self, node: Any, gradients: Sequence[Tensor | None]) -> bool:
@@ -91,16 +96,32 @@ class Sums:
                 return False
             raise RuntimeError(f"{self.prepared.name}: a graph that was made {_INSIDE} outlived it; allowed, where "
                                "hooks watch the parameters (DDP, FSDP, register_hook): its backward inside")
+        if not any(gradient is not None for gradient in gradients):
+            return True  # they were added to `totals`
         if not compiled:
-            if self._reached and not all_wanted(self._below):
-                raise RuntimeError(f"{self.prepared.name}: autograd.grad or backward(inputs=some) {_INSIDE}, which "
-                                   "brings gradients to all parameters when it is left; allowed: backward()")
-            self._watch()
+            self._watch_backward()
         for i, gradient in enumerate(gradients):
             if gradient is not None:
                 total = self._totals[i]
                 self._totals[i] = gradient if total is None else total.add_(gradient)
+                self._stream = current(gradient)
         return True
+
+    def totals(self, like: Tensor) -> Sequence[Tensor | None]:
+        """What a backward may add to where it makes a gradient: what has arrived before, if it was written on the
+        current stream, and if this backward goes on to the stand-ins. Raises RuntimeError as `Sums` does elsewhere."""
+        if (not self.open or current(like) != self._stream or _compiled()
+                or not torch._C._will_engine_execute_node(self._node)):  # fmt: skip
+            return _NONE
+        self._watch_backward()
+        return self._totals
+
+    def _watch_backward(self) -> None:
+        """Raises RuntimeError where the backward that runs is to leave gradients elsewhere."""
+        if self._reached and not all_wanted(self._below):
+            raise RuntimeError(f"{self.prepared.name}: autograd.grad or backward(inputs=some) {_INSIDE}, which "
+                               "brings gradients to all parameters when it is left; allowed: backward()")
+        self._watch()
 
     def _watch(self) -> None:
         """Lets go of what was summed before a zero_grad. Raises RuntimeError where `.grad` was replaced otherwise."""
@@ -189,15 +210,15 @@ class Accumulator:
     def __getstate__(self) -> dict[str, object]:
         return {"cache": self.cache, "open": False, "_sums": None}
 
-    def pair(self, prepared: Prepared, parameters: Parameters) -> StandIns:
-        """Stand-ins on which gradients are summed. Raises as `Sums.check`."""
+    def sums(self, prepared: Prepared, parameters: Parameters) -> Sums:
+        """Where gradients are summed. Raises as `Sums.check`."""
         refuse_counting(prepared.name)
         if self._sums is None:
             self._sums = Sums(prepared, parameters)
             self.cache.trusted = prepared
             _pending.add(self)
         self._sums.check(prepared, parameters)
-        return self._sums.pair()
+        return self._sums
 
     def start(self) -> None:
         """Opens it."""
@@ -218,7 +239,7 @@ class Accumulator:
         self.cache.trusted = None
         _pending.discard(self)
         if sums is not None:
-            sums.open, sums._pair, sums._below = False, None, []
+            sums.open, sums._pair, sums._node, sums._below = False, None, None, []
         return sums
 
 

@@ -24,7 +24,7 @@ from .ops.base import Base
 from .ops.compiled import encode, enlist, traced
 from .ops.dispatch import token_backend
 from .ops.graph import adapted
-from .ops.linear import Call, adapted_linear, adapted_matrix, pulls
+from .ops.linear import Call, Sums, adapted_linear, adapted_matrix, pulls
 from .ops.preparation import Parameters, Prepared, Rows, Source
 from .origin import Origin
 from .planner import Work, choose, given
@@ -282,17 +282,21 @@ class Adapter(nn.Module):
                 raise ArithmeticError(f"{self.name}: {error}; a parameter is not finite or too large: use a larger tau "
                                       "or a smaller learning rate") from None  # fmt: skip
 
-    def _pair(self, parameters: Parameters, prepared: Prepared) -> tuple[StandIns | None, list[Rows] | None]:
-        """M and F in the graph, and where a gradient may be left as `Rows`; None where parameters get no gradient."""
+    def _pair(
+        self, parameters: Parameters, prepared: Prepared
+    ) -> tuple[StandIns | None, list[Rows] | None, Sums | None]:
+        """M and F in the graph, where a gradient may be left as `Rows`, and where gradients are summed; None where
+        parameters get no gradient."""
         if not torch.is_grad_enabled():
-            return None, None
+            return None, None, None
         rotation, scale, outer = parameters
         if not (scale.requires_grad or (rotation is not None and rotation.requires_grad)
                 or (outer is not None and outer.requires_grad)):  # fmt: skip
-            return None, None
+            return None, None, None
         if self.accumulator.open and not capturing(parameters):
-            return self.accumulator.pair(prepared, parameters), None
-        return self.cache.pair(prepared, parameters)
+            sums = self.accumulator.sums(prepared, parameters)
+            return sums.pair(), None, sums
+        return *self.cache.pair(prepared, parameters), None
 
     def _tensors(self) -> tuple[Parameters, Sequence[Tensor | None]]:
         """`parts`, and the frozen factors."""
@@ -307,7 +311,7 @@ class Adapter(nn.Module):
         prepared = self.cache.hit((self.shape, self.config, self._scale), (*base.tensors, *frozen), parameters)
         if prepared is None:
             prepared = self.cache.current(self.source(base), hold=True)
-        pair, sink = self._pair(parameters, prepared)
+        pair, sink, sums = self._pair(parameters, prepared)
         count, dtype, pulled = rows.shape[0], tokens.dtype, False
         backend = token_backend(self.config.backend, tokens.device, dtype)
         form = given(self.config, self.merged) or choose(
@@ -316,7 +320,7 @@ class Adapter(nn.Module):
             behind = count if sink is not None else max(prepared.expected, prepared.trained + count)
             pulled = pulls(prepared, form, behind, dtype)
         prepared.serve(count, pair is not None)
-        return adapted_linear(rows, pair, tokens, bias, Call(prepared, form, backend, sink, pulled))
+        return adapted_linear(rows, pair, tokens, bias, Call(prepared, form, backend, sink, pulled, sums))
 
     @lasting
     def dense(self, base: Base) -> Tensor:

@@ -55,7 +55,7 @@ def by_hand(backward: _Function) -> _Function:
 
 
 def straight(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Its `apply`, without a look for transforms of torch.func in the arguments: a layer under one comes another way."""
+    """Its `apply` without a look for transforms of torch.func in its arguments: a layer under one never comes here."""
     applied: Any = super(torch.autograd.Function, function)
     return applied.apply  # type: ignore[no-any-return]
 

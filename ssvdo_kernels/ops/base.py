@@ -104,9 +104,9 @@ class DenseBase(Base):
         return self if self.dtype == dtype else DenseBase(self.weight.to(dtype))
 
     def forward(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        if bias is not None:
-            return torch.addmm(bias, x, self.weight.mT)
-        return torch.mm(x, self.weight.mT) if out is None else torch.mm(x, self.weight.mT, out=out)
+        if out is None:
+            return torch.nn.functional.linear(x, self.weight, bias)
+        return torch.mm(x, self.weight.mT, out=out)
 
 
 class QuantizedBase(Base):

@@ -18,7 +18,8 @@ which needs no x then, g of a wide one beside x (core: x and z, or x and [u | z]
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from . import by_hand, straight
 from .attach import StandIns, stand_ins
 from .base import Base
 from .preparation import Prepared, Rows
-from .products import over_tokens, times
+from .products import added, times
 from .sides import SmallSide, small_side
 
 
@@ -41,18 +42,18 @@ def linear_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, saved); keep: whether a backward to the parameters will want `saved`."""
     if side.wide:
-        u, g, _ = side.shrink(x, base)
-        return side.contract(u, g, bias, keep), g if keep else None
+        u, g, z, _ = side.shrink(x, base)
+        return side.contract(u, g, z, bias, keep), g if keep else None
     x, z, saved = side.expand(x, keep)
     return side.grow(x, z, base, bias), saved
 
 
 def linear_backward(
     dy: Tensor, x: Tensor | None, base: Base, side: SmallSide, saved: Tensor | None, needs: tuple[bool, bool, bool],
-    pulled: bool = False,
+    pulled: bool = False, total: Tensor | None = None,
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor | None, Tensor | None] | None, Tensor | None]:  # fmt: skip
     """(dx, (g, x, h) for `SmallSide.mixer_gradient`, dF) for those of (x, mixer, columns) that need it; pulled:
-    `SmallSide.pulled_gradient` in dF's place."""
+    `SmallSide.pulled_gradient` in dF's place. total: where dF may be added, and None comes instead."""
     need_x, need_mixer, need_columns = needs
     trains, core = need_mixer or need_columns, side.form == "core"
     h: Tensor | None = None
@@ -65,16 +66,27 @@ def linear_backward(
         assert saved is not None and x is not None
         if inner is not None:
             h, z = inner.split_with_sizes((side.width, side.extra), 1)
-        return dx, (saved, dy, h) if need_mixer else None, side.columns_gradient(x, z) if need_columns else None
+        return dx, (saved, dy, h) if need_mixer else None, side.columns_gradient(x, z, total) if need_columns else None
     if trains:
         assert saved is not None
         h, z = (None, saved) if core else saved.split_with_sizes((side.width, side.extra), 1)
-    u, g, d_columns = side.shrink(dy, base, z if need_columns and not pulled else None)
+    u, g, last, d_columns = side.shrink(dy, base, z if need_columns and not pulled else None, total)
     if pulled and need_columns:
         assert z is not None
         d_columns = side.pulled_gradient(dy, u, z)
-    dx = side.contract(u, g, None, need_mixer) if need_x or need_mixer else None
+    dx = side.contract(u, g, last, None, need_mixer) if need_x or need_mixer else None
     return dx, (g, x, h) if need_mixer else None, d_columns
+
+
+class Sums(Protocol):
+    """Gradients of one layer's stand-ins, summed over several backwards."""
+
+    def totals(self, like: Tensor) -> Sequence[Tensor | None]:
+        """Those that a backward on the current stream of `like` may add its own to, in the order of `StandIns`; None
+        where the gradient is to go through the graph."""
+
+
+_NO_TOTALS = (None, None, None, None)
 
 
 class Call(NamedTuple):
@@ -82,7 +94,7 @@ class Call(NamedTuple):
 
     form: factored, folded, core or merged. backend: reference or triton (which serves folded and merged). sink: that of
     `attach`, where few rows leave the mixer's gradient in factored form; None: always dense. pulled: whether dF comes
-    with A^T dF, as `pulls` found.
+    with A^T dF, as `pulls` found. sums: what the stand-ins' gradients are summed in; None: they are not.
     """
 
     prepared: Prepared
@@ -90,6 +102,7 @@ class Call(NamedTuple):
     backend: str
     sink: list[Rows] | None = None
     pulled: bool = False
+    sums: Sums | None = None
 
 
 def pulls(prepared: Prepared, form: str, rows: int, dtype: torch.dtype) -> bool:
@@ -113,37 +126,38 @@ def run(x: Tensor, base: Base, bias: Tensor | None, call: Call, keep: bool) -> t
 
 
 def merged_backward(
-    dy: Tensor, x: Tensor | None, base: Base, call: Call, needs: tuple[bool, bool]
+    dy: Tensor, x: Tensor | None, base: Base, call: Call, needs: tuple[bool, bool], total: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dC) for those that need it: C = [A V | F] M of A' = A + C V^T, so that dC = dA' V = (large side)^T (small
-    side) V, without dA'."""
+    side) V, without dA'. total: where dC may be added, and None comes instead."""
     prepared = call.prepared
     dx = torch.mm(dy, prepared.merged(base, call.backend)) if needs[0] else None
     if x is None or not needs[1]:
         return dx, None
     V = prepared.get("aligned_basis" if call.backend == "triton" else "basis", dy.dtype)
-    dC = over_tokens(x, torch.mm(dy, V)) if prepared.shape.transposed else over_tokens(dy, torch.mm(x, V))
+    dC = added(x, torch.mm(dy, V), total) if prepared.shape.transposed else added(dy, torch.mm(x, V), total)
     width = prepared.shape.width
-    return dx, dC if dC.shape[1] == width else dC[:, :width]
+    return dx, dC if dC is None or dC.shape[1] == width else dC[:, :width]
 
 
 def pull_back(
-    dy: Tensor, x: Tensor | None, base: Base, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | Rows | None, Tensor | None]:
+    dy: Tensor, x: Tensor | None, base: Base, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool],
+    totals: Sequence[Tensor | None] = _NO_TOTALS,
+) -> tuple[Tensor | None, Tensor | Rows | None, Tensor | None]:  # fmt: skip
     """(dx, dM, dF) for those of (x, mixer, columns) that need it; dM as `Rows` where that is cheaper, dF as
-    [dF; A^T dF / S_0] where `call` says so."""
+    [dF; A^T dF / S_0] where `call` says so; None for what was added to `totals`."""
     prepared = call.prepared
     if call.form == "merged":
         dx, product = merged_backward(dy, x, base, call, (needs[0], needs[1] or needs[2]))
         return dx, *((None, None) if product is None else prepared.of_product(product))
     side = small_side(prepared, call.form, dy.dtype, call.backend)
-    dx, rows, d_columns = linear_backward(dy, x, base, side, saved, needs, call.pulled)
+    dx, rows, d_columns = linear_backward(dy, x, base, side, saved, needs, call.pulled, totals[1])
     if rows is None:
         return dx, None, d_columns
     g, _, h = rows
     if h is not None and prepared.wants_rows(dy.shape[0]):
         return dx, side.rows(g, h), d_columns
-    return dx, side.mixer_gradient(*rows), d_columns
+    return dx, side.mixer_gradient(*rows, totals[0]), d_columns
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -167,10 +181,12 @@ class AdaptedLinear(torch.autograd.Function):
         need_x, need_mixer, need_columns, need_bias = ctx.needs_input_grad[:4]
         (x, saved, *tensors), call = ctx.saved_tensors, ctx.call
         dy, d_mixer = dy.contiguous(), None
+        totals = _NO_TOTALS if call.sums is None else call.sums.totals(dy)
         if ctx.sums:
-            dx, d_columns = merged_backward(dy, x, ctx.base, call, (need_x, need_columns))
+            dx, d_columns = merged_backward(dy, x, ctx.base, call, (need_x, need_columns), totals[3])
         else:
-            dx, d_mixer, d_columns = pull_back(dy, x, ctx.base, saved, call, (need_x, need_mixer, need_columns))
+            needs = need_x, need_mixer, need_columns
+            dx, d_mixer, d_columns = pull_back(dy, x, ctx.base, saved, call, needs, totals)
         if isinstance(d_mixer, Rows):
             if call.sink is None:
                 d_mixer = d_mixer.left.mT @ d_mixer.right

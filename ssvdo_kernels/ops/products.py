@@ -51,10 +51,24 @@ def times(matrix: Tensor, columns: Tensor) -> Tensor:
     return out
 
 
+def sums_dtype(tokens: Tensor) -> torch.dtype:
+    """That of `over_tokens`."""
+    half = tokens.is_cuda and tokens.dtype in _HALF and _FLOAT32_SUMS
+    return torch.float32 if half else tokens.dtype
+
+
 def over_tokens(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
     """a^T b (+ total) over rows; on a GPU in float32 where a and b are of half precision, on a CPU in their dtype."""
-    if a.is_cuda and a.dtype in _HALF and _FLOAT32_SUMS:
+    if a.dtype != sums_dtype(a):
         if total is None:
             return torch.mm(a.mT, b, out_dtype=torch.float32)
         return torch.addmm(total, a.mT, b, out_dtype=torch.float32, out=total)
     return torch.mm(a.mT, b) if total is None else total.addmm_(a.mT, b)
+
+
+def added(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor | None:
+    """None where a^T b fitted `total`, to which it was added in the same launch; elsewhere a^T b."""
+    if total is None or total.dtype != sums_dtype(a) or total.shape != (a.shape[1], b.shape[1]):
+        return over_tokens(a, b)
+    over_tokens(a, b, total)
+    return None

@@ -17,7 +17,7 @@ from . import together
 from .base import Base
 from .matrices import unaligned
 from .preparation import Prepared, Rows
-from .products import over_tokens
+from .products import added, over_tokens
 
 
 def _last(new: Tensor, count: int) -> Tensor:
@@ -80,18 +80,21 @@ class SmallSide:
             return torch.addmm(x, h, self.R), z, kept if keep else None
         return torch.addmm(x, h @ self.M[: self.width].mT, self.V.mT), z, kept if keep else None
 
-    def contract(self, u: Tensor, g: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-        """u + g Q + bias of `shrink`'s u and g; fills in u V where it is of g (always with keep)."""
+    def contract(self, u: Tensor, g: Tensor, z: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+        """u + g Q + bias of `shrink`'s u, g and z'; fills in u V where it is of g (always with keep)."""
         if self.form == "core":
             return g @ self.E.mT if bias is None else torch.addmm(bias, g, self.E.mT)
         torch.mm(u, self.V, out=g[:, : self.width])
         y = torch.addmm(u, g, self.Q) if self.form == "folded" else torch.addmm(u, g @ self.M, self.V.mT)
         return y if bias is None else y.add_(bias)
 
-    def mixer_gradient(self, g: Tensor, x: Tensor | None, h: Tensor | None) -> Tensor:
-        """dM ((width + e) x width) from contract's g and expand's x and h (None in the core form, and only there)."""
+    def mixer_gradient(
+        self, g: Tensor, x: Tensor | None, h: Tensor | None, total: Tensor | None = None
+    ) -> Tensor | None:
+        """dM ((width + e) x width) from contract's g and expand's x and h (None in the core form, and only there); None
+        where `products.added` has added it to `total`."""
         if h is not None:
-            return over_tokens(g, h)
+            return added(g, h, total)
         assert x is not None
         dE = over_tokens(g, x).to(x.dtype) @ self.V  # (d + e) x width
         return torch.cat([self.V.mT @ dE[: self.d], dE[self.d :]])
@@ -100,10 +103,10 @@ class SmallSide:
         """dM = g^T h as its factors."""
         return Rows(g, h)
 
-    def columns_gradient(self, rows: Tensor, z: Tensor) -> Tensor:
-        """dF = rows^T z, without the columns that are there to be aligned."""
-        dF = over_tokens(rows, z)
-        return dF if self.extra == self.own_extra else dF[:, : self.own_extra]
+    def columns_gradient(self, rows: Tensor, z: Tensor, total: Tensor | None = None) -> Tensor | None:
+        """dF = rows^T z, without the columns that are there to be aligned; None where it was added to `total`."""
+        dF = added(rows, z, total)
+        return dF if dF is None or self.extra == self.own_extra else dF[:, : self.own_extra]
 
     def pulled_gradient(self, rows: Tensor, u: Tensor, z: Tensor) -> Tensor:
         """[dF; A^T dF / S_0], as A^T rows^T z = u^T z; S_0, as both are of the weight's size."""
@@ -115,39 +118,44 @@ class SmallSide:
         return both
 
     # -- the large side ----------------------------------------------------------------------------------------------
-    def shrink(self, rows: Tensor, base: Base, z: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(u, g, dF) of [u | z'] = rows [A | F]: z' is the last columns of g, whose first are of `contract`; g is all
-        of [u | z'] in the core form. dF = rows^T z for the z of expand, where that is given."""
+    def shrink(
+        self, rows: Tensor, base: Base, z: Tensor | None = None, total: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(u, g, z', dF) of [u | z'] = rows [A | F]: z' is the last columns of g, whose first are of `contract`; g is
+        all of [u | z'] in the core form. dF = rows^T z for the z of expand, where that is given; None where it was
+        added to `total`."""
         if self.joined is not None and base.held and joins(rows.shape[0], self.d, self.extra):
-            return self._shrink_joined(rows, base, z)
+            return self._shrink_joined(rows, base, z, total)
         core = self.form == "core"
         g = rows.new_empty(rows.shape[0], (self.d if core else self.width) + self.extra)
-        out = g[:, : self.d] if core else None
+        out, last = g[:, : self.d] if core else None, _last(g, self.extra)
         u = base.forward(rows, out=out) if self.wide else base.transpose(rows, out=out)
         if self.extra:
-            torch.mm(rows, self.F, out=_last(g, self.extra))
-        return u, g, None if z is None else self.columns_gradient(rows, z)
+            torch.mm(rows, self.F, out=last)
+        return u, g, last, None if z is None else self.columns_gradient(rows, z, total)
 
-    def _shrink_joined(self, rows: Tensor, base: Base, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _shrink_joined(
+        self, rows: Tensor, base: Base, z: Tensor | None, total: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         joined, dF, columns = self._joined(rows, base), None, self.d + self.extra
         step = 0
         if z is not None:
             step = peaks(rows.device, rows.dtype).chunk(rows.shape[0], rows.element_size() * rows.shape[1], columns)
         if z is None or not step:
             uz = rows @ joined
-            dF = None if z is None else over_tokens(rows, z)
+            dF = None if z is None else added(rows, z, total)
         else:
             uz = rows.new_empty(rows.shape[0], columns)
             for i in range(0, rows.shape[0], step):
                 some = rows[i : i + step]
                 torch.mm(some, joined, out=uz[i : i + step])
                 dF = over_tokens(some, z[i : i + step], dF)
-        if self.form == "core":
-            g = uz
-        else:
+        u, last = uz.split_with_sizes((self.d, self.extra), 1)
+        g = uz
+        if self.form != "core":
             g = rows.new_empty(rows.shape[0], self.width + self.extra)
-            g[:, self.width :] = uz[:, self.d :]
-        return uz[:, : self.d], g, None if dF is None else dF[:, : self.own_extra]
+            last = _last(g, self.extra).copy_(last)
+        return u, g, last, None if dF is None else dF[:, : self.own_extra]
 
     def grow(self, x: Tensor, z: Tensor, base: Base, bias: Tensor | None) -> Tensor:
         """x' A^T + z F^T + bias."""
@@ -190,15 +198,16 @@ class TritonSide(SmallSide):
         xz, kept = self.launch.expand(x, self.V, self.R, keep)
         return *xz.split_with_sizes((self.d, self.extra), 1), kept
 
-    def contract(self, u: Tensor, g: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-        z = _last(g, self.extra)
+    def contract(self, u: Tensor, g: Tensor, z: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
         made: Tensor = self.launch.contract(u, z, self.V, self.Q, keep, bias, g=g, below=self.lower)[0]
         return made
 
-    def mixer_gradient(self, g: Tensor, x: Tensor | None, h: Tensor | None) -> Tensor:
+    def mixer_gradient(
+        self, g: Tensor, x: Tensor | None, h: Tensor | None, total: Tensor | None = None
+    ) -> Tensor | None:
         assert h is not None
-        dM = over_tokens(g, h)
-        if (self.width, self.extra) == (self.own_width, self.own_extra):
+        dM = added(g, h, total)
+        if dM is None or (self.width, self.extra) == (self.own_width, self.own_extra):
             return dM
         return unaligned(dM, self.own_width, self.own_extra, self.width)[:, : self.own_width]
 

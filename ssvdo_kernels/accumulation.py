@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter, is_
 from typing import Any
 
@@ -22,6 +23,7 @@ from .watchers import hooked, refuse_counting, units
 
 _INSIDE = "inside gradient_accumulation"
 _NONE = (None,) * len(StandIns._fields)
+_missing = partial(is_, None)
 _gets, _grad = attrgetter("requires_grad"), attrgetter("grad")
 
 
@@ -88,6 +90,8 @@ class Sums:
         return self._pair
 
     def _arrived(self, node: Any, gradients: Sequence[Tensor | None]) -> bool:
+        if self.open and all(map(_missing, gradients)):
+            return True  # they were added to `totals`
         compiled = _compiled()
         if compiled:
             self._pair = None  # it runs a node once, and puts .grad back as it was
@@ -96,8 +100,6 @@ class Sums:
                 return False
             raise RuntimeError(f"{self.prepared.name}: a graph that was made {_INSIDE} outlived it; allowed, where "
                                "hooks watch the parameters (DDP, FSDP, register_hook): its backward inside")
-        if not any(gradient is not None for gradient in gradients):
-            return True  # they were added to `totals`
         if not compiled:
             self._watch_backward()
         for i, gradient in enumerate(gradients):
@@ -109,7 +111,7 @@ class Sums:
 
     def totals(self, like: Tensor) -> Sequence[Tensor | None]:
         """What a backward may add to where it makes a gradient: what has arrived before, if it was written on the
-        current stream, and if this backward goes on to the stand-ins. Raises RuntimeError as `Sums` does elsewhere."""
+        current stream, and if this backward goes on to the stand-ins. Raises as `_watch_backward`."""
         if (not self.open or current(like) != self._stream or _compiled()
                 or not torch._C._will_engine_execute_node(self._node)):  # fmt: skip
             return _NONE

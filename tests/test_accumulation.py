@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from helpers import assert_close, randomise_all
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation
+from ssvdo_kernels import SSVDOConfig, SSVDOLinear, accumulation, apply_ssvdo, gradient_accumulation
+from ssvdo_kernels.ops import products
 
 X = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 INSIDE = "inside gradient_accumulation"
@@ -260,6 +262,29 @@ def test_what_would_be_wrong_is_an_error_that_changes_nothing(run, says, before)
             assert p.grad is grad and (grad is None or torch.equal(grad, value))
     with gradient_accumulation(model):
         pass
+
+
+@pytest.mark.parametrize("path", ["folded", "merged"])
+def test_a_gradient_is_added_to_its_sum_by_the_product_that_makes_it(monkeypatch, path):
+    """Without a launch of its own; on another stream than the sum's it comes through the graph."""
+    config = SSVDOConfig(inner_ratio=0.25, outer_rank=3, path=path, backend="reference")
+    layer = SSVDOLinear.from_linear(nn.Linear(24, 8).double(), config)
+    other, into, real = copy.deepcopy(layer), [], products.over_tokens
+
+    def run(model):
+        into.clear()
+        with gradient_accumulation(model):
+            for x in X.repeat(1, 3).split(2):
+                back(model, x)
+        return [total is not None for total in into]
+
+    monkeypatch.setattr(products, "over_tokens", lambda a, b, total=None: into.append(total) or real(a, b, total))
+    kinds = 1 if path == "merged" else 2
+    assert run(layer) == [False] * kinds + [True] * 2 * kinds
+    streams = itertools.count()
+    monkeypatch.setattr(accumulation, "current", lambda _: next(streams))
+    assert run(other) == [False] * 3 * kinds
+    agree(layer, other)
 
 
 def test_what_outlives_the_context_under_hooks_is_an_error():

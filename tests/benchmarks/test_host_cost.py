@@ -13,7 +13,7 @@ require_triton()
 from benchmarks.fake_gpu import fake_gpu
 from ssvdo_kernels.triton import kernels
 
-LAUNCHES = {"frozen": 2, "cached": 10, "merged": 5, "one token": 3, "one token, merged": 1,
+LAUNCHES = {"frozen": 2, "cached": 8, "merged": 4, "one token": 3, "one token, merged": 1,
             "prepared in a group of 24": 12}  # fmt: skip
 
 

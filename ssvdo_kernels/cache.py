@@ -277,7 +277,7 @@ class Cache:
     def hit(self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> Prepared | None:
         """`current` where nothing has changed, from the parts of a source; None elsewhere, and in a capture."""
         kept = self._kept
-        if kept is None or capturing(parameters) or self._distrusts(parameters):
+        if kept is None or capturing(parameters) or self._distrusts(parameters) or kept.anew:
             return None
         if _fixed(formula, watched, parameters) != kept.fixed:
             return None

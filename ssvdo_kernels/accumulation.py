@@ -16,13 +16,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from .cache import Cache
-from .ops.attach import StandIns, all_wanted, attach, below, without_product
+from .ops.attach import NO_SUMS, StandIns, all_wanted, attach, below, without_product
 from .ops.preparation import Parameters, Prepared, by_batch
 from .ops.streams import current
 from .watchers import hooked, refuse_counting, units
 
 _INSIDE = "inside gradient_accumulation"
-_NONE = (None,) * len(StandIns._fields)
 _missing = partial(is_, None)
 _gets, _grad = attrgetter("requires_grad"), attrgetter("grad")
 
@@ -71,7 +70,7 @@ class Sums:
         self._gets = list(map(_gets, self._there))
         self._trained = [p for p in self._there if p.requires_grad]
         self._reached = not hooked() and all(p.is_leaf and not _hooked(p) for p in self._trained)
-        self._totals: list[Tensor | None] = [None] * len(StandIns._fields)
+        self._totals: list[Tensor | None] = list(NO_SUMS)
         self._pair: StandIns | None = None
         self._node: Any = None  # that of the stand-ins,
         self._below: list[Any] = []  # and those that it leads to
@@ -114,7 +113,7 @@ class Sums:
         current stream, and if this backward goes on to the stand-ins. Raises as `_watch_backward`."""
         if (not self.open or current(like) != self._stream or _compiled()
                 or not torch._C._will_engine_execute_node(self._node)):  # fmt: skip
-            return _NONE
+            return NO_SUMS
         self._watch_backward()
         return self._totals
 
@@ -136,7 +135,7 @@ class Sums:
             if any(same) or not all(p.grad is None or isinstance(p.grad, _Ahead) for p in self._trained):
                 raise RuntimeError(f"{self.prepared.name}: .grad of some parameters was replaced {_INSIDE}; allowed: "
                                    "zero_grad of all of a layer")  # fmt: skip
-            self._totals, self._watched = [None] * len(StandIns._fields), []
+            self._totals, self._watched = list(NO_SUMS), []
         for p in self._trained:
             if not isinstance(p.grad, _Ahead):  # it may be shared with another layer
                 p.grad = _Ahead(p, self.prepared.name)

@@ -35,6 +35,10 @@ class StandIns(NamedTuple):
         return (self.mixer, self.columns) if self.product is None else (None, self.product)
 
 
+NO_SUMS = (None,) * len(StandIns._fields)
+"""In place of sums of the stand-ins' gradients, in their order."""
+
+
 def stand_ins(prepared: Sequence[Prepared], sums: bool = False) -> list[StandIns]:
     """Those of layers of one shape, layer by layer; sums: with C's."""
     one, n, made = prepared[0], len(prepared), prepared[0].columns.new_empty_strided

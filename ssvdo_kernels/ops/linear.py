@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import by_hand, straight
-from .attach import StandIns, stand_ins
+from .attach import NO_SUMS, StandIns, stand_ins
 from .base import Base
 from .preparation import Prepared, Rows
 from .products import added, times
@@ -86,9 +86,6 @@ class Sums(Protocol):
         where the gradient is to go through the graph."""
 
 
-_NO_TOTALS = (None, None, None, None)
-
-
 class Call(NamedTuple):
     """How one forward is computed.
 
@@ -142,7 +139,7 @@ def merged_backward(
 
 def pull_back(
     dy: Tensor, x: Tensor | None, base: Base, saved: Tensor | None, call: Call, needs: tuple[bool, bool, bool],
-    totals: Sequence[Tensor | None] = _NO_TOTALS,
+    totals: Sequence[Tensor | None] = NO_SUMS,
 ) -> tuple[Tensor | None, Tensor | Rows | None, Tensor | None]:  # fmt: skip
     """(dx, dM, dF) for those of (x, mixer, columns) that need it; dM as `Rows` where that is cheaper, dF as
     [dF; A^T dF / S_0] where `call` says so; None for what was added to `totals`."""
@@ -181,7 +178,7 @@ class AdaptedLinear(torch.autograd.Function):
         need_x, need_mixer, need_columns, need_bias = ctx.needs_input_grad[:4]
         (x, saved, *tensors), call = ctx.saved_tensors, ctx.call
         dy, d_mixer = dy.contiguous(), None
-        totals = _NO_TOTALS if call.sums is None else call.sums.totals(dy)
+        totals = NO_SUMS if call.sums is None else call.sums.totals(dy)
         if ctx.sums:
             dx, d_columns = merged_backward(dy, x, ctx.base, call, (need_x, need_columns), totals[3])
         else:

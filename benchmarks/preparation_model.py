@@ -98,8 +98,8 @@ def steps(layers: int, shape: LayerShape, half: bool) -> Iterator[Step]:
     def projection(way: str, first: int, rows: int) -> Iterator[Step]:
         passes = 2 if half else 1
         for turn in range(passes):
-            count = rows if turn + 1 == passes else large
             exact = turn + 1 == passes
+            count = rows if exact else large
             yield product(f"{way}: A^T z", d, [Term(first, half, coarse=not exact)], launches=int(turn == 0), met=turn)
             yield product(f"{way}: V^T", d, [Term(d, half, coarse=half)])
             yield product(f"{way}: V", d, [Term(d, half, coarse=half)])

@@ -276,10 +276,10 @@ class Cache:
 
     def hit(self, formula: Formula, watched: Sequence[Tensor | None], parameters: Parameters) -> Prepared | None:
         """`current` where nothing has changed, from the parts of a source; None elsewhere, and in a capture."""
-        kept = self._kept
-        if kept is None or capturing(parameters) or self._distrusts(parameters) or kept.anew:
+        if capturing(parameters) or self._distrusts(parameters):
             return None
-        if _fixed(formula, watched, parameters) != kept.fixed:
+        kept = self._made_from(formula, watched, parameters)
+        if kept is None:
             return None
         found = kept.prepared
         if not (found.stands(parameters) if _on_cpu(parameters) else _moving(parameters) == kept.moving):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .ops import autocasting
+from .ops import autocasting, transforming
 from .ops.base import Base
 
 _raw: Any = torch._C
-_inferring, _transforming = torch.is_inference_mode_enabled, _raw._are_functorch_transforms_active
+_inferring = torch.is_inference_mode_enabled
 _stack, _tracing = _raw._len_torch_dispatch_stack, _raw._get_tracing_state
 _NO_FX = ("torch.fx.symbolic_trace cannot see into an adapted layer; allowed: torch.export, a Tracer that takes it for "
           "a leaf (is_leaf_module), or remove_ssvdo(model, merge=True) first")  # fmt: skip
@@ -27,7 +27,7 @@ def ordinary(x: Tensor, in_features: int, base: Base) -> bool:
         torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested or x.is_meta
         or x.dtype is not base.dtype or not x.ndim or x.shape[-1] != in_features or x.device != base.device
         or x.layout is not torch.strided or base.trains or autocasting() or _inferring()
-        or _transforming() or forward_ad._current_level >= 0 or _stack() or _tracing() is not None)  # fmt: skip
+        or transformed() or _stack() or _tracing() is not None)  # fmt: skip
 
 
 def check_tensor(x: object) -> None:
@@ -72,7 +72,7 @@ def by_components(x: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which our hand-written gradients do not know."""
-    return _transforming() or forward_ad._current_level >= 0
+    return transforming() or forward_ad._current_level >= 0
 
 
 @contextmanager

@@ -108,11 +108,15 @@ class Origin:
 
     def check(self, base: Base, name: str, by_value: bool = False, factors: Factors | None = None) -> None:
         """Raises RuntimeError where W0 is not the one that was factorised. by_value: read its numbers."""
-        now: list[object] = stamps(base.tensors)
-        if hooked():
-            now = [*map(gathered_stamp, base.tensors), *writes(shards(base.tensors, frozen=True))]
+        now = self._stamps(base)
         if now != self._seen or by_value:
             self._look(base, name, now, factors)
+
+    @staticmethod
+    def _stamps(base: Base) -> list[object]:
+        if not hooked():
+            return stamps(base.tensors)
+        return [*map(gathered_stamp, base.tensors), *writes(shards(base.tensors, frozen=True))]
 
     @torch.no_grad()
     def _look(self, base: Base, name: str, now: list[object], factors: Factors | None) -> None:

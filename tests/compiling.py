@@ -10,8 +10,6 @@ from ssvdo_kernels import SSVDOConfig, apply_ssvdo
 from ssvdo_kernels.host import hosts
 from ssvdo_kernels.ops import host
 
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-
 
 def clear(calls):
     for sizes in calls.values():

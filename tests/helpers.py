@@ -18,6 +18,8 @@ from ssvdo_kernels.host import hosts
 from ssvdo_kernels.ops import engines
 from ssvdo_kernels.ops.dispatch import without_triton
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 
 def require_triton():
     """Skips a test, or a module, where there is no Triton new enough."""
@@ -28,7 +30,7 @@ def require_triton():
 def require_fully_shard():
     """Returns torch.distributed.fsdp, or skips: torch 2.6 has no `fully_shard` on a CPU."""
     fsdp = pytest.importorskip("torch.distributed.fsdp", reason="torch was built without it")
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+    if TORCH < (2, 7):
         pytest.skip("fully_shard of torch 2.6 needs a GPU")
     return fsdp
 

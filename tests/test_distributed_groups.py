@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from groups import agree, clear, nets, train
-from helpers import assert_close, count_preparations, require_fully_shard, two_processes
+from helpers import TORCH, assert_close, count_preparations, require_fully_shard, two_processes
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +22,9 @@ if not host.available():
     pytest.skip("the compiled core was not built", allow_module_level=True)
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch has no gloo", allow_module_level=True)
+
+
+FULLY_SHARDS = TORCH >= (2, 7)  # there is a `fully_shard` on a CPU
 
 
 def x_of(*shape):
@@ -255,11 +258,6 @@ def fit(model, rows):
     return torch.stack(losses).detach()
 
 
-def fully_shards():
-    """Whether there is a `fully_shard` on a CPU: torch 2.6 has none."""
-    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
-
-
 def sharded_again(model, **options):
     from torch.distributed.fsdp import fully_shard
 
@@ -289,14 +287,14 @@ def units_of_fsdp(rank):
     for check in (None, False, True):
         Mixed.check = check
         want = fit(mixed(), slice(4))
-        for way in (sharded_again, sharded_once, sharded_flat) if fully_shards() else (sharded_flat,):
+        for way in (sharded_again, sharded_once, sharded_flat) if FULLY_SHARDS else (sharded_flat,):
             model = way(mixed())
             losses = fit(model, slice(2 * rank, 2 * rank + 2)) / 2
             dist.all_reduce(losses)
             assert_close(f"{way.__name__} {check}", losses, want, 1e-9)
             if check is not True:
                 assert counts["backward"][-6:] == [1, 3, 1, 3, 1, 1], (way.__name__, check, counts["backward"][-6:])
-    if fully_shards():
+    if FULLY_SHARDS:
         batch_of_several_units(counts)
 
 
@@ -324,7 +322,7 @@ def edits_of_shards(rank):
     patch.setattr(cache, "_on_cpu", lambda _: False)
     patch.setattr(cache, "stamps", lambda tensors: [part for i, part in enumerate(stamps(tensors)) if i % 3])
     Mixed.check, (x,) = None, batches(1)
-    for way in (sharded_again, sharded_flat) if fully_shards() else (sharded_flat,):
+    for way in (sharded_again, sharded_flat) if FULLY_SHARDS else (sharded_flat,):
         alone, model = mixed(), way(mixed())
 
         def made(model=model):
@@ -394,7 +392,7 @@ def compiled_layers(rank):
     process."""
     counts = count_preparations(pytest.MonkeyPatch())
     for given, skip, prepared, ways_back in COMPILED:
-        if isinstance(given, str) and not fully_shards():
+        if isinstance(given, str) and not FULLY_SHARDS:
             continue
         torch._dynamo.reset()
         torch.manual_seed(0)

@@ -102,7 +102,7 @@ struct OuterLayer {
 
     // Product `step` of projection(): P (z factor), its last `rows` into the last rows of Z; z: the last `first` rows, those
     // above are 0. A^T z, N^T z (left out where there is no N), V^T, V, z - A - N. All of a first pass may be coarse, as the
-    // second makes it good, and of that all but A^T z and N^T z, which see 2^-8 of z alone.
+    // second makes it good; of the second all but A^T z and N^T z, as they see what the first left, 2^-8 of z.
     SSVDO_HD int projection() const { return g.passes * (g.null ? 5 : 4); }
     SSVDO_HD void project(Product<T>& p, int step, const T* z, unsigned ld, int first, T factor, int rows) const {
         const int turn = step / (g.null ? 5 : 4), count = turn + 1 == g.passes ? rows : g.large;

@@ -28,7 +28,8 @@ def own_dtypes() -> Iterator[None]:
         yield
 
 
-_with_grad, _transforming = torch.is_grad_enabled, _raw._are_functorch_transforms_active
+_with_grad = torch.is_grad_enabled
+transforming: Callable[[], bool] = _raw._are_functorch_transforms_active
 _is_batched: Callable[[Any], bool] = _raw._functorch.is_legacy_batchedtensor
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _SECOND = ("create_graph=True (as in autograd.functional's hessian, hvp and jvp) wants the gradient of an adapted "
@@ -44,7 +45,7 @@ def by_hand(backward: _Function) -> _Function:
     def call(*args: Any) -> Any:
         if _with_grad():  # PyTorch's own once_differentiable says nothing where no gradient asks for it
             raise RuntimeError(_SECOND)
-        if _transforming() or (args[1] is not None and _is_batched(args[1])):
+        if transforming() or (args[1] is not None and _is_batched(args[1])):
             raise RuntimeError(_BATCHED)
         if not autocasting():
             return backward(*args)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compiling import TORCH, as_copied, clear, compiled, gradients, in_groups, in_place, model, same, tokens, value
-from helpers import assert_close, count_preparations, make_layer, prepared, randomise, require_triton
+from compiling import as_copied, clear, compiled, gradients, in_groups, in_place, model, same, tokens, value
+from helpers import TORCH, assert_close, count_preparations, make_layer, prepared, randomise, require_triton
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from compiling import TORCH, as_copied, clear, compiled, gradients, in_groups, model, same, tokens
-from helpers import assert_close, count_preparations, make_layer, randomise_all
+from compiling import as_copied, clear, compiled, gradients, in_groups, model, same, tokens
+from helpers import TORCH, assert_close, count_preparations, make_layer, randomise_all
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint

@@ -5,9 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from compiling import TORCH
 from groups import agree
-from helpers import assert_close, make_layer, randomise_all
+from helpers import TORCH, assert_close, make_layer, randomise_all
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts

@@ -1,5 +1,7 @@
 """Shared by the tests: layers with random parameters, and a comparison that names the tensor."""
 
+import ctypes
+import gc
 import os
 import socket
 from datetime import timedelta
@@ -33,6 +35,25 @@ def require_fully_shard():
     if TORCH < (2, 7):
         pytest.skip("fully_shard of torch 2.6 needs a GPU")
     return fsdp
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
+                                                     "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+
+
+def allocated():
+    """Bytes that malloc has given out and not got back, in all its arenas: to the byte, where resident pages are not.
+
+    Skips where the C library does not tell (mallinfo2: glibc 2.33).
+    """
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        pytest.skip("the C library has no mallinfo2")
+    mallinfo2.restype = _Mallinfo2
+    gc.collect()
+    found = mallinfo2()
+    return found.uordblks + found.hblkhd
 
 
 def make_layer(m, n, *, dtype=torch.float64, bias=True, rank=None, spread=0.3, seed=0, device="cpu", **options):

@@ -9,11 +9,10 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
-from helpers import make_layer
+from helpers import allocated, make_layer
 from thorough import times
 from torch import nn
 
@@ -218,33 +217,27 @@ def alive():
     return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
 
-def resident():
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads memory as Linux tells it")
 def test_training_does_not_grow():
     model = adapted(d=32, h=96)
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    count = times(600, 20_000)
+    count = times(200, 7_000)
 
-    def steps(n):
-        for _ in range(n):
+    def steps():
+        for _ in range(count):
             optimiser.zero_grad()
             model(torch.randn(64, 32)).square().mean().backward()
             optimiser.step()
 
-    steps(200)
-    tensors, pages, objects = alive(), [], []
+    steps()
+    tensors, sizes, objects = alive(), [], []
     for _ in range(3):
-        before = resident(), sys.getallocatedblocks()
-        steps(count // 3)
-        pages.append(resident() - before[0])
+        before = allocated(), sys.getallocatedblocks()
+        steps()
+        sizes.append(allocated() - before[0])
         objects.append(sys.getallocatedblocks() - before[1])
-    # An allocator may grow in one of the three, or take a leak into what it has; 1 KiB a step would be 200 KiB or more.
-    assert median(pages) < 128 * 1024 + 64 * count // 3
-    assert min(objects) < count // 6  # one a step would be count // 3
+    # A leak is in each of the three; what something else in the process keeps, such as a cache, need not be.
+    assert min(sizes) < 16 * count  # bytes: the least that malloc gives out is 32 with its header
+    assert min(objects) < count // 2
     assert alive() <= tensors + 8
 
 

@@ -42,7 +42,10 @@ def say(text):
 
 def short(error):
     """One line; of a command that failed its name alone."""
-    line = re.sub(r"Command '\['([^']+)'.*\]' returned non-zero exit status (\d+)\.", r"\1 ended with \2", str(error))
+    line = str(error)
+    for failed in (r"Command '\['([^']+)'.*\]' returned non-zero exit status (\d+)\.",
+                   r"command '([^']+)' failed with exit code (\d+)"):
+        line = re.sub(failed, lambda m: f"{Path(m[1]).name} ended with {m[2]}", line)
     return f"{line.splitlines()[0] if line else type(error).__name__}, in the build"
 
 

@@ -79,6 +79,18 @@ def test_a_wheel_without_the_core_is_for_every_platform_and_says_why(sources, be
         assert "ssvdo_kernels/cli.py" in archive.namelist() and not any(".data/" in n for n in archive.namelist())
 
 
+@pytest.mark.parametrize("said", ["Command '['/usr/bin/g++', '-c', 'a.cpp']' returned non-zero exit status 2.",
+                                  "command '/usr/bin/g++' failed with exit code 2"])  # fmt: skip
+def test_a_command_that_failed_is_said_by_its_name_alone(said):
+    """In the words of subprocess, and of setuptools, whose newer versions pass the former on."""
+    if not SETUP.is_file():
+        pytest.skip("no sources")
+    code = "import runpy, sys, setuptools\nsetuptools.setup = lambda **options: None\n" + (
+        "print(runpy.run_path(sys.argv[1])['short'](sys.argv[2]))")
+    done = subprocess.run([sys.executable, "-c", code, str(SETUP), said], capture_output=True, text=True, check=True)
+    assert done.stdout == "g++ ended with 2, in the build\n"
+
+
 @pytest.mark.parametrize("nvcc, said", [("exit 3", "nvcc ended with 3, in the build"), (None, "No such file")])
 def test_why_the_cuda_part_is_left_out_is_written_down(tmp_path, nvcc, said):
     (tmp_path / "bin").mkdir()

@@ -19,7 +19,7 @@ from .cache import Cache
 from .ops.attach import NO_SUMS, StandIns, all_wanted, attach, below, without_product
 from .ops.preparation import Parameters, Prepared, by_batch
 from .ops.streams import current
-from .watchers import hooked, refuse_counting, units
+from .watchers import hooked, refuse_counting, trained_by_deepspeed, units
 
 _INSIDE = "inside gradient_accumulation"
 _missing = partial(is_, None)
@@ -259,7 +259,8 @@ def gradient_accumulation(module: nn.Module) -> Iterator[None]:
         TypeError: module is no nn.Module.
         RuntimeError: the context is open already, or an optimiser steps or a parameter, its ``requires_grad`` or its
             ``.grad`` changes inside, or autograd.grad or backward(inputs=) asks for some of a layer's gradients, or
-            FSDP shards the module, or a DDP around it has find_unused_parameters or static_graph.
+            FSDP shards the module, or DeepSpeed trains it, or a DDP around it has find_unused_parameters or
+            static_graph.
 
     Examples:
         >>> with gradient_accumulation(model):
@@ -272,6 +273,9 @@ def gradient_accumulation(module: nn.Module) -> Iterator[None]:
     if next(units(module), None) is not None:
         raise RuntimeError("gradient_accumulation of a module that FSDP shards, whose parameters are not there when it "
                            "is left; allowed: micro-batches without it")  # fmt: skip
+    if trained_by_deepspeed(module):
+        raise RuntimeError("gradient_accumulation of a module that DeepSpeed trains, whose backward takes gradients "
+                           "that are not there yet; allowed: micro-batches without it")  # fmt: skip
     found = [getattr(m, "accumulator", None) for m in module.modules()]  # a wrapper gives that of what it wraps
     opened: list[Accumulator] = []
     completed = False

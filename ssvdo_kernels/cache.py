@@ -308,6 +308,8 @@ class Cache:
             found = self.hit(*source.parts)
             if found is None:
                 Capture.over()
+        if found is None:
+            source.check_there()
         if found is None and self.group is not None and (graph is None or graph.whole):
             found = self.group.prepare(self, source)
         if found is None:

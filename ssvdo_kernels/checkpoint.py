@@ -31,6 +31,7 @@ from .ops.base import Base, DenseBase
 from .origin import SKETCH
 from .sites import Plan, Site, adapted, site_at
 from .targets import check_ties, reason_against
+from .watchers import not_there
 
 FORMAT, VERSION = "ssvdo", 1
 MODEL_FILE, CONFIG_FILE = "ssvdo_model.safetensors", "ssvdo_config.json"
@@ -47,7 +48,7 @@ def save_ssvdo(model: nn.Module, path: str | os.PathLike[str], *, include_basis:
             factorisation comes out otherwise, on a base in another dtype above all. Without it the file is smaller.
 
     Raises:
-        ValueError: the model has no adapted layer, or FSDP1 has sharded a weight.
+        ValueError: the model has no adapted layer, or FSDP1 or DeepSpeed has sharded a weight.
         RuntimeError: a weight is no longer the one that was factorised.
         OSError: the folder cannot be written; an old file stays whole.
 
@@ -100,11 +101,10 @@ def _put(
         if getattr(adapter, part) is not None:
             tensors[f"{name}.{part}"] = _whole(getattr(adapter, part))
     assert adapter.basis is not None
-    weight = _whole(layer.base(adapter).dense())
+    stored = layer.base(adapter).dense()
+    weight = _whole(stored)
     if weight.shape != (adapter.shape.out_features, adapter.shape.in_features):
-        raise ValueError(
-            f"{name}.weight has shape {tuple(weight.shape)} here: FSDP1 has sharded it; call save_ssvdo on rank 0, "
-            "inside of FullyShardedDataParallel.summon_full_params(model) on every rank")
+        raise ValueError(f"{not_there(f'{name}.weight', stored)} on every rank, save_ssvdo on the first")
     if adapter.origin is not None:
         adapter.origin.check(DenseBase(weight), name, by_value=True)
     bases = Bases.of(weight, _whole_factors(adapter), adapter.shape)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
@@ -42,6 +43,30 @@ def units(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
         if unit:
             yield module, unit
         todo += [(child, unit) for child in module.children()]
+
+
+def trained_by_deepspeed(model: nn.Module) -> bool:
+    """Whether DeepSpeed takes gradients of the model's parameters in its own backward, as its hooks on them (ZeRO) or
+    on the model (stage 0) say."""
+    if "deepspeed" not in sys.modules:
+        return False
+    on_modules = ((*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in model.modules())
+    on_parameters = ((p._post_accumulate_grad_hooks or {}).values() for p in model.parameters())
+    hooks = chain.from_iterable(chain(on_modules, on_parameters))
+    return any(str(getattr(hook, "__module__", "")).startswith("deepspeed.") for hook in hooks)
+
+
+def comes_and_goes(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has the numbers of some of them there for their own module's use alone."""
+    return any(hasattr(t, "ds_tensor") and not getattr(t, "ds_persist", False) for t in tensors)
+
+
+def not_there(name: str, tensor: Tensor) -> str:
+    """What an error says of a tensor whose numbers FSDP1 or ZeRO-3 has taken away."""
+    whose, inside = "FSDP1", "FullyShardedDataParallel.summon_full_params(model)"
+    if hasattr(tensor, "ds_tensor"):
+        whose, inside = "DeepSpeed", "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+    return f"{name} has shape {tuple(tensor.shape)} here: {whose} has sharded it; allowed: inside of {inside}"
 
 
 _gathered = WeakTensorKeyDictionary()  # to what FSDP2 keeps of a parameter, weakly, from what it gathers into; or None

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..config import LayerShape, SSVDOConfig
 from ..factorize import Factors, compute_dtype
 from ..origin import Origin
+from ..watchers import not_there
 from . import host
 from .base import Base
 from .complement import Projector
@@ -74,6 +75,11 @@ class Source:
     def parts(self) -> tuple[Formula, tuple[Tensor, ...], Parameters]:
         """What a cache compares."""
         return self.formula, self.watched, self.parameters
+
+    def check_there(self) -> None:
+        """Raises RuntimeError where FSDP or DeepSpeed has taken W0's numbers away."""
+        if self.base.held and self.base.dense().shape != (self.shape.out_features, self.shape.in_features):
+            raise RuntimeError(not_there(f"{self.name}.weight", self.base.dense()))
 
     @cached_property
     def dtype(self) -> torch.dtype:

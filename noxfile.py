@@ -110,6 +110,15 @@ def quant(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-q", "tests/test_quantized.py")
 
 
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    """Training in each of ZeRO's stages, by two processes on a CPU; DeepSpeed builds one small extension when it runs."""
+    session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0", "wheel")
+    session.install("--no-build-isolation", "-e", ".[dev]", env=ENVIRONMENT)
+    session.install("--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
+    session.run("python", "-m", "pytest", "-q", "tests/integrations/test_deepspeed.py", "tests/test_watchers.py")
+
+
 @nox.session(name="peft-suite")
 def peft_suite(session: nox.Session) -> None:
     """PEFT's own tests, from the source archive of the tested version, with SSVD-O in their tables."""

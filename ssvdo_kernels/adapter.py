@@ -25,9 +25,10 @@ from .ops.compiled import encode, enlist, traced
 from .ops.dispatch import token_backend
 from .ops.graph import adapted
 from .ops.linear import Call, Sums, adapted_linear, adapted_matrix, pulls
-from .ops.preparation import Parameters, Prepared, Rows, Source
+from .ops.preparation import Parameters, PassingSource, Prepared, Rows, Source
 from .origin import Origin
 from .planner import Work, choose, given
+from .watchers import comes_and_goes
 
 _AS_IT_IS = nullcontext()
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in (
@@ -188,7 +189,8 @@ class Adapter(nn.Module):
         parameters, frozen = self._tensors()
         formula = self.shape, self.config, self._scale
         found = self.cache.source(formula, (*base.tensors, *frozen), parameters, as_before) if base.held else None
-        return found or Source(parameters, self.factors, base, *formula[:2], self.name, self.origin, self._scale)
+        kind = PassingSource if comes_and_goes((*base.tensors, *frozen)) else Source
+        return found or kind(parameters, self.factors, base, *formula[:2], self.name, self.origin, self._scale)
 
     @lasting
     @own_dtypes()

@@ -310,6 +310,8 @@ class Cache:
                 Capture.over()
         if found is None:
             source.check_there()
+            if not source.kept:
+                return prepare_one(source)
         if found is None and self.group is not None and (graph is None or graph.whole):
             found = self.group.prepare(self, source)
         if found is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .cache import Batch, Cache
 from .ops.engines import prepare
 from .ops.preparation import Prepared, Source
-from .watchers import comes_and_goes, ddp, hooked
+from .watchers import ddp, hooked
 
 
 class Member(NamedTuple):
@@ -89,13 +89,10 @@ def group_alike(members: Iterable[Member], units: Units = dict) -> None:
 
 def _alike(a: Source, b: Source) -> bool:
     """Whether they make one batch: with parameters as a layer makes them, not a replica's, nor FSDP's shards and empty
-    storages; nothing that ZeRO-3 gathers for one layer at a time."""
-    if a.kind != b.kind:
+    storages; nothing that is there for one layer's forward alone."""
+    if a.kind != b.kind or not a.kept:
         return False
     for p, q in zip(a.parameters, b.parameters, strict=True):
         if p is not None and q is not None and (type(p) not in _OWN or p.shape != q.shape):
             return False
-    if not hooked():
-        return True
-    there = all(p is None or p.untyped_storage().nbytes() > 0 for p in a.parameters)
-    return there and not comes_and_goes((*a.parameters, *a.watched))
+    return not hooked() or all(p is None or p.untyped_storage().nbytes() > 0 for p in a.parameters)

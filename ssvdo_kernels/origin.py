@@ -12,7 +12,7 @@ from .factorize import Factors
 from .ops import lasting
 from .ops.base import Base
 from .ops.products import times
-from .watchers import hooked, shards, writes
+from .watchers import hooked, lasting_part, shards, writes
 
 SKETCH = 4  # probe vectors
 
@@ -116,7 +116,8 @@ class Origin:
     def _stamps(base: Base) -> list[object]:
         if not hooked():
             return stamps(base.tensors)
-        return [*map(gathered_stamp, base.tensors), *writes(shards(base.tensors, frozen=True))]
+        own = [part for t in base.tensors for part in (*gathered_stamp(lasting_part(t)), stamp(t)[1])]
+        return own + writes(shards(base.tensors, frozen=True))
 
     @torch.no_grad()
     def _look(self, base: Base, name: str, now: list[object], factors: Factors | None) -> None:
@@ -136,7 +137,7 @@ class Origin:
                 "weight with them, or call refactorize_ssvdo(model)")
         if self._known is None or self._rounded or self._known[1] != coarser(weight.dtype):
             self.record(weight)
-        self._seen, self._held = now, tuple(t.untyped_storage() for t in base.tensors)
+        self._seen, self._held = now, tuple(lasting_part(t).untyped_storage() for t in base.tensors)
 
     def _is_known(self, weight: Tensor) -> bool:
         assert self._known is not None

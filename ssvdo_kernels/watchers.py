@@ -61,6 +61,12 @@ def comes_and_goes(tensors: Iterable[Tensor | None]) -> bool:
     return any(hasattr(t, "ds_tensor") and not getattr(t, "ds_persist", False) for t in tensors)
 
 
+def lasting_part(tensor: Tensor) -> Tensor:
+    """What ZeRO-3 gathers it from; elsewhere itself."""
+    shard: Tensor = getattr(tensor, "ds_tensor", tensor)
+    return shard
+
+
 def not_there(name: str, tensor: Tensor) -> str:
     """What an error says of a tensor whose numbers FSDP1 or ZeRO-3 has taken away."""
     whose, inside = "FSDP1", "FullyShardedDataParallel.summon_full_params(model)"

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import count_preparations, randomise_all
+from helpers import allocated, assert_close, count_preparations, make_layer, randomise_all
 from torch import nn
 
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, group, remove_ssvdo, save_ssvdo
@@ -65,3 +65,42 @@ def test_what_zero_3_gathers_for_a_layer_is_prepared_with_no_other(monkeypatch):
         layer.weight.ds_tensor, layer.weight.ds_persist = torch.ones(1), persists
     model(x)
     assert sorted(counts["forward"]) == [1, 2]
+
+
+def test_what_zero_3_gathers_is_let_go_after_each_use():
+    """As DeepSpeed does it: `.data` of the frozen parameters is there in the forward, and again in the backward."""
+    layer = make_layer(1024, 256, dtype=torch.float32, inner_ratio=0.1, outer_rank=4)
+    x, dy = torch.randn(4, 256, requires_grad=True), torch.randn(4, 1024)
+
+    def gradients():
+        made = [x.grad, *(p.grad for p in layer.adapter.trained)]
+        x.grad = None
+        layer.zero_grad()
+        return made
+
+    layer(x).backward(dy)
+    want = gradients()
+    layer.refresh()
+    frozen = [p for p in layer.parameters() if not p.requires_grad]
+    whole = [p.data for p in frozen]
+
+    def gather(there):
+        for p, data in zip(frozen, whole, strict=True):
+            p.data = data.clone() if there else torch.empty(0)
+
+    for p in frozen:
+        p.ds_tensor = torch.ones(1)
+    gather(False)
+    for _ in range(2):
+        before = allocated()
+        gather(True)
+        y = layer(x)
+        gather(False)
+        assert allocated() - before < 200_000  # bytes: W0 has 1,048,576, V 262,144
+        gather(True)
+        y.backward(dy)
+        gather(False)
+        for got, right in zip(gradients(), want, strict=True):
+            assert_close("gradient", got, right, 1e-6)
+        del y
+        assert allocated() - before < 100_000

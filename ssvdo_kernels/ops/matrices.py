@@ -65,8 +65,12 @@ class Matrices:
     shape: LayerShape
     dtype: torch.dtype
     columns: Tensor
-    basis: Tensor
     _mixer: Tensor | None
+
+    @property
+    def basis(self) -> Tensor:
+        """V, d x width."""
+        raise NotImplementedError
 
     def __init__(self) -> None:
         self._mixer = None

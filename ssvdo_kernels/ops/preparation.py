@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class Source:
     name: str
     origin: Origin | None
     scale: float = 1.0
+    kept: ClassVar[bool] = True
+    """Whether what is made from it may outlive a step."""
 
     @cached_property
     def formula(self) -> Formula:
@@ -121,6 +123,18 @@ class Source:
         """What layers of one batch have in common, beside the parameters' sizes, which follow from it."""
         frozen = [(t.dtype, t.device, t.shape, t.stride(), t.untyped_storage().nbytes() > 0) for t in self.watched]
         return *self.formula, self.base.layout, self.parameters[1].dtype, self.factors.null, *frozen
+
+
+class PassingSource(Source):
+    """One whose frozen tensors ZeRO-3 gathers for their module's use alone: a view would hold them in memory."""
+
+    kept = False
+    tall = None
+
+    @property
+    def basis(self) -> Tensor:
+        """V, d x width, as it is there now."""
+        return self.factors.basis.detach()[:, : self.shape.width]
 
 
 @dataclass
@@ -221,7 +235,7 @@ class Prepared(Matrices):
         if source.scale != 1:
             self.shift = self.shift * source.scale
             self.rotation = self.rotation * source.scale
-        self.singular, self.basis = cast(source.singular, self.dtype), source.basis
+        self.singular = cast(source.singular, self.dtype)
         self.outer = None if outer is None else self._outer(self._worked(outer))
         self._verdict = None
         self.tokens = 0  # rows that have passed through this preparation: the planner's clock
@@ -242,6 +256,11 @@ class Prepared(Matrices):
                               factors.null_basis, shape.large, self.source.tall)  # fmt: skip
         U = factors.outer_basis if self.config.outer == "rotation" else None
         return Outer(outer, self.source.outer_scale, U, projector, self.config.tau)
+
+    @property
+    def basis(self) -> Tensor:
+        """V, d x width."""
+        return self.source.basis
 
     @property
     def scale(self) -> Tensor:

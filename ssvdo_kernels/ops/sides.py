@@ -216,7 +216,7 @@ class TritonSide(SmallSide):
 
 
 def small_side(prepared: Prepared, form: str, dtype: torch.dtype, backend: str) -> SmallSide:
-    """The engine of a form, made once a preparation."""
+    """The engine of a form, made once a preparation, or for each use where V is there for it alone."""
     found: SmallSide | None = prepared.sides.get((form, dtype, backend))
     if found is None:
         kind: type[SmallSide] = SmallSide
@@ -227,7 +227,9 @@ def small_side(prepared: Prepared, form: str, dtype: torch.dtype, backend: str) 
             if batch is not None and ("expansion", dtype) not in prepared.kept:
                 together.build(batch.prepared, dtype)
                 built = len(prepared.kept)
-        found = prepared.sides[form, dtype, backend] = kind(prepared, form, dtype, backend)
+        found = kind(prepared, form, dtype, backend)
+        if prepared.source.kept:  # it holds V
+            prepared.sides[form, dtype, backend] = found
         if len(prepared.kept) != built:
             prepared.queue()
     return found

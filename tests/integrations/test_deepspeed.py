@@ -1,6 +1,7 @@
 """DeepSpeed: ZeRO's stages train what one process does; what cannot work there is refused. `nox -s deepspeed`."""
 
 import copy
+import gc
 import os
 
 import pytest
@@ -61,6 +62,13 @@ def engine_of(model, stage):
     return deepspeed.initialize(model=model, optimizer=optimiser_of(model), config=config)[0]
 
 
+def whole_weights():
+    """Storages of the size of a weight that some tensor has."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
+    return len({s.data_ptr() for s in (t.untyped_storage() for t in tensors) if s.nbytes() == 16 * 32 * 4})
+
+
 def trains(rank, stage, folder):
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
     model, one = adapted(), adapted()
@@ -72,6 +80,13 @@ def trains(rank, stage, folder):
         engine.step()
     assert sum(counts["forward"]) == 4 * STEPS  # each layer once a step
     assert stage != 3 or set(counts["forward"]) == {1}  # its weights are gathered for one layer at a time
+    if stage == 3:
+        del model
+        own, y = whole_weights(), engine(x)  # of `one`
+        assert whole_weights() == own == 4
+        engine.backward(y.mean())
+        engine.zero_grad()
+        assert whole_weights() == own
     x, one = batch(STEPS)[0], alone(one)
     with torch.no_grad():
         want = one(x)

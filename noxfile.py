@@ -112,7 +112,7 @@ def quant(session: nox.Session) -> None:
 
 @nox.session
 def deepspeed(session: nox.Session) -> None:
-    """Training in each of ZeRO's stages, by two processes on a CPU; DeepSpeed builds one small extension when it runs."""
+    """Training in each of ZeRO's stages, by two processes on a CPU, for which DeepSpeed builds an extension."""
     session.install("setuptools>=77", "pybind11>=2.13", "torch==2.13.0", "wheel")
     session.install("--no-build-isolation", "-e", ".[dev]", env=ENVIRONMENT)
     session.install("--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})

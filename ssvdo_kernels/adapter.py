@@ -189,8 +189,10 @@ class Adapter(nn.Module):
         parameters, frozen = self._tensors()
         formula = self.shape, self.config, self._scale
         found = self.cache.source(formula, (*base.tensors, *frozen), parameters, as_before) if base.held else None
+        if found is not None:
+            return found
         kind = PassingSource if comes_and_goes((*base.tensors, *frozen)) else Source
-        return found or kind(parameters, self.factors, base, *formula[:2], self.name, self.origin, self._scale)
+        return kind(parameters, self.factors, base, *formula[:2], self.name, self.origin, self._scale)
 
     @lasting
     @own_dtypes()

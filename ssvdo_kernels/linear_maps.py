@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import quantized
 from .host import patched
 from .ops.base import Base, DenseBase
+from .watchers import not_there
 
 _SAME = ("FalconLinear",)  # subclasses of nn.Linear that compute the same by a forward of their own
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -56,7 +57,10 @@ class LinearMap:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """(out_features, in_features), of the weight itself."""
+        """(out_features, in_features), of the weight itself. Raises ValueError where it is a shard."""
+        stored = getattr(self.layer, "weight", None)
+        if isinstance(stored, Tensor) and stored.ndim < 2:
+            raise ValueError(not_there("weight", stored))
         rows, columns = self.base().dense().shape
         return rows, columns
 

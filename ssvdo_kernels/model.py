@@ -25,13 +25,13 @@ def _plan(model: nn.Module, config: SSVDOConfig) -> list[Plan]:
         if config.dropout and site.part:
             raise ValueError(f"dropout={config.dropout} does not fit {name}: the module of its experts takes W' whole; "
                              "allowed: 0, or exclude_modules without it")  # fmt: skip
-        own = config.fitting(*site.sizes)
-        if own.outer_rank < config.outer_rank:
-            small.append((name, own.outer_rank))
         try:
+            own = config.fitting(*site.sizes)
             plan = Plan(site, LayerShape.of(*site.sizes, own), own)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        if own.outer_rank < config.outer_rank:
+            small.append((name, own.outer_rank))
         with onloaded(site.module):
             check_weight(plan.base.dense(), f"{name}.weight")
         plans.append(plan)

@@ -11,6 +11,10 @@ from torch import nn
 from ssvdo_kernels import SSVDOConfig, apply_ssvdo, gradient_accumulation, group, remove_ssvdo, save_ssvdo
 
 
+def conv1d():
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 4)
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -28,6 +32,7 @@ def test_accumulation_is_refused_where_deepspeed_takes_gradients(monkeypatch, mo
         model[1].adapter.outer.register_post_accumulate_grad_hook(hook)
     else:
         (model if place == "model" else model[0]).register_forward_pre_hook(hook)
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
     with gradient_accumulation(model):
         pass
     monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
@@ -54,6 +59,15 @@ def test_a_weight_that_is_not_there_is_an_error_that_says_where_it_is(tmp_path, 
         save_ssvdo(model, tmp_path)
     weight.data = whole
     assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 6), lambda: nn.Conv1d(4, 6, 1), conv1d])
+def test_a_shard_is_not_adapted(make):
+    model = nn.Sequential(make())
+    model[0].weight.data, model[0].weight.ds_tensor = torch.empty(0), torch.ones(4)
+    said = r"weight has shape \(0,\) here: DeepSpeed has sharded it; allowed: inside of deepspeed.zero.Gathered"
+    with pytest.raises(ValueError, match=f"0: {said}"):
+        apply_ssvdo(model, SSVDOConfig(outer_rank=2, target_modules=("0",)))
 
 
 def test_what_zero_3_gathers_for_a_layer_is_prepared_with_no_other(monkeypatch):

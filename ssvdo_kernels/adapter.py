@@ -28,7 +28,7 @@ from .ops.linear import Call, Sums, adapted_linear, adapted_matrix, pulls
 from .ops.preparation import Parameters, PassingSource, Prepared, Rows, Source
 from .origin import Origin
 from .planner import Work, choose, given
-from .watchers import comes_and_goes
+from .watchers import comes_and_goes, offloads
 
 _AS_IT_IS = nullcontext()
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in (
@@ -191,7 +191,8 @@ class Adapter(nn.Module):
         found = self.cache.source(formula, (*base.tensors, *frozen), parameters, as_before) if base.held else None
         if found is not None:
             return found
-        kind = PassingSource if comes_and_goes((*base.tensors, *frozen)) else Source
+        passing = base.passing or offloads(self) or comes_and_goes((*base.tensors, *frozen))
+        kind = PassingSource if passing else Source
         return kind(parameters, self.factors, base, *formula[:2], self.name, self.origin, self._scale)
 
     @lasting

@@ -311,6 +311,7 @@ class Cache:
         if found is None:
             source.check_there()
             if not source.kept:
+                self.forget()
                 return prepare_one(source)
         if found is None and self.group is not None and (graph is None or graph.whole):
             found = self.group.prepare(self, source)

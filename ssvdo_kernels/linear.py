@@ -15,6 +15,7 @@ from .host import Host, OwnHost, carry_over
 from .linear_maps import kind_of, refusal
 from .ops import lasting
 from .ops.base import DenseBase
+from .watchers import offloads
 
 
 class SSVDOLinear(OwnHost):
@@ -105,7 +106,9 @@ class SSVDOLinear(OwnHost):
         return self.adapter.shape.out_features
 
     def base(self, adapter: Adapter | None = None) -> DenseBase:
-        return DenseBase(self.weight)
+        base = DenseBase(self.weight)
+        base.passing = offloads(self)
+        return base
 
     def parts(self) -> dict[str, Adapter]:
         return {"": self.adapter}
@@ -125,6 +128,8 @@ class SSVDOLinear(OwnHost):
         except KeyError:  # FSDP1 puts views in their places
             weight, bias = self.weight, self.bias
         base = DenseBase(weight)  # type: ignore[arg-type]
+        if "_hf_hook" in self.__dict__:
+            base.passing = offloads(self)
         if adapter.drops:
             return changed(input, [Change(adapter)], base, bias)
         y: Tensor = adapter(input, base, bias)
@@ -132,7 +137,7 @@ class SSVDOLinear(OwnHost):
 
     def adapted_weight(self) -> Tensor:
         """W' (out_features x in_features) for the current parameters, in the weight's dtype; a new tensor."""
-        return self.adapter.adapted_weight(DenseBase(self.weight))
+        return self.adapter.adapted_weight(self.base())
 
     @property
     def merged(self) -> bool:

@@ -109,7 +109,7 @@ class Origin:
     def check(self, base: Base, name: str, by_value: bool = False, factors: Factors | None = None) -> None:
         """Raises RuntimeError where W0 is not the one that was factorised. by_value: read its numbers."""
         now = self._stamps(base)
-        if now != self._seen or by_value:
+        if now != self._seen or by_value or base.passing:
             self._look(base, name, now, factors)
 
     @staticmethod
@@ -137,7 +137,8 @@ class Origin:
                 "weight with them, or call refactorize_ssvdo(model)")
         if self._known is None or self._rounded or self._known[1] != coarser(weight.dtype):
             self.record(weight)
-        self._seen, self._held = now, tuple(lasting_part(t).untyped_storage() for t in base.tensors)
+        kept = () if base.passing else base.tensors
+        self._seen, self._held = now, tuple(lasting_part(t).untyped_storage() for t in kept)
 
     def _is_known(self, weight: Tensor) -> bool:
         assert self._known is not None

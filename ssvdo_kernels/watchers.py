@@ -1,5 +1,5 @@
-"""Who watches parameters and their gradients in work among processes, how many layers may share a node for that, and
-what FSDP gathers parameters from."""
+"""Who watches parameters and their gradients in work among processes, how many layers may share a node for that, what
+FSDP gathers parameters from, and who takes tensors away when a forward is over."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ def trained_by_deepspeed(model: nn.Module) -> bool:
 def comes_and_goes(tensors: Iterable[Tensor | None]) -> bool:
     """Whether DeepSpeed's ZeRO-3 has the numbers of some of them there for their own module's use alone."""
     return any(hasattr(t, "ds_tensor") and not getattr(t, "ds_persist", False) for t in tensors)
+
+
+def offloads(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's own tensors for a forward and takes them away again."""
+    hook: Any = vars(module).get("_hf_hook")
+    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
 
 
 def lasting_part(tensor: Tensor) -> Tensor:

@@ -56,6 +56,13 @@ def allocated():
     return found.uordblks + found.hblkhd
 
 
+def storages(size):
+    """How many storages of `size` bytes some tensor has."""
+    gc.collect()
+    tensors = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and not o.is_meta)
+    return len({s.data_ptr() for s in (t.untyped_storage() for t in tensors) if s.nbytes() == size})
+
+
 def make_layer(m, n, *, dtype=torch.float64, bias=True, rank=None, spread=0.3, seed=0, device="cpu", **options):
     """An SSVDOLinear over a random (rank-deficient with `rank`) weight, its parameters drawn from N(0, spread^2)."""
     torch.manual_seed(seed)

@@ -19,12 +19,14 @@ class Base:
     """x W0^T and y W0, and W0's values, of a frozen weight in whatever form it is kept.
 
     dtype, device: of the values, and of the tokens that it multiplies. held: whether `dense` costs nothing, as the
-    values lie in memory. layout: how `stored` holds W0, see `matrix_of`.
+    values lie in memory. passing: whether they lie there for this forward alone. layout: how `stored` holds W0, see
+    `matrix_of`.
     """
 
     dtype: torch.dtype
     device: torch.device
     held = True
+    passing = False
     layout = "plain"
 
     @property

@@ -126,7 +126,8 @@ class Source:
 
 
 class PassingSource(Source):
-    """One whose frozen tensors ZeRO-3 gathers for their module's use alone: a view would hold them in memory."""
+    """One whose frozen tensors are there for their module's use alone (ZeRO-3, accelerate's offloading): a view would
+    hold them in memory."""
 
     kept = False
     tall = None

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from helpers import storages
 from torch import nn
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 from safetensors.torch import load_file
 
-from ssvdo_kernels import SSVDOConfig, apply_ssvdo, load_ssvdo, remove_ssvdo, save_ssvdo
+from ssvdo_kernels import SSVDOConfig, apply_ssvdo, load_ssvdo, merge_ssvdo, remove_ssvdo, save_ssvdo
 from ssvdo_kernels.host import hosts
 
 CONFIG = SSVDOConfig(outer_rank=4, target_modules=("0", "2", "3"), init_angle=0.2)
@@ -91,7 +92,9 @@ def test_offloaded_models_are_adapted_run_saved_loaded_and_given_back(where, tmp
         for _, layer in hosts(model):
             for p in layer.adapter_parameters:
                 p.normal_(0, 0.2)
+        there = storages(8 * 24 * 4)  # of a weight
         y = model(x)
+        assert storages(8 * 24 * 4) == there == (2 if where == "cpu" else 0)
         assert model[0].weight.is_meta and float((y - start).abs().max()) > 1e-2
         folder = save_ssvdo(model, tmp_path / "adapter")
         torch.testing.assert_close(load_ssvdo(offloaded(), folder)(x), y)
@@ -99,3 +102,24 @@ def test_offloaded_models_are_adapted_run_saved_loaded_and_given_back(where, tmp
         back = remove_ssvdo(model)
         torch.testing.assert_close(back(x), start)
         assert back[0].weight.is_meta
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapted_model_that_is_offloaded_holds_nothing_between_forwards(tmp_path, merged):
+    from accelerate import disk_offload
+
+    torch.manual_seed(0)
+    model = apply_ssvdo(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)),
+                        SSVDOConfig(outer_rank=4, target_modules=("0", "2")))  # fmt: skip
+    for _, layer in hosts(model):
+        for p in layer.adapter_parameters:
+            nn.init.normal_(p, 0, 0.2)
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        want = model(x)
+        if merged:
+            merge_ssvdo(model)
+        disk_offload(model, str(tmp_path), execution_device="cpu")
+        for _ in range(2):
+            torch.testing.assert_close(model(x), want)
+            assert storages(32 * 64 * 4) == storages(32 * 32 * 4) == 0  # W0 (or W'), V

@@ -1,12 +1,11 @@
 """DeepSpeed: ZeRO's stages train what one process does; what cannot work there is refused. `nox -s deepspeed`."""
 
 import copy
-import gc
 import os
 
 import pytest
 import torch
-from helpers import assert_close, count_preparations, two_processes
+from helpers import assert_close, count_preparations, storages, two_processes
 from torch import nn
 
 from ssvdo_kernels import (
@@ -23,6 +22,7 @@ from ssvdo_kernels import (
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when it is first imported
 deepspeed = pytest.importorskip("deepspeed", reason="deepspeed is not installed; nox -s deepspeed has it")
 STEPS = 4
+WEIGHT = 16 * 32 * 4  # bytes of each
 ALL = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
@@ -62,13 +62,6 @@ def engine_of(model, stage):
     return deepspeed.initialize(model=model, optimizer=optimiser_of(model), config=config)[0]
 
 
-def whole_weights():
-    """Storages of the size of a weight that some tensor has."""
-    gc.collect()
-    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
-    return len({s.data_ptr() for s in (t.untyped_storage() for t in tensors) if s.nbytes() == 16 * 32 * 4})
-
-
 def trains(rank, stage, folder):
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
     model, one = adapted(), adapted()
@@ -82,11 +75,11 @@ def trains(rank, stage, folder):
     assert stage != 3 or set(counts["forward"]) == {1}  # its weights are gathered for one layer at a time
     if stage == 3:
         del model
-        own, y = whole_weights(), engine(x)  # of `one`
-        assert whole_weights() == own == 4
+        own, y = storages(WEIGHT), engine(x)  # of `one`
+        assert storages(WEIGHT) == own == 4
         engine.backward(y.mean())
         engine.zero_grad()
-        assert whole_weights() == own
+        assert storages(WEIGHT) == own
     x, one = batch(STEPS)[0], alone(one)
     with torch.no_grad():
         want = one(x)

@@ -393,14 +393,20 @@ class Adapter(nn.Module):
         # The factors move with the module, but keep the dtypes that the factorisation chose: rounded S or V would be
         # those of another weight, and how often P is applied goes by how V is rounded.
         frozen = {id(t) for t in (*self.factors.tensors().values(), *self.buffers())}
+        anew = []
 
         def moved(tensor: Tensor) -> Tensor:
             made = fn(tensor)
+            anew.append(made is not tensor)
             return made if id(tensor) not in frozen or made.dtype == tensor.dtype else tensor.to(made.device)
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        if any(anew):
+            self.cache.forget()  # it holds the weight as it was
         if self.origin is not None:
             self.origin.rounded(self.inner_scale.dtype)
+            if any(anew):
+                self.origin.let_go()
         return self
 
     def _replicate_for_data_parallel(self) -> Adapter:

@@ -93,6 +93,10 @@ class Origin:
         self.forget()
         self._loaded = True
 
+    def let_go(self) -> None:
+        """The weight may have moved: holds nothing of where it was, and looks at its numbers next time."""
+        self._seen, self._held = None, ()
+
     def rounded(self, dtype: torch.dtype) -> None:
         """The weight has been cast to `dtype`, and perhaps back."""
         self._rounded = max(self._rounded, coarser(dtype))
@@ -137,8 +141,10 @@ class Origin:
                 "weight with them, or call refactorize_ssvdo(model)")
         if self._known is None or self._rounded or self._known[1] != coarser(weight.dtype):
             self.record(weight)
-        kept = () if base.passing else base.tensors
-        self._seen, self._held = now, tuple(lasting_part(t).untyped_storage() for t in kept)
+        if base.passing:
+            self.let_go()
+        else:
+            self._seen, self._held = now, tuple(lasting_part(t).untyped_storage() for t in base.tensors)
 
     def _is_known(self, weight: Tensor) -> bool:
         assert self._known is not None

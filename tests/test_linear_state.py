@@ -14,6 +14,7 @@ from helpers import (
     prepared,
     randomise,
     reference_linear,
+    storages,
     three,
 )
 from torch import nn
@@ -298,3 +299,18 @@ def test_a_step_inside_accumulation_is_an_error_and_changes_nothing(finish):
         torch.optim.SGD(other.adapter.trained, 0.1).step()
     optimiser.step()
     assert not torch.equal(layer.adapter.outer, before[2])
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_layer_that_has_moved_holds_nothing_of_where_it_was(merged):
+    layer, x = make_layer(56, 24, dtype=torch.float32, outer_rank=4), torch.randn(3, 24)
+    weight, basis = layer.weight.nbytes, layer.adapter.basis.nbytes
+    if merged:
+        layer.merge()
+    want = layer(x).detach()
+    assert storages(weight) == 1 + merged and storages(2 * weight) == 0
+    layer.float()  # nothing moves
+    assert storages(weight) == 1 + merged
+    layer.double()
+    assert storages(weight) == 0 and storages(2 * weight) == 1 and storages(basis) == 1  # V keeps its dtype
+    assert_close("y", layer(x.double()), want.double(), 1e-5)

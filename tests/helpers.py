@@ -56,13 +56,18 @@ def allocated():
     return found.uordblks + found.hblkhd
 
 
-def storages(size):
-    """Addresses of the storages of `size` bytes that some tensor has; others' tests may have left some of that size."""
+def alive():
+    """Address of a storage -> its bytes, of every tensor that there is."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and not o.is_meta]
     # Graphs that other tests compiled keep torch.func's tensors, which have no storage of their own.
     found = [t.untyped_storage() for t in tensors if not torch._C._functorch.is_functorch_wrapped_tensor(t)]
-    return {s.data_ptr() for s in found if s.nbytes() == size}
+    return {s.data_ptr(): s.nbytes() for s in found}
+
+
+def storages(size):
+    """Addresses of the storages of `size` bytes that some tensor has; others' tests may have left some of that size."""
+    return {at for at, own in alive().items() if own == size}
 
 
 def make_layer(m, n, *, dtype=torch.float64, bias=True, rank=None, spread=0.3, seed=0, device="cpu", **options):

@@ -75,8 +75,8 @@ class Base:
 class DenseBase(Base):
     """A weight that is an ordinary tensor: a matrix, out_features x in_features, or one that holds it in a layout."""
 
-    def __init__(self, weight: Tensor, layout: str = "plain") -> None:
-        self._stored, self.layout = weight, layout
+    def __init__(self, weight: Tensor, layout: str = "plain", passing: bool = False) -> None:
+        self._stored, self.layout, self.passing = weight, layout, passing
         self.weight = weight if layout == "plain" else matrix_of(weight, layout)
         self.dtype, self.device = weight.dtype, weight.device
 
@@ -103,7 +103,7 @@ class DenseBase(Base):
         return self.weight
 
     def to(self, dtype: torch.dtype) -> DenseBase:
-        return self if self.dtype == dtype else DenseBase(self.weight.to(dtype))
+        return self if self.dtype == dtype else DenseBase(self.weight.to(dtype), passing=self.passing)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if out is None:

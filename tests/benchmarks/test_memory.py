@@ -1,12 +1,12 @@
 """What methods keep and take is counted and measured as `benchmarks.memory` says."""
 
-import gc
 import json
 import os
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers import alive
 from torch import nn
 
 pytest.importorskip("peft", reason="the peers need PEFT")
@@ -44,15 +44,6 @@ def test_frozen_state_is_what_each_method_stores_beside_w0(m, n, dtype):
     with_buffer = nn.Sequential(linear)
     with_buffer.register_buffer("extra", torch.zeros(7), persistent=False)
     assert memory.frozen_state(with_buffer, linear) == 28
-
-
-def alive():
-    """Storage -> bytes, of every tensor that there is."""
-    gc.collect()
-    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
-    # Graphs that other tests compiled keep torch.func's tensors, which have no storage of their own.
-    found = [t.untyped_storage() for t in tensors if not torch._C._functorch.is_functorch_wrapped_tensor(t)]
-    return {s.data_ptr(): s.nbytes() for s in found}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

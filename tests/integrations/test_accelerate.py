@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import storages
+from helpers import allocated, storages
 from torch import nn
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -124,3 +124,29 @@ def test_an_adapted_model_that_is_offloaded_holds_nothing_between_forwards(tmp_p
         for _ in range(2):
             torch.testing.assert_close(model(x), want)
             assert all(storages(size) <= own for size, own in zip(sizes, before, strict=True))
+
+
+def test_a_model_of_peft_that_is_offloaded_holds_no_weight_between_forwards(tmp_path):
+    """To the byte: what holds a storage alone is no tensor."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from accelerate import disk_offload
+
+    from ssvdo_kernels.integrations.peft import SSVDOConfig as PeftConfig
+
+    def held(folder):
+        before = allocated()
+        model = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+        model = peft.get_peft_model(model, PeftConfig(inner_ratio=0.1, outer_rank=4, target_modules=["0", "2"]))
+        x = torch.randn(3, 256)
+        with torch.no_grad():
+            want = model(x)
+            there = allocated() - before
+            disk_offload(model, str(folder), execution_device="cpu")
+            for _ in range(2):
+                torch.testing.assert_close(model(x), want)
+        return there, allocated() - before
+
+    held(tmp_path / "first")  # libraries make buffers of their own
+    there, left = held(tmp_path / "second")
+    assert there > 2 * 2**20  # bytes: two weights
+    assert left < 2**20  # two of V, which are buffers and stay, have half of it

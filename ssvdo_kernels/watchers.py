@@ -64,7 +64,7 @@ def comes_and_goes(tensors: Iterable[Tensor | None]) -> bool:
 def offloads(module: nn.Module) -> bool:
     """Whether accelerate brings the module's own tensors for a forward and takes them away again."""
     hook: Any = vars(module).get("_hf_hook")
-    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
+    return hook is not None and any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
 
 
 def lasting_part(tensor: Tensor) -> Tensor:
